@@ -1,0 +1,397 @@
+"""From csv files to batches: rows are read and checked, tokenized once, and packed.
+
+CS224N's files are tab-separated despite their name. Columns are found by name; a row whose label is empty is skipped
+and reported; anything else that is wrong is one `DataError` with file and line.
+
+Shape letters: R rows of a data set, N packed tokens, B rows of a batch.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert import CheckpointError, PackedTokens
+from tasks import Task
+
+SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
+SPLITS = ("train", "dev", "test")
+
+
+class DataError(ValueError):
+    """A data file cannot be used; the message is one line with file, line, what was found and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a file. label: NaN where the split has none. line: the row's first line in the file."""
+
+    id: str
+    texts: tuple[str, ...]
+    label: float
+    line: int
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file as it was read. skipped: lines of the rows without a label."""
+
+    path: Path
+    examples: list[Example]
+    skipped: tuple[int, ...]
+    sha256: str
+
+
+def data_folder(name: str) -> Path:
+    """The directory of `--data`: the project's own sample, or a directory by its path."""
+    folder = SAMPLE if name == "sample" else Path(name)
+    if not folder.is_dir():
+        raise DataError(f"--data {name}: no such directory; expected 'sample' or a directory with CS224N's files")
+    return folder
+
+
+def read_examples(path: Path, task: Task, labelled: bool) -> DataFile:
+    """The rows of a file. labelled: whether the split has labels. Raises DataError for anything that is wrong."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}, expected the {task.title} rows") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: byte 0x{content[error.start]:02x} is not valid UTF-8, expected a UTF-8 file"
+        ) from None
+    rows = _rows(path, text)
+    header = next(rows, None)
+    if header is None:
+        raise DataError(f"{path}: the file is empty, expected a header line and rows")
+    columns = _columns(path, header[1], task, labelled)
+    examples, skipped = [], []
+    for line, cells in rows:
+        example = _example(path, line, cells, len(header[1]), columns, task)
+        if labelled and np.isnan(example.label):
+            skipped.append(line)
+        else:
+            examples.append(example)
+    if not examples:
+        raise DataError(f"{path}: no rows below the header, expected at least one" + (" with a label" * bool(skipped)))
+    return DataFile(path, examples, tuple(skipped), hashlib.sha256(content).hexdigest())
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(first line, cells) of each row; blank lines are passed over.
+
+    Python's splitlines would also break at control characters within a sentence, so lines end at line feeds only.
+    """
+    csv.field_size_limit(1 << 30)
+    lines = text.split("\n")
+    numbered = (line + "\n" for line in (lines[:-1] if lines[-1] == "" else lines))
+    reader = csv.reader(numbered, delimiter="\t")
+    start = 1
+    try:
+        for cells in reader:
+            if cells:
+                _check_quotes(path, start, cells)
+                yield start, cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _check_quotes(path: Path, line: int, cells: Sequence[str]) -> None:
+    """A cell that holds line ends and tabs has swallowed the rows below it: its opening quote was never closed."""
+    for cell in cells:
+        if "\n" in cell and "\t" in cell:
+            raise DataError(f"{path}:{line}: a quoted cell runs over {cell.count(chr(10))} lines, expected a closing quote")
+
+
+def _columns(path: Path, header: Sequence[str], task: Task, labelled: bool) -> dict[str, int]:
+    """Where the columns that the task needs stand."""
+    names = [name.strip() for name in header]
+    wanted = ["id", *task.text_columns, *([task.label_column] if labelled else [])]
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        if len(names) == 1 and any(mark in names[0] for mark in ",;"):
+            raise DataError(f"{path}:1: no tab in the header {names[0]!r}, expected tab-separated columns")
+        found = ", ".join(repr(name) for name in names if name) or "none"
+        raise DataError(f"{path}:1: no column {missing[0]!r}, found {found}; expected {', '.join(wanted)}")
+    return {name: names.index(name) for name in wanted}
+
+
+def _example(
+    path: Path, line: int, cells: Sequence[str], num_columns: int, columns: dict[str, int], task: Task
+) -> Example:
+    if len(cells) != num_columns:
+        raise DataError(f"{path}:{line}: {len(cells)} columns, expected {num_columns} as in the header")
+    label = float("nan")
+    if task.label_column in columns:
+        cell = cells[columns[task.label_column]].strip()
+        try:
+            label = task.output.parse(cell) if cell else label
+        except ValueError:
+            raise DataError(
+                f"{path}:{line}: {task.label_column} is {cell!r}, expected {task.output.allowed}"
+            ) from None
+    texts = tuple(cells[columns[name]] for name in task.text_columns)
+    return Example(cells[columns["id"]].strip(), texts, label, line)
+
+
+# --------------------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint: texts to token ids, `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`."""
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        """folder: holds tokenizer.json, or vocab.txt. max_length: tokens of a row, the three special ones included."""
+        self.folder = folder
+        self.max_length = max_length
+        self._tokenizer = _load_tokenizer(folder)
+        self.cls_id = self._special(folder, "[CLS]", "cls_token")
+        self.sep_id = self._special(folder, "[SEP]", "sep_token")
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def _special(self, folder: Path, default: str, kind: str) -> int:
+        names = _read_json(folder / "tokenizer_config.json")
+        name = names.get(kind, default)
+        token = name["content"] if isinstance(name, dict) else name
+        token_id = self._tokenizer.token_to_id(str(token))
+        if token_id is None:
+            raise CheckpointError(f"{folder}: the tokenizer has no token {token}, expected that of a BERT")
+        return int(token_id)
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes token ids."""
+        return hashlib.sha256(f"{self.max_length} {self._tokenizer.to_str()}".encode()).hexdigest()
+
+    def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
+        """Token ids of rows of one or two texts each, truncated on the longer text where a row is too long."""
+        num_texts = len(rows[0]) if rows else 1
+        flat = [text for row in rows for text in row]
+        encodings = self._tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+        pieces = [encoding.ids for encoding in encodings]
+        ids: list[int] = []
+        lengths, firsts = [], []
+        for start in range(0, len(pieces), num_texts):
+            row = truncate(pieces[start : start + num_texts], self.max_length - 1 - num_texts)
+            before = len(ids)
+            ids.append(self.cls_id)
+            for i, part in enumerate(row):
+                ids.extend(part)
+                ids.append(self.sep_id)
+                if i == 0:
+                    firsts.append(len(ids) - before)
+            lengths.append(len(ids) - before)
+        return TokenRows(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(firsts, np.int32))
+
+
+def truncate(texts: Sequence[list[int]], budget: int) -> list[list[int]]:
+    """Token lists that together have at most `budget` tokens, shortened at the end of the longest first."""
+    lengths = [len(text) for text in texts]
+    while sum(lengths) > budget:
+        longest = max(range(len(lengths)), key=lambda i: (lengths[i], i))
+        others = [length for i, length in enumerate(lengths) if i != longest]
+        target = max([budget - sum(others), *others])
+        lengths[longest] = target if target < lengths[longest] else lengths[longest] - 1
+    return [text[:length] for text, length in zip(texts, lengths, strict=True)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """A `tokenizers.Tokenizer` without truncation and padding, which are our own business."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            tokenizer = Fast.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception for any malformed file
+            raise CheckpointError(f"{path}: not readable as a tokenizer ({error})") from None
+    elif (folder / "vocab.txt").is_file():
+        settings = _read_json(folder / "tokenizer_config.json")
+        tokenizer = BertWordPieceTokenizer(
+            str(folder / "vocab.txt"),
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )._tokenizer
+    else:
+        raise CheckpointError(f"{folder}: no tokenizer, expected tokenizer.json or vocab.txt")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Token ids of R rows in flat arrays: ids (sum of lengths,), lengths (R,), firsts (R,) tokens of type 0."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    firsts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task: packed tokens or, for a frozen encoder, pooled features (B, D); labels (B,), NaN where unknown.
+
+    rows: the rows' numbers in their data set.
+    """
+
+    rows: Sequence[int]
+    labels: Tensor
+    tokens: PackedTokens | None = None
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Rows(Protocol):
+    """Rows of one task that batches are made of."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        """The rows of these numbers, in this order."""
+        ...
+
+    def by_length(self) -> np.ndarray:
+        """All row numbers, those of similar length side by side."""
+        ...
+
+
+@dataclass
+class TokenizedRows:
+    """Rows as token ids. ids: the rows' names in their file; labels: (R,) float32, NaN where unknown."""
+
+    task: Task
+    ids: list[str]
+    labels: np.ndarray
+    tokens: TokenRows
+    device: torch.device
+    offsets: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.offsets = np.concatenate([[0], np.cumsum(self.tokens.lengths, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        index = np.asarray(rows, dtype=np.int64)
+        lengths = self.tokens.lengths[index].astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        within = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+        ids = self.tokens.ids[np.repeat(self.offsets[index], lengths) + within]
+        types = within >= np.repeat(self.tokens.firsts[index], lengths)
+        packed = PackedTokens.from_arrays(ids, types, lengths, self.device)
+        return Batch(index.tolist(), self._labels(index), tokens=packed)
+
+    def _labels(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.labels[index]).to(self.device, non_blocking=True)
+
+    def by_length(self) -> np.ndarray:
+        return np.argsort(self.tokens.lengths, kind="stable")
+
+    def select(self, rows: np.ndarray) -> "TokenizedRows":
+        """These rows only, in this order."""
+        ids = np.concatenate([self.tokens.ids[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+        tokens = TokenRows(ids, self.tokens.lengths[rows], self.tokens.firsts[rows])
+        return TokenizedRows(self.task, [self.ids[r] for r in rows], self.labels[rows], tokens, self.device)
+
+
+@dataclass
+class FeatureRows:
+    """Rows as pooled features (R, D) of a frozen encoder."""
+
+    features: Tensor
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        self._labels = torch.from_numpy(self.labels).to(self.features.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        index = torch.as_tensor(np.asarray(rows, dtype=np.int64), device=self.features.device)
+        return Batch(np.asarray(rows).tolist(), self._labels[index], features=self.features[index])
+
+    def by_length(self) -> np.ndarray:
+        return np.arange(len(self))
+
+
+def tokenize(task: Task, file: DataFile, tokenizer: Tokenizer, device: torch.device) -> TokenizedRows:
+    """The rows of a file as token ids."""
+    tokens = tokenizer.encode([example.texts for example in file.examples])
+    labels = np.array([example.label for example in file.examples], dtype=np.float32)
+    return TokenizedRows(task, [example.id for example in file.examples], labels, tokens, device)
+
+
+def longest_cut(lengths: np.ndarray, share: float) -> tuple[np.ndarray, int]:
+    """Rows to keep when the longest share of the rows is dropped, and the number of tokens of the longest kept row.
+
+    lengths: (R,) tokens of the concatenated input. Exactly floor(share * R) rows go, the longest ones; among rows of
+    equal length the later ones go first.
+    """
+    num_dropped = int(share * len(lengths))
+    order = np.argsort(lengths, kind="stable")
+    kept = np.sort(order[: len(lengths) - num_dropped])
+    return kept, int(lengths[kept].max())
+
+
+def epoch_order(num_rows: int, generator: np.random.Generator) -> np.ndarray:
+    """(R,) row numbers of one pass over a data set, in random order."""
+    return generator.permutation(num_rows)
+
+
+class RowStream:
+    """Row numbers for a task's draws: pass after pass over its rows, each in a new order.
+
+    Pass p is a function of the seed and p alone, so that a position, the number of draws so far, says all.
+    """
+
+    def __init__(self, num_rows: int, rows_per_draw: int, seed: Sequence[int]) -> None:
+        self.num_rows = num_rows
+        self.rows_per_draw = rows_per_draw
+        self.seed = tuple(seed)
+        self._pass = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    @property
+    def draws_per_pass(self) -> int:
+        return -(-self.num_rows // self.rows_per_draw)
+
+    def rows(self, draw: int) -> np.ndarray:
+        """Row numbers of a draw, counted from 0; the last draw of a pass may be shorter."""
+        number, place = divmod(draw, self.draws_per_pass)
+        if number != self._pass:
+            self._pass = number
+            self._order = epoch_order(self.num_rows, np.random.default_rng([*self.seed, number]))
+        return self._order[place * self.rows_per_draw : (place + 1) * self.rows_per_draw]

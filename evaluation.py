@@ -1,0 +1,157 @@
+"""Predictions and what they are worth: metrics of the dev files, confusion matrices, prediction files.
+
+Shape letters: R rows of a data set, K outputs, D hidden.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets import FeatureRows, Rows, TokenizedRows
+from model import MultitaskBert, TaskModel
+from tasks import TASKS, is_degenerate, scores
+
+Warn = Callable[[str], None]
+BetweenBatches = Callable[[], None]  # called between batches; may raise to stop the evaluation
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Mixed precision: autocast on a device to a dtype, or float32 where dtype is None."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+@torch.no_grad()
+def _by_batches(
+    compute: Callable[[np.ndarray], Tensor], rows: Rows, batch_size: int, between: BetweenBatches
+) -> Tensor:
+    """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length."""
+    order = rows.by_length()
+    parts = []
+    for start in range(0, len(order), batch_size):
+        between()
+        parts.append(compute(order[start : start + batch_size]).float())
+    result = torch.cat(parts)
+    inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)
+    return result[inverse]
+
+
+def predict_logits(
+    model: TaskModel,
+    task: str,
+    rows: Rows,
+    batch_size: int,
+    precision: Precision,
+    between: BetweenBatches = _nothing,
+) -> Tensor:
+    """(R, K) logits of all rows of a data set, in its order, on the CPU."""
+
+    def compute(index: np.ndarray) -> Tensor:
+        with precision.autocast():
+            return model(task, rows.batch(index))
+
+    return _by_batches(compute, rows, batch_size, between).cpu()
+
+
+def compute_features(
+    model: MultitaskBert,
+    task: str,
+    rows: TokenizedRows,
+    batch_size: int,
+    precision: Precision,
+    between: BetweenBatches = _nothing,
+) -> FeatureRows:
+    """The pooled features of all rows, from the encoder as it is and without dropout: a frozen encoder's, for good."""
+
+    def compute(index: np.ndarray) -> Tensor:
+        with precision.autocast():
+            return model.pooled(task, rows.batch(index))
+
+    return FeatureRows(_by_batches(compute, rows, batch_size, between), rows.labels)
+
+
+def evaluate(
+    model: TaskModel,
+    dev_rows: Mapping[str, Rows],
+    batch_size: int,
+    precision: Precision,
+    warn: Warn,
+    between: BetweenBatches = _nothing,
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task. An undefined correlation counts as 0, with a warning."""
+    result = {}
+    for task, rows in dev_rows.items():
+        logits = predict_logits(model, task, rows, batch_size, precision, between)
+        predictions = TASKS[task].output.decode(logits).numpy()
+        if TASKS[task].output.num_classes is None and is_degenerate(predictions):
+            warn(f"warning: {task}: all predictions are equal, the correlation is undefined and counts as 0")
+        result[task] = scores(TASKS[task], predictions, rows.labels)
+    return result
+
+
+def mean_score(metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over the tasks of the metric that counts: accuracy for classes, Pearson for a scale."""
+    return float(np.mean([metrics[task][TASKS[task].output.selection_metric] for task in metrics]))
+
+
+def confusion_matrices(
+    model: TaskModel, dev_rows: Mapping[str, Rows], batch_size: int, precision: Precision
+) -> dict[str, list[list[int]]]:
+    """Of each classification task: rows are true classes, columns predicted ones."""
+    from sklearn.metrics import confusion_matrix
+
+    result = {}
+    for task, rows in dev_rows.items():
+        output = TASKS[task].output
+        if output.num_classes is not None:
+            predictions = output.decode(predict_logits(model, task, rows, batch_size, precision)).numpy()
+            classes = list(range(output.num_classes))
+            result[task] = confusion_matrix(rows.labels.astype(int), predictions.astype(int), labels=classes).tolist()
+    return result
+
+
+def write_predictions(
+    model: TaskModel, task: str, rows: TokenizedRows, path: Path, batch_size: int, precision: Precision
+) -> None:
+    """A prediction file in the format that CS224N grades."""
+    output = TASKS[task].output
+    predictions = output.decode(predict_logits(model, task, rows, batch_size, precision)).tolist()
+    lines = [f"id \t {TASKS[task].prediction_header} \n"]
+    lines += [f"{name} , {output.format(value)} \n" for name, value in zip(rows.ids, predictions, strict=True)]
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(lines), "utf-8")
+    os.replace(beside, path)
+
+
+def format_scores(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """One line: the metric that counts of each task, and the mean."""
+    names = {task: TASKS[task].output.selection_metric for task in metrics}
+    parts = [f"{task} {name} {metrics[task][name]:.3f}" for task, name in names.items()]
+    return ", ".join([*parts, f"mean {mean_score(metrics):.3f}"])
+
+
+def format_table(metrics: Mapping[str, Mapping[str, float]], num_rows: Mapping[str, int]) -> str:
+    """The table at the end of a run: both metrics of each task, rows, and the mean that selects checkpoints."""
+    lines = [f"{'task':<24}{'dev rows':>10}  {'':<10}{'':>7}  {'':<10}{'':>7}"]
+    for task, values in metrics.items():
+        cells = "  ".join(f"{name:<10}{value:>7.3f}" for name, value in values.items())
+        lines.append(f"{TASKS[task].title:<24}{num_rows[task]:>10}  {cells}")
+    lines.append(f"{'mean':<24}{'':>10}  {'':<10}{mean_score(metrics):>7.3f}")
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,274 @@
+"""MultitaskBert: one encoder, one head a task, and, where wanted, adapters a task. Reads and writes checkpoint folders.
+
+A checkpoint folder is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads the
+encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are.
+
+Shape letters: N packed tokens, B rows, D hidden, K outputs.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bert import (
+    Bert,
+    BertConfig,
+    CheckpointError,
+    DropoutMasks,
+    LayerAdapter,
+    dropout,
+    empty_bert,
+    initialize,
+    load_bert,
+    load_huggingface,
+    read_config,
+    read_tensors,
+    to_huggingface,
+)
+from datasets import Batch
+from pal import PalConfig, make_adapters
+from tasks import TASKS
+
+FORMAT = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+class TaskModel(Protocol):
+    """What training and evaluation need of a model."""
+
+    def __call__(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, K). masks: for training; None for evaluation. perturbation: (N, D) on the input embeddings."""
+        ...
+
+
+class Head(nn.Module):
+    """Dropout and a linear layer over the pooled output, behind `num_hidden` layers of ReLU and dropout."""
+
+    def __init__(self, config: BertConfig, num_outputs: int, num_hidden: int) -> None:
+        super().__init__()
+        self.dropout_prob = config.hidden_dropout_prob
+        self.hidden = nn.ModuleList(nn.Linear(config.hidden_size, config.hidden_size) for _ in range(num_hidden))
+        self.output = nn.Linear(config.hidden_size, num_outputs)
+
+    def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
+        """pooled (B, D) -> logits (B, K)."""
+        for layer in self.hidden:
+            pooled = torch.relu(layer(dropout(pooled, self.dropout_prob, masks)))
+        return self.output(dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which heads and adapters a model has."""
+
+    tasks: tuple[str, ...]
+    head_layers: int = 0
+    adapters: PalConfig | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "tasks": {task: TASKS[task].output.num_outputs for task in self.tasks},
+            "head_layers": self.head_layers,
+            "adapters": None if self.adapters is None else self.adapters.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> "Layout":
+        """Raises CheckpointError if the values are not of this format or name tasks that the program does not know."""
+        try:
+            for task, num_outputs in values["tasks"].items():
+                if task not in TASKS or TASKS[task].output.num_outputs != num_outputs:
+                    known = ", ".join(f"{t.name} ({t.output.num_outputs})" for t in TASKS.values())
+                    raise CheckpointError(f"{where}: head {task!r} with {num_outputs} outputs, expected among {known}")
+            adapters = values["adapters"]
+            return cls(
+                tuple(values["tasks"]), int(values["head_layers"]), None if adapters is None else PalConfig(**adapters)
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}: multitask_bert is not of format {FORMAT} ({error})") from None
+
+
+class MultitaskBert(nn.Module):
+    """An encoder that the tasks share, and of each task a head and, with adapters, a projected attention."""
+
+    def __init__(self, encoder: Bert, layout: Layout, generator: torch.Generator) -> None:
+        """generator: for the new heads and adapters, each initialized in the order of the tasks."""
+        super().__init__()
+        self.encoder = encoder
+        self.layout = layout
+        config = encoder.config
+        outputs = {task: TASKS[task].output.num_outputs for task in layout.tasks}
+        with torch.device("meta"):
+            self.heads = nn.ModuleDict({t: Head(config, k, layout.head_layers) for t, k in outputs.items()})
+        self.heads.to_empty(device="cpu")
+        initialize(self.heads, config.initializer_range, generator)
+        self.adapters = nn.ModuleDict()
+        if layout.adapters is not None:
+            self.adapters = make_adapters(layout.adapters, config, layout.tasks, generator)
+
+    def forward(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, K) of a task."""
+        return self.predict(task, self.pooled(task, batch, masks, perturbation), masks)
+
+    def pooled(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        """(B, D) what the head of a task reads."""
+        assert batch.tokens is not None, "a batch of features is for the heads alone"
+        hidden_states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation)
+        return self.encoder.pool(hidden_states, batch.tokens)
+
+    def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:
+        """Logits (B, K) of a task's head from (B, D)."""
+        return self.heads[task](pooled, masks)  # type: ignore[no-any-return]
+
+    def adapter(self, task: str) -> LayerAdapter | None:
+        return self.adapters[task] if task in self.adapters else None  # type: ignore[return-value]
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, the parameters that all tasks train."""
+        return {f"encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
+
+    def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
+        """By name, the parameters of one task's head and adapter."""
+        parts = {f"heads.{task}": self.heads[task]}
+        if task in self.adapters:
+            parts[f"adapters.{task}"] = self.adapters[task]
+        return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+
+    def segment_sizes(self) -> list[int]:
+        """How many tensors of `shared_parameters` belong to the embeddings, to each layer and to the pooler."""
+        names = [name.removeprefix("encoder.") for name in self.shared_parameters()]
+        parts = [".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split("_")[0] for name in names]
+        embeddings = [part for part in parts if not part.startswith(("layers.", "pooler"))]
+        layers = [parts.count(f"layers.{i}") for i in range(self.encoder.config.num_hidden_layers)]
+        return [len(embeddings), *layers, len(parts) - len(embeddings) - sum(layers)]
+
+    def duplicate(self) -> "MultitaskBert":
+        """A copy with parameters of its own."""
+        return copy.deepcopy(self)
+
+
+class FrozenEncoder:
+    """The heads of a model on features computed before: what training and evaluation see while the encoder is frozen."""
+
+    def __init__(self, model: MultitaskBert) -> None:
+        self.model = model
+
+    def __call__(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        assert batch.features is not None and perturbation is None, "a frozen encoder has features only"
+        return self.model.predict(task, batch.features, masks)
+
+
+def parameter_counts(model: MultitaskBert) -> dict[str, int]:
+    """Numbers of parameters: total, shared, per task, and what single-task models of the same encoder would hold."""
+    shared = sum(p.numel() for p in model.shared_parameters().values())
+    of_tasks = {task: sum(p.numel() for p in model.task_parameters(task).values()) for task in model.layout.tasks}
+    return {
+        "total": shared + sum(of_tasks.values()),
+        "shared": shared,
+        "per_task": max(of_tasks.values()),
+        "separate_models": shared * len(of_tasks) + sum(of_tasks.values()),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(model: MultitaskBert, tokenizer_folder: Path, folder: Path) -> None:
+    """Writes model.safetensors, config.json and the tokenizer's files into an existing folder."""
+    from safetensors.torch import save_file
+
+    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder).items()}
+    for part, module in (("heads", model.heads), ("adapters", model.adapters)):
+        tensors.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
+    host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
+    values = {**model.encoder.config.to_dict(), "multitask_bert": model.layout.to_dict()}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that a path names: the best one of a run directory, or the folder itself."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory, expected a run or a checkpoint folder")
+    return path / "best" if (path / "best").is_dir() else path
+
+
+def read_layout(folder: Path) -> Layout | None:
+    """The heads and adapters in a checkpoint folder, or None for a plain encoder."""
+    values = read_config(folder).get("multitask_bert")
+    return None if values is None else Layout.from_dict(values, str(folder / "config.json"))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model from a checkpoint, and which parts of it the checkpoint did not hold and had to be made new."""
+
+    model: MultitaskBert
+    new_parts: tuple[str, ...]
+
+
+def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Loaded:
+    """The model of a layout with all that a checkpoint folder holds for it.
+
+    A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so are
+    adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the checkpoint
+    holds a head or adapter of another shape.
+    """
+    saved = read_layout(folder)
+    if saved is None:
+        encoder, lacking = load_bert(folder, generator)
+        new = (*(["pooler"] if lacking else []), *(f"head {t}" for t in layout.tasks))
+        return Loaded(MultitaskBert(encoder, layout, generator), (*new, *(["adapters"] if layout.adapters else [])))
+    _check_compatible(saved, layout, folder)
+    encoder = empty_bert(BertConfig.from_dict(read_config(folder), str(folder / "config.json")))
+    tensors = read_tensors(folder)
+    load_huggingface(encoder, tensors, str(folder))
+    model = MultitaskBert(encoder, layout, generator)
+    new_parts = [f"head {task}" for task in layout.tasks if task not in saved.tasks]
+    if layout.adapters is not None:
+        new_parts += [f"adapter {task}" for task in layout.tasks if saved.adapters is None or task not in saved.tasks]
+    for part, module in (("heads", model.heads), ("adapters", model.adapters)):
+        _load_parts(part, module, tensors, saved, folder)
+    return Loaded(model, tuple(new_parts))
+
+
+def _check_compatible(saved: Layout, layout: Layout, folder: Path) -> None:
+    if saved.head_layers != layout.head_layers and set(saved.tasks) & set(layout.tasks):
+        raise CheckpointError(
+            f"{folder}: its heads have {saved.head_layers} hidden layers, --head_layers is {layout.head_layers}"
+        )
+    if saved.adapters is not None and saved.adapters != layout.adapters:
+        found = saved.adapters.to_dict()
+        wanted = "no adapters" if layout.adapters is None else str(layout.adapters.to_dict())
+        raise CheckpointError(f"{folder}: it holds projected attention layers {found}, the flags ask for {wanted}")
+
+
+def _load_parts(part: str, module: nn.ModuleDict, tensors: Mapping[str, Tensor], saved: Layout, folder: Path) -> None:
+    has_part = part == "heads" or saved.adapters is not None
+    for name, target in module.state_dict().items():
+        if not has_part or name.split(".")[0] not in saved.tasks:
+            continue
+        value = tensors.get(f"{part}.{name}")
+        if value is None or value.shape != target.shape:
+            found = "missing" if value is None else f"of shape {tuple(value.shape)}"
+            raise CheckpointError(f"{folder}: {part}.{name} is {found}, expected {tuple(target.shape)}")
+        target.copy_(value)

@@ -1,0 +1,179 @@
+"""The run directory: configuration, metrics log, checkpoints and results of one run, and what resuming needs.
+
+Files are written beside their place and renamed. A process killed at any moment leaves a directory that can be resumed.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
+
+
+class RunError(ValueError):
+    """A run directory cannot be used; the message is one line for the user."""
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError if the file is absent or damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file, expected a run directory") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable as JSON ({error})") from None
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities as None, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replaces a folder by what `write` puts into an empty one.
+
+    A killed process leaves the old folder or the new one under its name, or, between two renames, the whole new one as
+    `<name>.new`; `recover_folder` takes that up.
+    """
+    beside, complete, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".new", ".old"))
+    for leftover in (beside, complete, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    write(beside)
+    os.rename(beside, complete)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(complete, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Completes a replacement that was cut off between its renames."""
+    complete = folder.with_name(folder.name + ".new")
+    if not folder.exists() and complete.exists():
+        os.rename(complete, folder)
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard where a folder for it is given."""
+
+    def __init__(self, path: Path, size: int, tensorboard: Path | None) -> None:
+        """size: bytes of the file to keep; what a killed run logged after its checkpoint will be logged again."""
+        self._file = path.open("ab")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self._folder = tensorboard
+        self._writer: Any = None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record; numbers of a step or an evaluation go to TensorBoard under their stage."""
+        self._file.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
+        self._file.flush()
+        if self._folder is None:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=int(record["step"]))
+        for tag, value in flatten({k: v for k, v in record.items() if k not in ("stage", "epoch", "step")}):
+            self._writer.add_scalar(f"{record['stage']}/{tag}", value, int(record["step"]))
+
+    @property
+    def size(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(tag, number) for all finite numbers in nested mappings; "loss", "dev/sst/accuracy"."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            yield f"{prefix}{key}", float(value)
+
+
+class RunDirectory:
+    """The folder of a run and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best, self.last = path / "best", path / "last"
+        self.predictions = path / "predictions"
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunDirectory":
+        """A new run directory. Raises RunError if the path exists, whatever it is: nothing is ever overwritten."""
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise RunError(
+                f"--out {path}: exists already, expected a new directory (--resume {path} continues a run)"
+            ) from None
+        except OSError as error:
+            raise RunError(f"--out {path}: cannot be made ({error.strerror})") from None
+        write_json(path / CONFIG, config)
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: Path) -> "RunDirectory":
+        """The run to resume. Raises RunError if it is none or has ended."""
+        if not (path / CONFIG).is_file():
+            raise RunError(f"--resume {path}: no run directory, expected one with {CONFIG}")
+        if (path / RESULTS).is_file():
+            raise RunError(f"--resume {path}: the run has ended, its results are in {path / RESULTS}")
+        run = cls(path)
+        for folder in (run.best, run.last):
+            recover_folder(folder)
+        return run
+
+    def config(self) -> dict[str, Any]:
+        return dict(read_json(self.path / CONFIG))
+
+    def open_metrics(self, size: int, tensorboard: bool) -> MetricsLog:
+        return MetricsLog(self.path / METRICS, size, self.path / "tensorboard" if tensorboard else None)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        write_json(self.path / RESULTS, finite(results))
+
+
+def write_trainer(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """The trainer's state beside a checkpoint: tensors as safetensors, the rest as JSON."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TRAINER_TENSORS)
+    write_json(folder / TRAINER_STATE, state)
+
+
+def read_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_trainer` wrote. Raises RunError if it is absent or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state = read_json(folder / TRAINER_STATE)
+    try:
+        return load_file(folder / TRAINER_TENSORS), state
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{folder / TRAINER_TENSORS}: not readable as safetensors ({error})") from None
