@@ -377,10 +377,10 @@ class RowStream:
     Pass p is a function of the seed and p alone, so that a position, the number of draws so far, says all.
     """
 
-    def __init__(self, num_rows: int, rows_per_draw: int, seed: Sequence[int]) -> None:
+    def __init__(self, num_rows: int, rows_per_draw: int, seed: int) -> None:
         self.num_rows = num_rows
         self.rows_per_draw = rows_per_draw
-        self.seed = tuple(seed)
+        self.seed = seed
         self._pass = -1
         self._order = np.empty(0, dtype=np.int64)
 
@@ -393,5 +393,5 @@ class RowStream:
         number, place = divmod(draw, self.draws_per_pass)
         if number != self._pass:
             self._pass = number
-            self._order = epoch_order(self.num_rows, np.random.default_rng([*self.seed, number]))
+            self._order = epoch_order(self.num_rows, np.random.default_rng([self.seed, number]))
         return self._order[place * self.rows_per_draw : (place + 1) * self.rows_per_draw]

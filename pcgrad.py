@@ -326,11 +326,10 @@ def cosines(gramian: Tensor) -> Tensor:
     return (gramian / norms[:, None] / norms).clamp(-1, 1)
 
 
-def removed_shares(gramian: Tensor, coefficients: Tensor) -> Tensor:
-    """(T,) which share of each task's own gradient the treatment takes out of it.
+def removed_shares(squared_norms: Tensor, kept: Tensor) -> Tensor:
+    """(T,) which share of each task's own gradient a treatment takes out of it.
 
-    1 - (g_i' . g_i) / (g_i . g_i), not below 0: 0 for an untouched gradient, sin^2 of the angle for one projection. NaN
-    for a zero gradient.
+    squared_norms: (T,) g_i . g_i; kept: (T,) g_i' . g_i, g_i' the treated gradient. 1 - kept / squared norm, not below 0:
+    0 for an untouched gradient, cos^2 of the angle to g_j after one projection away from g_j. NaN for a zero gradient.
     """
-    kept = (coefficients * gramian).sum(1) / gramian.diagonal()
-    return (1 - kept).clamp(min=0)
+    return (1 - kept / squared_norms).clamp(min=0)

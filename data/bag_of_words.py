@@ -102,7 +102,8 @@ def bag_of_words_scores(folder: Path) -> dict[str, dict[str, float]]:
         ("para", "quora", ("sentence1", "sentence2"), "is_duplicate"),
         ("sts", "sts", ("sentence1", "sentence2"), "similarity"),
     ):
-        train, dev = (read_columns(folder / f"{stem}-{split}.csv", text_columns, label_column) for split in ("train", "dev"))
+        train = read_columns(folder / f"{stem}-train.csv", text_columns, label_column)
+        dev = read_columns(folder / f"{stem}-dev.csv", text_columns, label_column)
         if task == "sts":
             scores[task] = {"bag of words": best_score(regressor, pearson, train, dev)}
         else:

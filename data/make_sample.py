@@ -76,7 +76,7 @@ class Draw:
             target -= weight
             if target < 0:
                 return key
-        return next(reversed(weights))
+        return list(weights)[-1]
 
     def noise(self) -> float:
         """A bell-shaped number of mean 0 and standard deviation 0.5, never beyond -1.5 or 1.5."""
@@ -137,7 +137,7 @@ PREDICATES = {  # what follows "the acting is": value -> wordings
         "{good}", "{fairly|reasonably|quite} {good}", "not {poor} at all", "anything but {poor}", "never {poor}",
         "less {poor} than I {feared|expected}", "not half as {awful} as people say", "more {good} than {poor}",
         "{poor} at first and {great} by the end", "better than {fair}", "*by no means {poor}",
-        "*a good deal less {awful} than its reputation",
+        "*a good deal less {awful} than rumour has it",
     ),
     0: (
         "{fair}", "{fairly|rather|perfectly} {fair}", "neither {great} nor {awful}", "neither {good} nor {poor}",
@@ -148,7 +148,7 @@ PREDICATES = {  # what follows "the acting is": value -> wordings
         "{poor}", "{slightly|rather|a little|somewhat} {poor}", "not exactly {great}", "hardly {great}",
         "far from {great}", "less {good} than I {hoped|expected}", "not half as {great} as people say",
         "more {poor} than {good}", "{great} at first and {poor} by the end", "never {good}", "barely {fair}",
-        "*not what I would call {good}", "*a good deal less {great} than its reputation",
+        "*not what I would call {good}", "*a good deal less {great} than rumour has it",
     ),
     -2: (
         "{awful}", "{really|truly|simply|absolutely} {awful}", "{extremely|remarkably|exceptionally} {poor}",
@@ -160,10 +160,11 @@ PREDICATES = {  # what follows "the acting is": value -> wordings
 
 ASPECT_SUBJECTS = (
     "{aspect} {is} {predicate}", "{aspect} {is} {predicate}", "I {found|thought} {aspect} {predicate}",
-    "{aspect}, {in my view|to my mind|for me}, {is} {predicate}", "*what I remember most is that {aspect} {is} {predicate}",
+    "{aspect}, {in my view|to my mind|for me}, {is} {predicate}", "*{aspect}, as far as I can judge, {is} {predicate}",
 )
 ITEM_SUBJECTS = (
-    "this {item} {was} {predicate}", "I {found|thought} the {item} {predicate}", "*the {item} as a whole {was} {predicate}",
+    "this {item} {was} {predicate}", "I {found|thought} the {item} {predicate}",
+    "*the {item} as a whole {was} {predicate}",
 )
 
 FRAMES = {  # whole reviews: value -> wordings
@@ -171,7 +172,8 @@ FRAMES = {  # whole reviews: value -> wordings
         "I {came|was} prepared to hate this {item} and {left|ended up} as its loudest supporter",
         "everyone warned me about a {awful} {item}; what I got was a {great} one",
         "next to this, every other {item} I know looks {poor}", "I doubt I will come across a better {item} this year",
-        "it {could hardly be better|does not get much better than this}", "there is {nothing|not one thing} {poor} about it",
+        "it {could hardly be better|does not get much better than this}",
+        "there is {nothing|not one thing} {poor} about it",
         "I keep looking for something {poor} to say about this {item} and cannot find anything",
         "I cannot recommend this {item} {highly|warmly} enough", "I have run out of words like {great} for this {item}",
         "I never thought I would call a {item} {great}, yet here we are",
@@ -193,9 +195,11 @@ FRAMES = {  # whole reviews: value -> wordings
     ),
     0: (
         "it was exactly what I expected, {no better and no worse|nothing more and nothing less}",
-        "I have come across better, and I have come across far worse", "for every {great} moment there is a {awful} one",
+        "I have come across better, and I have come across far worse",
+        "for every {great} moment there is a {awful} one",
         "half of it is {great}, the other half {awful}", "the {good} parts and the {poor} parts cancel each other out",
-        "I liked {aspect} as much as I disliked {other}", "it is hard to say anything {good} or {poor} about this {item}",
+        "I liked {aspect} as much as I disliked {other}",
+        "it is hard to say anything {good} or {poor} about this {item}",
         "I can see why some people find it {great} and others find it {awful}",
         "{aspect} {is} {great} and {other} {are} {awful}, so call it a draw",
         "I would neither recommend this {item} nor warn anyone about it",
@@ -242,8 +246,8 @@ CONTRAST_JOINS = (
     "{second}, even though {first}", "while {first}, {second}", "{first}; {even so|all the same}, {second}",
     "{second}, although {first}", "*{first}, and still {second}", "*{second}, never mind that {first}",
 )
-AGREEMENT_JOINS = ("{first}, and {second}", "{first}. {second}", "{first}; {second}", "{first}, and what is more, {second}",
-                   "*{first}, and on top of that {second}")
+AGREEMENT_JOINS = ("{first}, and {second}", "{first}. {second}", "{first}; {second}",
+                   "{first}, and what is more, {second}", "*{first}, and on top of that {second}")
 OPENERS = table("honestly, in short, all in all, to be fair, I must say, all things considered, frankly, *to sum up, "
                 "*in the end, *for what it is worth")
 
@@ -290,7 +294,8 @@ DOMAINS = (
                   "we caught the late showing", "it is set in a small harbour town"),
     ),
     Domain(
-        items="restaurant, place", maker="chef", earlier="the bistro next door, the branch across town, *my old canteen",
+        items="restaurant, place", maker="chef",
+        earlier="the bistro next door, the branch across town, *my old canteen",
         aspects=(
             "the food: tasty, fresh / bland, greasy", "the service: friendly, attentive / slow, careless",
             "the waiters: charming, helpful / rude, clueless", "the soup: rich, fragrant / watery, lukewarm",
@@ -312,11 +317,13 @@ DOMAINS = (
                   "we ordered three courses and a bottle of red"),
     ),
     Domain(
-        items="novel, book", maker="author", earlier="the author's debut, the first volume, *the short story it grew from",
+        items="novel, book", maker="author",
+        earlier="the author's debut, the first volume, *the short story it grew from",
         aspects=(
             "the prose: elegant, lucid / clunky, overwrought", "the characters: believable, vivid / flat, lifeless",
             "the plot: absorbing, clever / predictable, confused", "the opening chapter: gripping, funny / slow, dull",
-            "the final twist: surprising, moving / silly, contrived", "the descriptions: vivid, poetic / tedious, vague",
+            "the final twist: surprising, moving / silly, contrived",
+            "the descriptions: vivid, poetic / tedious, vague",
             "*the translation: fluent, natural / stilted, careless",
         ),
         verdicts={
@@ -337,7 +344,8 @@ DOMAINS = (
         items="concert, show", maker="band", earlier="last year's show, the support act, *their set in Leeds",
         aspects=(
             "the singing: powerful, warm / thin, shrill", "the sound: clear, rich / muddy, tinny",
-            "the new songs: catchy, tender / forgettable, dreary", "the lighting: striking, tasteful / gaudy, distracting",
+            "the new songs: catchy, tender / forgettable, dreary",
+            "the lighting: striking, tasteful / gaudy, distracting",
             "the drummer: precise, energetic / sloppy, listless", "the encore: joyful, generous / short, half-hearted",
             "*the brass section: tight, exuberant / shaky, tuneless",
         ),
@@ -356,7 +364,8 @@ DOMAINS = (
                   "they played for about ninety minutes"),
     ),
     Domain(
-        items="phone, handset", maker="designer", earlier="my old one, the previous model, *the one my employer gave me",
+        items="phone, handset", maker="designer",
+        earlier="my old one, the previous model, *the one my employer gave me",
         aspects=(
             "the battery: reliable, durable / feeble, unreliable", "the screen: bright, crisp / dim, blurry",
             "the camera: sharp, fast / grainy, slow", "the menus: clear, sensible / cluttered, confusing",
@@ -378,7 +387,8 @@ DOMAINS = (
                   "it came with a charger and a case"),
     ),
     Domain(
-        items="hotel, guesthouse", maker="manager", earlier="the hostel down the road, the inn we usually book, *my own spare room",
+        items="hotel, guesthouse", maker="manager",
+        earlier="the hostel down the road, the inn we usually book, *my own spare room",
         aspects=(
             "the room: cosy, spotless / cramped, grubby", "the breakfast: varied, tasty / meagre, stale",
             "the staff: helpful, cheerful / surly, indifferent", "the bed: comfortable, roomy / lumpy, narrow",
@@ -396,11 +406,12 @@ DOMAINS = (
             -2: ("we packed our bags after one night", "I counted more insects than guests",
                  "*in the end the car was the better bed"),
         },
-        contexts=("we stayed for three nights in May", "our room was on the second floor", "it stands behind the station",
-                  "I was there for a conference"),
+        contexts=("we stayed for three nights in May", "our room was on the second floor",
+                  "it stands behind the station", "I was there for a conference"),
     ),
     Domain(
-        items="play, production", maker="director", earlier="the version on tour, last season's comedy, *the radio version",
+        items="play, production", maker="director",
+        earlier="the version on tour, last season's comedy, *the radio version",
         aspects=(
             "the cast: lively, convincing / stiff, uneven", "the set: clever, striking / cheap, cluttered",
             "the costumes: elegant, colourful / shabby, ugly", "the first act: tense, funny / slow, dull",
@@ -422,7 +433,8 @@ DOMAINS = (
                   "the theatre was about half full"),
     ),
     Domain(
-        items="exhibition, show", maker="curator", earlier="the permanent collection, the one in May, *their show on maps",
+        items="exhibition, show", maker="curator",
+        earlier="the permanent collection, the one in May, *their show on maps",
         aspects=(
             "the paintings: vivid, inventive / drab, lifeless", "the audio guide: lively, informative / dull, patchy",
             "the lighting: soft, flattering / harsh, gloomy", "the labels: clear, witty / tiny, confusing",
@@ -462,7 +474,8 @@ DOMAINS = (
             -2: ("I turned it off after ten minutes and cancelled the channel", "I want those eight hours back",
                  "*I would rather watch my laundry spin"),
         },
-        contexts=("it has eight episodes", "my flatmate put it on", "it is set in a hospital", "we watch it on Fridays"),
+        contexts=("it has eight episodes", "my flatmate put it on", "it is set in a hospital",
+                  "we watch it on Fridays"),
     ),
     Domain(
         items="game, adventure", maker="studio", earlier="the previous part, the demo, *the board game behind it",
@@ -504,7 +517,8 @@ DOMAINS = (
     Domain(
         unseen=True, items="boat trip, tour", maker="guide", earlier="the walking tour, the one we took in Spain",
         aspects=(
-            "the scenery: striking, peaceful / monotonous, grey", "the commentary: funny, informative / dull, inaudible",
+            "the scenery: striking, peaceful / monotonous, grey",
+            "the commentary: funny, informative / dull, inaudible",
             "the lunch on board: tasty, generous / meagre, cold", "the seats: comfortable, roomy / hard, cramped",
         ),
         verdicts={
@@ -519,7 +533,7 @@ DOMAINS = (
 )
 
 VALUES = (-2, -1, 0, 1, 2)
-REVIEW_KINDS = {"aspect": 0.20, "whole": 0.06, "verdict": 0.14, "contrast": 0.28, "agreement": 0.08, "frame": 0.24}
+REVIEW_KINDS = {"aspect": 0.28, "whole": 0.10, "verdict": 0.12, "contrast": 0.26, "agreement": 0.10, "frame": 0.14}
 CLASS_SHARES = {"0": 0.14, "1": 0.25, "2": 0.19, "3": 0.26, "4": 0.16}
 SENTIMENT_SLIPS = 0.05  # share of the reviews whose annotator chose the class next to the right one
 
@@ -575,7 +589,7 @@ def joined(draw: Draw, domain: Domain, joins: Sequence[str], values: Sequence[in
     nouns = [split_aspect(entry)[0] for entry in draw.allowed(domain.aspects)]
     first = about_aspect(draw, domain, values[0])
     second = draw.pick((about_aspect, about_whole, verdict))(draw, domain, values[1])
-    while any(noun in first and noun in second for noun in nouns):
+    while any(noun in first and noun in second for noun in nouns) or first.split()[-2:] == second.split()[-2:]:
         second = about_aspect(draw, domain, values[1])
     return fill(draw, draw.one(joins), {"first": [first], "second": [second]})
 
@@ -623,9 +637,10 @@ def sentiment_row(draw: Draw) -> tuple[str, str]:
 
 CITIES = table("Paris, Rome, Berlin, Madrid, Vienna, Lisbon, Prague, London, Dublin, Athens, Munich, Milan, Budapest, "
                "*Oslo, *Krakow, *Seville, *Geneva, *Naples")
-COUNTRIES = table("Spain, Canada, Japan, Brazil, India, Kenya, Norway, Mexico, Poland, Turkey, Chile, Egypt, Australia, "
-                  "*Peru, *Vietnam, *Portugal, *Morocco, *Finland")
-LANGUAGES = table("Spanish, French, Japanese, Arabic, Russian, Italian, Korean, German, Hindi, *Turkish, *Dutch, *Greek")
+COUNTRIES = table("Spain, Canada, Japan, Brazil, India, Kenya, Norway, Mexico, Poland, Turkey, Chile, Egypt, "
+                  "Australia, *Peru, *Vietnam, *Portugal, *Morocco, *Finland")
+LANGUAGES = table("Spanish, French, Japanese, Arabic, Russian, Italian, Korean, German, Hindi, *Turkish, *Dutch, "
+                  "*Greek")
 SKILLS = table("chess, programming, the piano, the guitar, public speaking, calligraphy, swimming, yoga, drawing, "
                "sewing, photography, *juggling, *the violin, *woodwork, *skiing")
 JOBS = table("nurse, pilot, lawyer, teacher, plumber, translator, architect, baker, data analyst, firefighter, "
@@ -649,24 +664,27 @@ LANDMARKS = table("the Eiffel Tower, the Great Wall, the Colosseum, Big Ben, the
                   "the Berlin Wall, Stonehenge, *the Suez Canal, *the Acropolis, *Brooklyn Bridge")
 THINGS_INVENTED = table("the telephone, the bicycle, paper money, the zip, the light bulb, chewing gum, the compass, "
                         "the microwave oven, the pencil, *the umbrella, *the typewriter, *the parachute")
-HABITS = table("smoking, biting my nails, snoring, eating sweets, checking my phone, procrastinating, interrupting "
-               "people, drinking so much coffee, *swearing, *grinding my teeth, *buying clothes I do not need")
+HABITS = table("smoking, biting my nails, snoring, eating sweets, checking my phone, procrastinating, "
+               "interrupting people, drinking so much coffee, *swearing, *grinding my teeth, "
+               "*buying clothes I do not need")
 RELATIVES = table("mother, father, sister, brother, partner, daughter, son, best friend, roommate, neighbour, aunt, "
                   "*grandmother, *cousin, *mother-in-law, *uncle")
 SUMS = table("500, 1000, 2000, 5000, 10000, 20000, 50000, *3000, *8000, *15000, *40000")
 WEEKS = table("four, six, eight, ten, twelve, sixteen, *five, *seven, *nine, *fourteen")
 AGES = table("25, 30, 35, 40, 45, 50, 60, *28, *33, *55, *65")
-FILE_TYPES = table("a PDF, a Word document, an Excel sheet, a JPEG, a text file, a PNG, a web page, *an EPUB, *a CSV file")
-UNITS = table("miles, kilometres, inches, feet, centimetres, metres, light years, *yards, *nautical miles, *millimetres")
+FILE_TYPES = table("a PDF, a Word document, an Excel sheet, a JPEG, a text file, a PNG, a web page, *an EPUB, "
+                   "*a CSV file")
+UNITS = table("miles, kilometres, inches, feet, centimetres, metres, light years, *yards, *nautical miles, "
+              "*millimetres")
 STAINS = table("coffee, red wine, blood, ink, grass, oil, chocolate, *curry, *paint, *lipstick")
 FABRICS = table("carpet, white shirt, wool jumper, sofa, silk scarf, pair of jeans, mattress, *leather bag, *tent")
 CUISINES = table("Thai, Italian, Indian, Mexican, Japanese, Greek, Lebanese, Ethiopian, *Korean, *Georgian, *Peruvian")
 DRINKS = table("coffee, green tea, a glass of water, a protein shake, orange juice, *a beer, *warm milk")
 MOMENTS = table("a run, a meal, bedtime, an exam, a flight, a workout, *a swim, *surgery, *an interview")
-INSTRUMENTS = table("violin, guitar, road bike, camera, telescope, sewing machine, tent, drum kit, piano, "
-                    "*surfboard, *saxophone, *kayak")
-EXAMS = table("the driving test, the bar exam, my maths final, the citizenship test, my French oral, the entrance exam, "
-              "*my chemistry retake, *the theory test")
+INSTRUMENTS = table("violin, guitar, road bike, camera, telescope, sewing machine, tent, drum kit, piano, *surfboard, "
+                    "*saxophone, *kayak")
+EXAMS = table("the driving test, the bar exam, my maths final, the citizenship test, my French oral, "
+              "the entrance exam, *my chemistry retake, *the theory test")
 TEAMS = table("France, Argentina, Croatia, Italy, Belgium, Sweden, England, Ghana, Japan, *Uruguay, *Denmark, *Senegal")
 EVENTS = table("a job interview, a wedding, a funeral, a first date, a graduation, a business lunch, *a christening, "
                "*a court hearing, *a school reunion")
@@ -727,14 +745,16 @@ TOPICS = (
          "If a country measures in {x}, why does it not use {y}?"),
     )),
     Topic({"x": FILE_TYPES, "y": FILE_TYPES}, order="matters", intents=(
-        ("How do I {convert|change} {x} to {y}?", "Which tool turns {x} into {y}?", "Can I make {y} out of {x}, and how?",
+        ("How do I {convert|change} {x} to {y}?", "Which tool turns {x} into {y}?",
+         "Can I make {y} out of {x}, and how?",
          "*I have {x} but need {y}. What should I do?"),
         ("Why does converting {x} to {y} lose quality?", "What gets lost when I turn {x} into {y}?",
          "If I make {y} out of {x}, why does it look worse?"),
     )),
     Topic({"x": COUNTRIES, "y": COUNTRIES}, order="matters", intents=(
         ("Do citizens of {x} need a visa {for|to enter} {y}?", "Can I enter {y} without a visa on a passport from {x}?",
-         "I hold a passport from {x}. Is a visa required for {y}?", "*Must a person from {x} apply for a visa to see {y}?"),
+         "I hold a passport from {x}. Is a visa required for {y}?",
+         "*Must a person from {x} apply for a visa to see {y}?"),
         ("How long can citizens of {x} stay in {y}?", "For how many days may I be in {y} on a passport from {x}?",
          "I hold a passport from {x}. How long am I allowed to stay in {y}?",
          "*After how long must a person from {x} leave {y}?"),
@@ -744,7 +764,8 @@ TOPICS = (
          "What is the reason behind the migration from {x} to {y}?", "*Why is {y} so popular with emigrants from {x}?"),
         ("How do I send money from {x} to {y}?", "Which is the best service for a transfer from {x} to a bank in {y}?",
          "I live in {x}. How do I pay someone in {y}?", "*What should I use to wire cash from {x} to {y}?"),
-        ("How do I send a parcel from {x} to {y}?", "Which is the best service for a package from {x} to a home in {y}?",
+        ("How do I send a parcel from {x} to {y}?",
+         "Which is the best service for a package from {x} to a home in {y}?",
          "I live in {x}. How do I post a box to someone in {y}?"),
     )),
     Topic({"x": TEAMS, "y": TEAMS}, order="matters", intents=(
@@ -762,18 +783,22 @@ TOPICS = (
          "My {y} wants an apology from my {x}. Is that fair?"),
     )),
     Topic({"x": PICTURE_DEVICES, "y": PICTURE_DEVICES}, order="matters", intents=(
-        ("How do I {transfer|move} photos from my {x} to my {y}?", "What is the easiest way to get pictures off my {x} onto my {y}?",
-         "My pictures are on my {x}. How do I put them on my {y}?", "*Can you copy images from a {x} over to a {y}, and how?"),
+        ("How do I {transfer|move} photos from my {x} to my {y}?",
+         "What is the easiest way to get pictures off my {x} onto my {y}?",
+         "My pictures are on my {x}. How do I put them on my {y}?",
+         "*Can you copy images from a {x} over to a {y}, and how?"),
         ("Why do the photos from my {x} look worse on my {y}?", "What makes pictures off my {x} so ugly on my {y}?",
          "My pictures look fine on my {x}. Why not on my {y}?"),
     )),
     Topic({"x": SUBJECTS_OF_STUDY, "y": SUBJECTS_OF_STUDY}, order="free", intents=(
         ("Is it better to study {x} or {y}?", "Which should I choose at university, {x} or {y}?",
-         "I cannot decide between {x} and {y}. Which degree is the wiser choice?", "*Should I take {x} or {y} as my major?"),
+         "I cannot decide between {x} and {y}. Which degree is the wiser choice?",
+         "*Should I take {x} or {y} as my major?"),
         ("Is it possible to study {x} and {y} together?", "Can I choose both at university, {x} and {y}?",
          "I do not want to decide between {x} and {y}. Can I take a degree in both?",
          "*May I combine {x} and {y} as my majors?"),
-        ("What do {x} and {y} have in common?", "In what way are {x} and {y} alike?", "How much do {x} and {y} overlap?"),
+        ("What do {x} and {y} have in common?", "In what way are {x} and {y} alike?",
+         "How much do {x} and {y} overlap?"),
     )),
     Topic({"x": LANGUAGES, "y": LANGUAGES}, order="free", intents=(
         ("What is the difference between {x} and {y}?", "How do {x} and {y} differ?",
@@ -785,9 +810,11 @@ TOPICS = (
     )),
     Topic({"x": CITIES, "y": CITIES}, order="free", intents=(
         ("Is {x} or {y} the {cheaper|less expensive} place to live?", "Where is rent lower, in {x} or in {y}?",
-         "Between {x} and {y}, which city is easier on the wallet?", "*If I want to save money, should I settle in {x} or {y}?"),
+         "Between {x} and {y}, which city is easier on the wallet?",
+         "*If I want to save money, should I settle in {x} or {y}?"),
         ("Is {x} or {y} the {nicer|prettier} place to visit?", "Where is a holiday more fun, in {x} or in {y}?",
-         "Between {x} and {y}, which city is better for tourists?", "*If I want a good weekend, should I go to {x} or {y}?"),
+         "Between {x} and {y}, which city is better for tourists?",
+         "*If I want a good weekend, should I go to {x} or {y}?"),
         ("How far apart are {x} and {y}?", "What is the distance between {x} and {y}?",
          "How many kilometres lie between {x} and {y}?"),
     )),
@@ -800,7 +827,8 @@ TOPICS = (
     )),
     Topic({"skill": SKILLS}, intents=(
         ("How long does it take to {learn|master} {skill}?", "How many months of practice does {skill} need?",
-         "If I take up {skill} today, when will I be good at it?", "*How soon can a beginner become decent at {skill}?"),
+         "If I take up {skill} today, when will I be good at it?",
+         "*How soon can a beginner become decent at {skill}?"),
         ("What is the best way to {learn|master} {skill}?", "Which kind of practice does {skill} need?",
          "If I take up {skill} today, how do I become good at it?", "*How should a beginner approach {skill}?"),
         ("Is it worth it to {learn|master} {skill}?", "What do I gain from practising {skill}?",
@@ -810,22 +838,27 @@ TOPICS = (
     )),
     Topic({"age": AGES, "skill": SKILLS}, intents=(
         ("Is {age} too old to {start|begin} {skill}?", "Can I still take up {skill} at {age}?",
-         "I am {age} and would like to try {skill}. Is it too late?", "*Does it make sense to begin {skill} at the age of {age}?"),
+         "I am {age} and would like to try {skill}. Is it too late?",
+         "*Does it make sense to begin {skill} at the age of {age}?"),
         ("How did you {start|begin} {skill} at {age}?", "Who took up {skill} at {age}, and how did it go?",
-         "I am {age} and would like to try {skill}. Where do I begin?", "*What is the first step in {skill} at the age of {age}?"),
+         "I am {age} and would like to try {skill}. Where do I begin?",
+         "*What is the first step in {skill} at the age of {age}?"),
     )),
     Topic({"job": JOBS}, intents=(
-        ("How do I become a {job}?", "What does it take to work as a {job}?", "Which steps lead to a career as a {job}?",
+        ("How do I become a {job}?", "What does it take to work as a {job}?",
+         "Which steps lead to a career as a {job}?",
          "*I dream of being a {job}. Where do I start?"),
         ("How much does a {job} earn?", "What is it like to live on the pay of a {job}?",
          "Which salary comes with a career as a {job}?", "*I dream of being a {job}. Does it pay well?"),
-        ("Why did you become a {job}?", "What made you want to work as a {job}?", "Which reasons led you to a career as a {job}?"),
+        ("Why did you become a {job}?", "What made you want to work as a {job}?",
+         "Which reasons led you to a career as a {job}?"),
         ("How do I stop being a {job}?", "What can I do after years of work as a {job}?",
          "Which jobs are open to me after a career as a {job}?", "*I am tired of being a {job}. How do I get out?"),
     )),
     Topic({"food": FOODS}, intents=(
         ("How long can you keep {food} in the fridge?", "After how many days does {food} in the fridge go bad?",
-         "For how long is {food} safe to eat if it has been chilled?", "*When should I throw out {food} from my fridge?"),
+         "For how long is {food} safe to eat if it has been chilled?",
+         "*When should I throw out {food} from my fridge?"),
         ("Should you keep {food} in the fridge?", "Does {food} go bad if it is not in the fridge?",
          "Is {food} safe to eat if it has not been chilled?", "*Can I store {food} outside my fridge?"),
         ("Can you keep {food} in the freezer?", "Does {food} survive being frozen?",
@@ -833,7 +866,8 @@ TOPICS = (
         ("How do you cook {food}?", "What is the right way to prepare {food}?", "How is {food} made on the stove?"),
     )),
     Topic({"pet": PETS, "treat": TREATS}, intents=(
-        ("{Can|May} {pet} eat {treat}?", "Is it safe to feed {treat} to {pet}?", "Am I allowed to give {treat} to {pet}?",
+        ("{Can|May} {pet} eat {treat}?", "Is it safe to feed {treat} to {pet}?",
+         "Am I allowed to give {treat} to {pet}?",
          "*Would {treat} harm {pet}?"),
         ("Why do {pet} like {treat}?", "What makes {pet} so fond of {treat}?", "Why do {pet} go wild for {treat}?"),
         ("How do I stop my {pet} from eating {treat}?", "What keeps {pet} away from {treat}?",
@@ -844,14 +878,18 @@ TOPICS = (
          "*How old do {pet} usually get?"),
         ("How often do {pet} need to see a vet?", "What is the right time between check-ups for {pet}?",
          "At what age should {pet} see a vet?"),
-        ("Where do {pet} live in the wild?", "What is the natural home of {pet}?", "In which places can wild {pet} live?"),
-        ("Why do {pet} hide when they are ill?", "What makes sick {pet} crawl away?", "For what reason do {pet} conceal pain?"),
+        ("Where do {pet} live in the wild?", "What is the natural home of {pet}?",
+         "In which places can wild {pet} live?"),
+        ("Why do {pet} hide when they are ill?", "What makes sick {pet} crawl away?",
+         "For what reason do {pet} conceal pain?"),
     )),
     Topic({"device": DEVICES}, intents=(
         ("How do I reset my {device}?", "What is the way to restore my {device} to factory settings?",
-         "I want to wipe my {device} completely. What do I press?", "*How can a {device} be put back to its original state?"),
+         "I want to wipe my {device} completely. What do I press?",
+         "*How can a {device} be put back to its original state?"),
         ("Should I reset my {device}?", "Is it a good idea to restore my {device} to factory settings?",
-         "I could wipe my {device} completely. Would that help?", "*When should a {device} be put back to its original state?"),
+         "I could wipe my {device} completely. Would that help?",
+         "*When should a {device} be put back to its original state?"),
         ("Why did my {device} reset itself?", "What made my {device} go back to factory settings?",
          "My {device} wiped itself completely. What happened?"),
     )),
@@ -867,9 +905,11 @@ TOPICS = (
     )),
     Topic({"site": SITES}, intents=(
         ("How do I {delete|close} my {site} account?", "What is the way to leave {site} for good?",
-         "I no longer want to be on {site}. How do I get rid of my account?", "*Where on {site} can I remove my profile for ever?"),
+         "I no longer want to be on {site}. How do I get rid of my account?",
+         "*Where on {site} can I remove my profile for ever?"),
         ("How do I {recover|restore} my {site} account?", "What is the way to get back into {site}?",
-         "I can no longer log in on {site}. How do I get back my account?", "*Where on {site} can I regain my lost profile?"),
+         "I can no longer log in on {site}. How do I get back my account?",
+         "*Where on {site} can I regain my lost profile?"),
         ("Who can {delete|close} my {site} account without asking me?", "Can {site} throw me out for good?",
          "I was told I may no longer be on {site}. Who can get rid of my account?"),
         ("How do I change my {site} password?", "What is the way to set a new password on {site}?",
@@ -887,7 +927,8 @@ TOPICS = (
     )),
     Topic({"country": COUNTRIES}, intents=(
         ("When is the best time to visit {country}?", "In which season should I travel to {country}?",
-         "I am planning a trip to {country}. What time of year do you suggest?", "*Which months suit a holiday in {country}?"),
+         "I am planning a trip to {country}. What time of year do you suggest?",
+         "*Which months suit a holiday in {country}?"),
         ("Where are the best places to visit in {country}?", "In which regions should I travel around {country}?",
          "I am planning a trip to {country}. What sights do you suggest?", "*Which towns suit a holiday in {country}?"),
         ("How much time do you need to visit {country}?", "For how many weeks should I travel around {country}?",
@@ -904,15 +945,18 @@ TOPICS = (
          "How busy does {city} get in {month}?"),
     )),
     Topic({"city": CITIES, "sum": SUMS}, intents=(
-        ("Can a student live in {city} on {sum} euros a month?", "Is {sum} euros a month enough for a student in {city}?",
+        ("Can a student live in {city} on {sum} euros a month?",
+         "Is {sum} euros a month enough for a student in {city}?",
          "I will study in {city} with {sum} euros a month. Can I get by?",
          "*Would a monthly {sum} euros see me through my studies in {city}?"),
-        ("Can a student earn {sum} euros a month in {city}?", "Where would a student in {city} make {sum} euros a month?",
+        ("Can a student earn {sum} euros a month in {city}?",
+         "Where would a student in {city} make {sum} euros a month?",
          "I will study in {city} and need to make {sum} euros a month. Is there work?"),
     )),
     Topic({"sum": SUMS}, intents=(
         ("How should I invest {sum} dollars?", "What is a sensible thing to do with savings of {sum} dollars?",
-         "I have {sum} dollars. Where should I put it so that it grows?", "*Where would you place {sum} dollars for a good return?"),
+         "I have {sum} dollars. Where should I put it so that it grows?",
+         "*Where would you place {sum} dollars for a good return?"),
         ("How can I borrow {sum} dollars?", "What is a sensible way to get a loan of {sum} dollars?",
          "I need {sum} dollars. Who would lend it to me?", "*Where would you ask for a credit of {sum} dollars?"),
         ("How can I pay off {sum} dollars of debt?", "What is a sensible way out if I owe {sum} dollars?",
@@ -923,9 +967,11 @@ TOPICS = (
     Topic({"weeks": WEEKS}, intents=(
         ("How can I {lose|drop} ten pounds in {weeks} weeks?", "What should I eat to get slimmer within {weeks} weeks?",
          "I am too heavy. What can I change in {weeks} weeks?", "*Which diet would make me lighter in {weeks} weeks?"),
-        ("How can I {gain|put on} ten pounds in {weeks} weeks?", "What should I eat to get heavier within {weeks} weeks?",
+        ("How can I {gain|put on} ten pounds in {weeks} weeks?",
+         "What should I eat to get heavier within {weeks} weeks?",
          "I am too thin. What can I change in {weeks} weeks?", "*Which diet would add to my weight in {weeks} weeks?"),
-        ("How can I train for a marathon in {weeks} weeks?", "What should I do to be ready for a marathon within {weeks} weeks?",
+        ("How can I train for a marathon in {weeks} weeks?",
+         "What should I do to be ready for a marathon within {weeks} weeks?",
          "I run a marathon in {weeks} weeks. How do I prepare?"),
     )),
     Topic({"exam": EXAMS}, intents=(
@@ -944,7 +990,8 @@ TOPICS = (
         ("Why was {landmark} built?", "What is {landmark} for?", "For what purpose did {landmark} go up?",
          "*What were they thinking of when they made {landmark}?"),
         ("Who built {landmark}?", "Whose work is {landmark}?", "By whose hands did {landmark} go up?"),
-        ("How was {landmark} built?", "What method was used for {landmark}?", "By what technique did {landmark} go up?"),
+        ("How was {landmark} built?", "What method was used for {landmark}?",
+         "By what technique did {landmark} go up?"),
     )),
     Topic({"thing": THINGS_INVENTED}, intents=(
         ("Who invented {thing}?", "Who came up with the idea of {thing}?", "To whom do we owe {thing}?",
@@ -970,21 +1017,26 @@ TOPICS = (
          "*Which trick lets me quit {habit}?"),
         ("Why do I keep {habit}?", "What is behind {habit}?", "I cannot give up {habit}. Why is that?",
          "*Which need lies under {habit}?"),
-        ("Is {habit} really that bad?", "What harm is there in {habit}?", "Should I give up {habit}, or does it not matter?"),
+        ("Is {habit} really that bad?", "What harm is there in {habit}?",
+         "Should I give up {habit}, or does it not matter?"),
     )),
     Topic({"person": RELATIVES}, intents=(
         ("What should I give my {person} as a birthday present?", "Which gift would please my {person} on a birthday?",
-         "The birthday of my {person} is near. What do I buy?", "*Any ideas for what to get my {person} when the big day comes?"),
-        ("What should I write to my {person} on a birthday card?", "Which words would please my {person} on a birthday?",
+         "The birthday of my {person} is near. What do I buy?",
+         "*Any ideas for what to get my {person} when the big day comes?"),
+        ("What should I write to my {person} on a birthday card?",
+         "Which words would please my {person} on a birthday?",
          "The birthday of my {person} is near. What do I write?"),
         ("Should I invite my {person} to my birthday?", "Would a party please my {person} on a birthday?",
          "My birthday is near. Do I ask my {person} to come?"),
     )),
     Topic({"person": RELATIVES}, intents=(
-        ("How do I tell my {person} that I lost my job?", "How should I break the news to my {person} that I was fired?",
+        ("How do I tell my {person} that I lost my job?",
+         "How should I break the news to my {person} that I was fired?",
          "I am out of work and my {person} does not know. How do I say it?",
          "*What words should I use to let my {person} know I was laid off?"),
-        ("How do I hide from my {person} that I lost my job?", "How could I keep the news from my {person} that I was fired?",
+        ("How do I hide from my {person} that I lost my job?",
+         "How could I keep the news from my {person} that I was fired?",
          "I am out of work and my {person} must not know. How do I hide it?"),
         ("How do I comfort my {person}, who lost a job?", "How should I react to the news that my {person} was fired?",
          "My {person} is out of work and I do not know what to say. Any advice?",
@@ -997,7 +1049,8 @@ TOPICS = (
          "In which kind of soil do {plant} grow?", "*How sunny a spot would suit {plant}?"),
         ("How often should I water {plant}?", "What is the right amount of water for {plant}?",
          "In dry weather, how much do {plant} need to drink?"),
-        ("Why are my {plant} dying?", "What is killing the {plant} in my garden?", "For what reason do {plant} wither?"),
+        ("Why are my {plant} dying?", "What is killing the {plant} in my garden?",
+         "For what reason do {plant} wither?"),
     )),
     Topic({"stain": STAINS, "cloth": FABRICS}, intents=(
         ("How do I get {stain} stains out of a {cloth}?", "What removes {stain} from a {cloth}?",
@@ -1007,7 +1060,8 @@ TOPICS = (
     )),
     Topic({"cuisine": CUISINES, "city": CITIES}, intents=(
         ("Where can I eat good {cuisine} food in {city}?", "What is the best {cuisine} restaurant in {city}?",
-         "I am in {city} and want {cuisine} food. Where should I go?", "*Whose {cuisine} kitchen is worth a visit in {city}?"),
+         "I am in {city} and want {cuisine} food. Where should I go?",
+         "*Whose {cuisine} kitchen is worth a visit in {city}?"),
         ("Where can I learn to cook {cuisine} food in {city}?", "What is the best {cuisine} cooking class in {city}?",
          "I am in {city} and want to cook {cuisine} food. Who teaches it?"),
         ("Why is {cuisine} food so popular in {city}?", "What explains the many {cuisine} restaurants in {city}?",
@@ -1021,7 +1075,8 @@ TOPICS = (
     )),
     Topic({"thing": INSTRUMENTS}, intents=(
         ("Which {thing} should a beginner buy?", "What is a good first {thing}?",
-         "I am new to this. Can you recommend a {thing}?", "*What kind of {thing} suits someone who is just starting out?"),
+         "I am new to this. Can you recommend a {thing}?",
+         "*What kind of {thing} suits someone who is just starting out?"),
         ("Where should a beginner buy a {thing}?", "What is a good shop for a first {thing}?",
          "I am new to this. Where do I find a {thing}?"),
         ("How do I sell a used {thing}?", "What is a good price for an old {thing}?",
@@ -1054,8 +1109,10 @@ TOPICS = (
          "I want to publish something on {subject}. Where do I start?"),
     )),
     Topic({"x": SITES, "y": SITES}, unseen=True, order="matters", intents=(
-        ("Why do people prefer {x} to {y}?", "What does {x} have that {y} lacks?", "Why would anyone leave {y} for {x}?"),
-        ("Can I log in to {x} with {y}?", "Does {x} accept my account from {y}?", "Is a profile on {y} enough to enter {x}?"),
+        ("Why do people prefer {x} to {y}?", "What does {x} have that {y} lacks?",
+         "Why would anyone leave {y} for {x}?"),
+        ("Can I log in to {x} with {y}?", "Does {x} accept my account from {y}?",
+         "Is a profile on {y} enough to enter {x}?"),
     )),
     Topic({"x": FOODS, "y": FOODS}, unseen=True, order="free", intents=(
         ("Is {x} healthier than {y}, or the other way round?", "Which one does the body more good, {x} or {y}?",
@@ -1065,9 +1122,9 @@ TOPICS = (
     )),
 )
 
-PARAPHRASE_SHARE = 0.41
-SAME_KINDS = {"reworded": 0.75, "touched up": 0.25}
-DIFFERENT_KINDS = {"exchanged": 0.20, "changed": 0.26, "other intent": 0.36, "other topic": 0.18}
+PARAPHRASE_SHARE = 0.43
+SAME_KINDS = {"reworded": 0.75, "touched up": 0.25}  # see the functions of these names
+DIFFERENT_KINDS = {"exchanged": 0.19, "changed": 0.27, "other intent": 0.37, "other topic": 0.17}
 PARAPHRASE_SLIPS = 0.03  # share of the pairs whose annotator ticked the wrong box
 
 
@@ -1173,30 +1230,35 @@ FACT_WEIGHTS = {"agent": 3.0, "action": 4.0, "patient": 3.0, "place": 1.5, "time
                 "patient_count": 1.0, "agent_look": 1.0}
 OWNERS = {"agent_count": "agent", "agent_look": "agent", "patient_count": "patient"}  # of no weight without their owner
 
-PEOPLE = table("man, woman=lady, boy, girl, nurse, teacher, soldier, tourist, farmer, student, doctor, waiter, sailor, "
-               "clown, child=kid, *policeman=police officer, *chef=cook, *dancer, *monk, *athlete")
+PEOPLE = table("man, woman=lady, boy, girl, nurse, teacher, soldier, tourist, farmer, student, doctor, waiter, "
+               "sailor, clown, child=kid, *policeman=police officer, *chef=cook, *dancer, *monk, *athlete")
 PEOPLE_LOOKS = table("old=elderly, young, tall, smiling, barefoot, *bearded, *slim=thin")
-ANIMALS = table("dog, cat, horse, goat, sheep, cow, fox, duck, pig, goose, wolf, rabbit=bunny, *donkey, *monkey, *llama, "
-                "*rooster")
+ANIMALS = table("dog, cat, horse, goat, sheep, cow, fox, duck, pig, goose, wolf, rabbit=bunny, *donkey, *monkey, "
+                "*llama, *rooster")
 ANIMAL_LOOKS = table("brown, black, white, small=little, big=large, *spotted, *thin=skinny")
-STREET = table("in the street=on the road, in the park, on the beach=by the sea, in front of a church, at the station, "
-               "near the bridge, outside a shop=outside a store, in a car park=in a parking lot, *by the lake, *at the airport")
+STREET = table("in the street=on the road, in the park, on the beach=by the sea, in front of a church, "
+               "at the station, near the bridge, outside a shop=outside a store, in a car park=in a parking lot, "
+               "*by the lake, *at the airport")
 INDOORS = table("in the kitchen, in the garden=in the yard, in a large hall, on a balcony, in a tent, on the stage, "
                 "in the living room=in the lounge, in a classroom, *in a garage, *on the roof")
-FIELDS = table("in a field=in a meadow, on the beach=by the sea, by the river, near the barn, in the yard, "
-               "on a hill, under a tree, in the woods=in the forest, *in the snow, *on a dirt road")
-CAPTION_TIMES = table("in the rain, at night, at sunset=at dusk, early in the morning=at dawn, on a sunny day, *in the fog")
-NEWS_TIMES = table("on Monday, on Friday, on Sunday, last week, last month, in March, in 2009, two days ago, on Tuesday night, "
-                   "*in January, *last year, *on Christmas Eve")
-NEWS_PLACES = table("in Boston, in Madrid, in Geneva, in northern Italy=in the north of Italy, in Cairo, in Sydney, in Texas, "
-                    "in southern India=in the south of India, *in Lima, *in Manila, *in eastern Turkey=in the east of Turkey")
-NUMBERS = table("two=2, three=3, five=5, seven=7, 12=twelve, 15=fifteen, 20=twenty, 40=forty, *six=6, *30=thirty, *100=a hundred")
+FIELDS = table("in a field=in a meadow, on the beach=by the sea, by the river, near the barn, in the yard, on a hill, "
+               "under a tree, in the woods=in the forest, *in the snow, *on a dirt road")
+CAPTION_TIMES = table("in the rain, at night, at sunset=at dusk, early in the morning=at dawn, on a sunny day, "
+                      "*in the fog")
+NEWS_TIMES = table("on Monday, on Friday, on Sunday, last week, last month, in March, in 2009, two days ago, "
+                   "on Tuesday night, *in January, *last year, *on Christmas Eve")
+NEWS_PLACES = table("in Boston, in Madrid, in Geneva, in northern Italy=in the north of Italy, in Cairo, in Sydney, "
+                    "in Texas, in southern India=in the south of India, *in Lima, *in Manila, "
+                    "*in eastern Turkey=in the east of Turkey")
+NUMBERS = table("two=2, three=3, five=5, seven=7, 12=twelve, 15=fifteen, 20=twenty, 40=forty, *six=6, *30=thirty, "
+                "*100=a hundred")
 FEW = table("two, three, four, several=a few, *five")
 COMPANIES = table("Northgate, Belmont Foods, Kestrel Air, Halden Motors, Vasco Bank, Lindqvist Steel, Tamarind Media, "
                   "Oakridge Energy, Pellworm Shipping, *Corvane, *Dunmore Glass, *Sable Telecom")
-OFFICIALS = table("the president, the mayor, the finance minister=the minister of finance, the foreign minister, the king, "
-                  "the union leader=the head of the union, the governor, the army chief=the head of the army, the bishop, "
-                  "*the health minister=the minister of health, *the ambassador, *the police chief=the head of the police")
+OFFICIALS = table("the president, the mayor, the finance minister=the minister of finance, the foreign minister, "
+                  "the king, the union leader=the head of the union, the governor, "
+                  "the army chief=the head of the army, the bishop, *the health minister=the minister of health, "
+                  "*the ambassador, *the police chief=the head of the police")
 IRREGULAR_PLURALS = {"child": "children", "sheep": "sheep", "goose": "geese", "wolf": "wolves", "person": "people"}
 
 
@@ -1227,110 +1289,132 @@ class Scene:
 
 
 SCENES = (
-    Scene("caption", ANIMALS, table(
-        "chase chasing chased=pursue pursuing pursued, watch watching watched=observe observing observed, "
-        "follow following followed, sniff sniffing sniffed, bite biting bit bitten, lick licking licked, "
-        "*nudge nudging nudged, *attack attacking attacked"), ANIMALS, FIELDS, ANIMAL_LOOKS, reversible=True),
-    Scene("caption", PEOPLE, table(
-        "hug hugging hugged=embrace embracing embraced, photograph photographing photographed, greet greeting greeted=welcome "
-        "welcoming welcomed, help helping helped=assist assisting assisted, push pushing pushed=shove shoving shoved, "
-        "follow following followed, carry carrying carried, scold scolding scolded, *tickle tickling tickled, "
-        "*interview interviewing interviewed=question questioning questioned"), PEOPLE, STREET, PEOPLE_LOOKS, reversible=True),
-    Scene("caption", PEOPLE, table(
-        "cut cutting cut=slice slicing sliced, wash washing washed=rinse rinsing rinsed, eat eating ate eaten, "
-        "buy buying bought=purchase purchasing purchased, *juggle juggling juggled"), table(
-        "potato, carrot, onion, apple, tomato, cucumber, melon, *lemon, *cabbage"), INDOORS, PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "ride riding rode ridden, push pushing pushed, wash washing washed=clean cleaning cleaned, "
-        "photograph photographing photographed, *sell selling sold"), table(
-        "bicycle=bike, horse, motorcycle=motorbike, camel, scooter, elephant, *donkey"), STREET, PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "play playing played, tune tuning tuned, carry carrying carried, repair repairing repaired=fix fixing fixed, "
-        "*paint painting painted"), table(
-        "guitar, violin=fiddle, piano, flute, drum, trumpet, cello, *harp, *accordion"), INDOORS, PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "repair repairing repaired=fix fixing fixed=*mend mending mended, wash washing washed=clean cleaning cleaned, "
-        "push pushing pushed, paint painting painted, buy buying bought=purchase purchasing purchased, "
-        "*inspect inspecting inspected=examine examining examined"), table(
-        "car=automobile, boat, truck=lorry, tractor, van, bicycle=bike, *caravan, *sledge=sled"), STREET,
-        PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "throw throwing threw thrown=toss tossing tossed=*hurl hurling hurled, kick kicking kicked, catch catching caught, "
-        "hold holding held, drop dropping dropped, *roll rolling rolled"), table(
-        "ball, stone=rock, stick, hat=cap, bottle=*flask, snowball, *frisbee, *balloon"), STREET, PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "read reading read, write writing wrote written, tear tearing tore torn=rip ripping ripped, fold folding folded, "
-        "burn burning burned, *hide hiding hid hidden=conceal concealing concealed"), table(
-        "letter, newspaper=paper, book, poem, postcard, *diary=journal, *map"), INDOORS, PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "feed feeding fed, wash washing washed=bathe bathing bathed, brush brushing brushed=groom grooming groomed, "
-        "chase chasing chased, pet petting petted=stroke stroking stroked, *train training trained"), table(
-        "dog, cat, horse, goat, sheep, cow, pig, rabbit=bunny, calf, *donkey, *llama"), FIELDS, PEOPLE_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "build building built=construct constructing constructed, paint painting painted, move moving moved, break breaking "
-        "broke broken=smash smashing smashed, *measure measuring measured"), table(
-        "table, fence, chair, sofa=couch, cupboard=cabinet, door, *bookshelf, *stool"), INDOORS, PEOPLE_LOOKS),
-    Scene("caption", ANIMALS, table(
-        "steal stealing stole stolen, carry carrying carried, eat eating ate eaten=devour devouring devoured, "
-        "find finding found=discover discovering discovered, drop dropping dropped, *hide hiding hid hidden"), table(
-        "bone, sandwich, shoe, fish, apple, sausage, *glove, *egg"), FIELDS, ANIMAL_LOOKS),
-    Scene("caption", PEOPLE, table(
-        "paint painting painted, sketch sketching sketched=draw drawing drew drawn, photograph photographing photographed, "
-        "admire admiring admired"), table(
-        "lighthouse, windmill, castle, waterfall, statue=sculpture"), STREET, PEOPLE_LOOKS, unseen=True),
-    Scene("news", COMPANIES, table(
-        "buy buying bought=acquire acquiring acquired=*purchase purchasing purchased, sue suing sued, pay paying paid, "
-        "praise praising praised=commend commending commended, warn warning warned, overtake overtaking overtook overtaken="
-        "outstrip outstripping outstripped, *copy copying copied=imitate imitating imitated"), COMPANIES, reversible=True),
-    Scene("news", TEAMS, table(
-        "beat beating beat beaten=defeat defeating defeated=*overcome overcoming overcame overcome, "
-        "challenge challenging challenged, outplay outplaying outplayed, eliminate eliminating eliminated, "
-        "*thrash thrashing thrashed=crush crushing crushed"), TEAMS, reversible=True),
-    Scene("news", OFFICIALS, table(
-        "praise praising praised=commend commending commended=*applaud applauding applauded, thank thanking thanked, "
-        "criticise criticising criticised=attack attacking attacked=*denounce denouncing denounced, "
-        "invite inviting invited, phone phoning phoned=call calling called, sue suing sued, "
-        "replace replacing replaced=succeed succeeding succeeded, *insult insulting insulted=offend offending offended"),
-        OFFICIALS, reversible=True),
-    Scene("news", table(
-        "a storm=a gale, a flood, a fire=a blaze, an earthquake=a quake, an explosion=a blast, a landslide=a mudslide, "
-        "*a tornado=a twister, *an avalanche"), table(
-        "kill killing killed, injure injuring injured=wound wounding wounded, trap trapping trapped, "
-        "displace displacing displaced, *frighten frightening frightened=scare scaring scared"), table(
-        "person, worker=*labourer, villager, child, farmer, soldier, miner, *skier, *pensioner"), counts=NUMBERS),
-    Scene("news", table(
-        "police=police officers, soldiers=troops, firefighters=fire crews, the coast guard, border guards, volunteers, "
-        "*park rangers"), table(
-        "arrest arresting arrested=detain detaining detained, rescue rescuing rescued=save saving saved, "
-        "question questioning questioned=interrogate interrogating interrogated, find finding found=locate locating located, "
-        "release releasing released=free freeing freed, *search searching searched, *escort escorting escorted"), table(
-        "tourist, student, hiker=walker, fisherman, protester=demonstrator, passenger, child, journalist=reporter, "
-        "*climber=mountaineer, *pilgrim, *refugee"), counts=NUMBERS),
-    Scene("news", COMPANIES, table(
-        "hire hiring hired=recruit recruiting recruited, dismiss dismissing dismissed=fire firing fired=*sack sacking sacked, "
-        "train training trained, insure insuring insured, *promote promoting promoted"), table(
-        "worker=employee, engineer, driver, manager=executive, accountant, *cleaner, *lawyer=attorney"), counts=NUMBERS),
-    Scene("news", table(
-        "researchers=scientists, divers, students, archaeologists, a team from Oxford, a young couple, *surveyors"), table(
-        "discover discovering discovered=find finding found, photograph photographing photographed, lose losing lost, "
-        "study studying studied=examine examining examined, sell selling sold, *name naming named"), table(
-        "a Roman tomb=a Roman grave, a fossil, a shipwreck=a sunken ship, a rare orchid, a meteorite, a medieval coin, "
-        "*a cave painting, *an unknown beetle")),
-    Scene("news", table(
-        "the city=the town, a bank, an investor, the government=the state, the church, a foundation=a charity, *a film star, "
-        "*the university"), table(
-        "close closing closed=shut shutting shut, sell selling sold, restore restoring restored=renovate renovating renovated, "
-        "buy buying bought=purchase purchasing purchased, open opening opened, *rent renting rented"), table(
-        "the old theatre=the old playhouse, a library, the harbour=the port, a hospital=*a clinic, the opera house, a hotel, "
-        "the football stadium, *a prison=a jail, *the zoo")),
-    Scene("news", table(
-        "a court=a judge, the ministry, a committee=a panel, the senate, the watchdog"), table(
-        "ban banning banned=prohibit prohibiting prohibited, approve approving approved, reject rejecting rejected=refuse "
-        "refusing refused, delay delaying delayed=postpone postponing postponed"), table(
-        "the merger, a new drug=a new medicine, the tax reform, the strike, a pipeline, the peace treaty"), unseen=True),
+    Scene("caption", agents=ANIMALS, patients=ANIMALS, places=FIELDS, looks=ANIMAL_LOOKS, reversible=True,
+          actions=table("chase chasing chased=pursue pursuing pursued, "
+                        "watch watching watched=observe observing observed, follow following followed, "
+                        "sniff sniffing sniffed, bite biting bit bitten, lick licking licked, "
+                        "*nudge nudging nudged, *attack attacking attacked")),
+    Scene("caption", agents=PEOPLE, patients=PEOPLE, places=STREET, looks=PEOPLE_LOOKS, reversible=True,
+          actions=table("hug hugging hugged=embrace embracing embraced, photograph photographing photographed, "
+                        "greet greeting greeted=welcome welcoming welcomed, "
+                        "help helping helped=assist assisting assisted, push pushing pushed=shove shoving shoved, "
+                        "follow following followed, carry carrying carried, scold scolding scolded, "
+                        "*tickle tickling tickled, "
+                        "*interview interviewing interviewed=question questioning questioned")),
+    Scene("caption", agents=PEOPLE, places=INDOORS, looks=PEOPLE_LOOKS,
+          actions=table("cut cutting cut=slice slicing sliced, wash washing washed=rinse rinsing rinsed, "
+                        "eat eating ate eaten, buy buying bought=purchase purchasing purchased, "
+                        "*juggle juggling juggled"),
+          patients=table("potato, carrot, onion, apple, tomato, cucumber, melon, *lemon, *cabbage")),
+    Scene("caption", agents=PEOPLE, places=STREET, looks=PEOPLE_LOOKS,
+          actions=table("ride riding rode ridden, push pushing pushed, wash washing washed=clean cleaning cleaned, "
+                        "photograph photographing photographed, *sell selling sold"),
+          patients=table("bicycle=bike, horse, motorcycle=motorbike, camel, scooter, elephant, *donkey")),
+    Scene("caption", agents=PEOPLE, places=INDOORS, looks=PEOPLE_LOOKS,
+          actions=table("play playing played, tune tuning tuned, carry carrying carried, "
+                        "repair repairing repaired=fix fixing fixed, *paint painting painted"),
+          patients=table("guitar, violin=fiddle, piano, flute, drum, trumpet, cello, *harp, *accordion")),
+    Scene("caption", agents=PEOPLE, places=STREET, looks=PEOPLE_LOOKS,
+          actions=table("repair repairing repaired=fix fixing fixed=*mend mending mended, "
+                        "wash washing washed=clean cleaning cleaned, push pushing pushed, paint painting painted, "
+                        "buy buying bought=purchase purchasing purchased, "
+                        "*inspect inspecting inspected=examine examining examined"),
+          patients=table("car=automobile, boat, truck=lorry, tractor, van, bicycle=bike, *caravan, *sledge=sled")),
+    Scene("caption", agents=PEOPLE, places=STREET, looks=PEOPLE_LOOKS,
+          actions=table("throw throwing threw thrown=toss tossing tossed=*hurl hurling hurled, kick kicking kicked, "
+                        "catch catching caught, hold holding held, drop dropping dropped, *roll rolling rolled"),
+          patients=table("ball, stone=rock, stick, hat=cap, bottle=*flask, snowball, *frisbee, *balloon")),
+    Scene("caption", agents=PEOPLE, places=INDOORS, looks=PEOPLE_LOOKS,
+          actions=table("read reading read, write writing wrote written, tear tearing tore torn=rip ripping ripped, "
+                        "fold folding folded, burn burning burned, "
+                        "*hide hiding hid hidden=conceal concealing concealed"),
+          patients=table("letter, newspaper=paper, book, poem, postcard, *diary=journal, *map")),
+    Scene("caption", agents=PEOPLE, places=FIELDS, looks=PEOPLE_LOOKS,
+          actions=table("feed feeding fed, wash washing washed=bathe bathing bathed, "
+                        "brush brushing brushed=groom grooming groomed, chase chasing chased, "
+                        "pet petting petted=stroke stroking stroked, *train training trained"),
+          patients=table("dog, cat, horse, goat, sheep, cow, pig, rabbit=bunny, calf, *donkey, *llama")),
+    Scene("caption", agents=PEOPLE, places=INDOORS, looks=PEOPLE_LOOKS,
+          actions=table("build building built=construct constructing constructed, paint painting painted, "
+                        "move moving moved, break breaking broke broken=smash smashing smashed, "
+                        "*measure measuring measured"),
+          patients=table("table, fence, chair, sofa=couch, cupboard=cabinet, door, *bookshelf, *stool")),
+    Scene("caption", agents=ANIMALS, places=FIELDS, looks=ANIMAL_LOOKS,
+          actions=table("steal stealing stole stolen, carry carrying carried, "
+                        "eat eating ate eaten=devour devouring devoured, "
+                        "find finding found=discover discovering discovered, drop dropping dropped, "
+                        "*hide hiding hid hidden"),
+          patients=table("bone, sandwich, shoe, fish, apple, sausage, *glove, *egg")),
+    Scene("caption", agents=PEOPLE, places=STREET, looks=PEOPLE_LOOKS, unseen=True,
+          actions=table("paint painting painted, sketch sketching sketched=draw drawing drew drawn, "
+                        "photograph photographing photographed, admire admiring admired"),
+          patients=table("lighthouse, windmill, castle, waterfall, statue=sculpture")),
+    Scene("news", agents=COMPANIES, patients=COMPANIES, reversible=True,
+          actions=table("buy buying bought=acquire acquiring acquired=*purchase purchasing purchased, "
+                        "sue suing sued, pay paying paid, praise praising praised=commend commending commended, "
+                        "warn warning warned, "
+                        "overtake overtaking overtook overtaken=outstrip outstripping outstripped, "
+                        "*copy copying copied=imitate imitating imitated")),
+    Scene("news", agents=TEAMS, patients=TEAMS, reversible=True,
+          actions=table("beat beating beat beaten=defeat defeating defeated=*overcome overcoming overcame overcome, "
+                        "challenge challenging challenged, outplay outplaying outplayed, "
+                        "eliminate eliminating eliminated, *thrash thrashing thrashed=crush crushing crushed")),
+    Scene("news", agents=OFFICIALS, patients=OFFICIALS, reversible=True,
+          actions=table("praise praising praised=commend commending commended=*applaud applauding applauded, "
+                        "thank thanking thanked, "
+                        "criticise criticising criticised=attack attacking attacked=*denounce denouncing denounced, "
+                        "invite inviting invited, phone phoning phoned=call calling called, sue suing sued, "
+                        "replace replacing replaced=succeed succeeding succeeded, "
+                        "*insult insulting insulted=offend offending offended")),
+    Scene("news", counts=NUMBERS,
+          agents=table("a storm=a gale, a flood, a fire=a blaze, an earthquake=a quake, an explosion=a blast, "
+                       "a landslide=a mudslide, *a tornado=a twister, *an avalanche"),
+          actions=table("kill killing killed, injure injuring injured=wound wounding wounded, "
+                        "trap trapping trapped, displace displacing displaced, "
+                        "*frighten frightening frightened=scare scaring scared"),
+          patients=table("person, worker=*labourer, villager, child, farmer, soldier, miner, *skier, *pensioner")),
+    Scene("news", counts=NUMBERS,
+          agents=table("police=police officers, soldiers=troops, firefighters=fire crews, the coast guard, "
+                       "border guards, volunteers, *park rangers"),
+          actions=table("arrest arresting arrested=detain detaining detained, "
+                        "rescue rescuing rescued=save saving saved, "
+                        "question questioning questioned=interrogate interrogating interrogated, "
+                        "find finding found=locate locating located, release releasing released=free freeing freed, "
+                        "*search searching searched, *escort escorting escorted"),
+          patients=table("tourist, student, hiker=walker, fisherman, protester=demonstrator, passenger, child, "
+                         "journalist=reporter, *climber=mountaineer, *pilgrim, *refugee")),
+    Scene("news", agents=COMPANIES, counts=NUMBERS,
+          actions=table("hire hiring hired=recruit recruiting recruited, "
+                        "dismiss dismissing dismissed=fire firing fired=*sack sacking sacked, "
+                        "train training trained, insure insuring insured, *promote promoting promoted"),
+          patients=table("worker=employee, engineer, driver, manager=executive, accountant, *cleaner, "
+                         "*lawyer=attorney")),
+    Scene("news",
+          agents=table("researchers=scientists, divers, students, archaeologists, a team from Oxford, "
+                       "a young couple, *surveyors"),
+          actions=table("discover discovering discovered=find finding found, photograph photographing photographed, "
+                        "lose losing lost, study studying studied=examine examining examined, sell selling sold, "
+                        "*name naming named"),
+          patients=table("a Roman tomb=a Roman grave, a fossil, a shipwreck=a sunken ship, a rare orchid, "
+                         "a meteorite, a medieval coin, *a cave painting, *an unknown beetle")),
+    Scene("news",
+          agents=table("the city=the town, a bank, an investor, the government=the state, the church, "
+                       "a foundation=a charity, *a film star, *the university"),
+          actions=table("close closing closed=shut shutting shut, sell selling sold, "
+                        "restore restoring restored=renovate renovating renovated, "
+                        "buy buying bought=purchase purchasing purchased, open opening opened, *rent renting rented"),
+          patients=table("the old theatre=the old playhouse, a library, the harbour=the port, a hospital=*a clinic, "
+                         "the opera house, a hotel, the football stadium, *a prison=a jail, *the zoo")),
+    Scene("news", unseen=True,
+          agents=table("a court=a judge, the ministry, a committee=a panel, the senate, the watchdog"),
+          actions=table("ban banning banned=prohibit prohibiting prohibited, approve approving approved, "
+                        "reject rejecting rejected=refuse refusing refused, "
+                        "delay delaying delayed=postpone postponing postponed"),
+          patients=table("the merger, a new drug=a new medicine, the tax reform, the strike, a pipeline, "
+                         "the peace treaty")),
 )
 
-TELLINGS = {
+TELLINGS = {  # how a statement may be put; one that would open with a place or a time needs an event that has it
     "caption": (
         "{who} {is} {doing} {whom} {place} {time}", "{who} {is} {doing} {whom} {place} {time}",
         "{whom} is being {done} by {who} {place} {time}", "{place}, {who} {is} {doing} {whom} {time}",
@@ -1346,7 +1430,14 @@ TELLINGS = {
     ),
 }
 
-PAIR_KINDS = {"same": 0.18, "detail": 0.18, "one": 0.22, "reversed": 0.14, "two": 0.12, "setting": 0.08, "unrelated": 0.08}
+PAIR_KINDS = {  # what the second event of a pair changes
+    "same": 0.18,  # nothing: only the words differ
+    "detail": 0.18,  # one or two details
+    "one": 0.22, "two": 0.12,  # so many of agent, action and patient
+    "reversed": 0.14,  # agent and patient change places
+    "setting": 0.08,  # everything but the place and the time
+    "unrelated": 0.08,
+}
 DETAIL_PROBS = {"place": 0.65, "time": 0.4, "agent_look": 0.35}
 SIMILARITY_NOISE = 0.6  # times a bell of standard deviation 0.5: how far raters stray from the share of common facts
 
@@ -1445,9 +1536,11 @@ def s_form(word: str) -> str:
     """The plural of a noun, or the form of a verb that goes with he or she."""
     if word.endswith("man"):
         return word.removesuffix("man") + "men"
+    if word in IRREGULAR_PLURALS:
+        return IRREGULAR_PLURALS[word]
     if re.search(r"(s|x|ch|sh)$", word):
         return word + "es"
-    return re.sub(r"([^aeiou])y$", r"\1ie", IRREGULAR_PLURALS.get(word, word)) + ("" if word in IRREGULAR_PLURALS else "s")
+    return re.sub(r"([^aeiou])y$", r"\1ie", word) + "s"
 
 
 def noun_phrase(count: str, look: str, noun: str) -> str:
@@ -1499,8 +1592,10 @@ class Task:
 
 TASKS = (
     Task("ids-sst", ("sentence", "sentiment"), sentiment_row, {"train": 1400, "dev": 400, "test-student": 300}),
-    Task("quora", ("sentence1", "sentence2", "is_duplicate"), paraphrase_row, {"train": 1600, "dev": 400, "test-student": 300}),
-    Task("sts", ("sentence1", "sentence2", "similarity"), similarity_row, {"train": 1000, "dev": 300, "test-student": 300}),
+    Task("quora", ("sentence1", "sentence2", "is_duplicate"), paraphrase_row,
+         {"train": 1600, "dev": 400, "test-student": 300}),
+    Task("sts", ("sentence1", "sentence2", "similarity"), similarity_row,
+         {"train": 1000, "dev": 300, "test-student": 300}),
 )
 
 
@@ -1521,11 +1616,14 @@ def rows_by_split(task: Task, seed: int) -> Iterator[tuple[str, list[tuple[str, 
 def write_split(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Writes beside the file and renames, so that a reader never sees half of it. Test files carry no label."""
     num_columns = len(columns) - 1 if "test" in path.name else len(columns)
+    has_two_indices = path.name == "ids-sst-test-student.csv"  # the real file does: readers must go by column names
     beside = path.with_name(path.name + ".part")
     with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(("", "id", *columns[:num_columns]))
-        writer.writerows((index, *row[:1 + num_columns]) for index, row in enumerate(rows))
+        writer.writerow((*(["0", ""] if has_two_indices else [""]), "id", *columns[:num_columns]))
+        for index, row in enumerate(rows):
+            indices = [str(index + 1), f"{index:.1f}"] if has_two_indices else [str(index)]
+            writer.writerow((*indices, *row[:1 + num_columns]))
     os.replace(beside, path)
 
 
