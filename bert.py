@@ -330,7 +330,8 @@ class _PackedAttention(torch.autograd.Function):
         grad_context.index_fill_(0, indices.padding.long(), 0.0)  # queries at padded places are nobody's
         grad_padded = torch.empty_like(padded)
         grad_blocks = _blocks(layout, num_heads, head_size, grad_padded, grad_context, probs, mask)
-        for block, into in zip(_blocks(layout, num_heads, head_size, padded, grad_context, probs, mask), grad_blocks):
+        blocks = _blocks(layout, num_heads, head_size, padded, grad_context, probs, mask)
+        for block, into in zip(blocks, grad_blocks, strict=True):
             dropped = block.probs if block.mask is None else block.probs * block.mask
             torch.bmm(dropped.transpose(1, 2), into.context, out=into.value)
             grad_probs = torch.bmm(into.context, block.value.transpose(1, 2))
@@ -399,7 +400,7 @@ def packed_attention(
     mask = None
     if masks is not None and dropout_prob > 0:
         mask = masks.draw((layout.num_scores(num_heads),), dropout_prob, qkv.dtype)
-    return _PackedAttention.apply(qkv, mask, layout, num_heads)
+    return _PackedAttention.apply(qkv, mask, layout, num_heads)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -441,7 +442,7 @@ class BertLayer(nn.Module):
         attended = self.attention_norm(attended + hidden_states)
         update = self.output(ACTIVATIONS[config.hidden_act](self.intermediate(attended)))  # (N, 4 D) -> (N, D)
         update = dropout(update, config.hidden_dropout_prob, masks) + attended
-        return self.output_norm(update if task_term is None else update + task_term)
+        return self.output_norm(update if task_term is None else update + task_term)  # type: ignore[no-any-return]
 
 
 class Bert(nn.Module):
@@ -529,7 +530,7 @@ def huggingface_names(name: str) -> list[str]:
 
 def to_huggingface(encoder: Bert) -> dict[str, Tensor]:
     """The encoder's parameters under their Hugging Face names."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in encoder.state_dict().items():
         names = huggingface_names(name)
         tensors.update(zip(names, value.chunk(len(names)), strict=True))
@@ -553,11 +554,12 @@ def load_huggingface(encoder: Bert, tensors: Mapping[str, Tensor], where: str) -
             continue
         if absent:
             raise CheckpointError(f"{where}: tensor {absent[0]!r} is missing, expected the weights of a BERT encoder")
-        value = torch.cat([found[n] for n in names])
-        if value.shape != target.shape:
-            shape, wanted = tuple(found[names[0]].shape), (target.shape[0] // len(names), *target.shape[1:])
-            raise CheckpointError(f"{where}: {names[0]} has shape {shape}, expected {wanted} by its config.json")
-        target.copy_(value)
+        wanted = (target.shape[0] // len(names), *target.shape[1:])
+        for n in names:
+            if found[n].shape != wanted:
+                shape = tuple(found[n].shape)
+                raise CheckpointError(f"{where}: {n} has shape {shape}, expected {wanted} by its config.json")
+        target.copy_(torch.cat([found[n] for n in names]))
     return lacking
 
 
@@ -578,8 +580,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    if (folder / names[0]).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not readable as the index of a checkpoint in shards ({error})") from None
+    if names and (folder / names[0]).is_file():
         tensors: dict[str, Tensor] = {}
         for name in names:
             try:
@@ -633,8 +638,9 @@ def find_checkpoint(model: str) -> Path:
     except Exception as error:  # the hub client raises a dozen kinds: names, tokens, connections, missing revisions
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"--model {model}: not a directory, and not to be had from the model hub ({type(error).__name__}: {reason}); "
-            f"use the embedded model (--model {EMBEDDED_MODEL}) or point --model at a directory that holds the checkpoint"
+            f"--model {model}: not a directory, and not to be had from the model hub ({type(error).__name__}: "
+            f"{reason}); use the embedded model (--model {EMBEDDED_MODEL}) or point --model at a directory that holds "
+            "the checkpoint"
         ) from None
 
 
@@ -685,5 +691,3 @@ def matmul_flops(config: BertConfig, lengths: np.ndarray) -> int:
     dense = 2 * tokens * (4 * size * size + 2 * size * config.intermediate_size)
     attention = 4 * size * int((lengths.astype(np.int64) ** 2).sum())
     return config.num_hidden_layers * (dense + attention)
-
-

@@ -33,7 +33,9 @@ class Config:
     """All settings of a run, as given."""
 
     option: str = flag("finetune", "which stages to run", choices=OPTIONS)
-    tasks: tuple[str, ...] = flag(tuple(TASKS), "tasks to train together; one is single-task training", choices=tuple(TASKS), nargs="+")
+    tasks: tuple[str, ...] = flag(
+        tuple(TASKS), "tasks to train together; one is single-task training", choices=tuple(TASKS), nargs="+"
+    )
     model: str = flag(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
     data: str = flag("sample", "sample (the project's own) or a directory with CS224N's files")
     out: str = flag("", "run directory to make; default runs/<time>-<option>", metavar="DIR")
@@ -41,12 +43,20 @@ class Config:
     checkpoint: str = flag("", "run directory or checkpoint folder to start from", metavar="DIR")
 
     scheduler: str = flag("pal", "how tasks are drawn", choices=tuple(SCHEDULERS))
-    draws_per_step: int = flag(0, f"draws of one optimizer step; 0: 1, with a treatment one a task, {DRAWS_WITH_TREATMENT} with pal", ">= 0")
-    treatment: str = flag("sum", f"how task gradients become one: {', '.join(TREATMENTS)}, or a Gramian weighting of torchjd by its name", metavar="NAME")
+    draws_per_step: int = flag(
+        0, f"draws of one optimizer step; 0: 1, with a treatment one a task, {DRAWS_WITH_TREATMENT} with pal", ">= 0"
+    )
+    treatment: str = flag(
+        "sum",
+        f"how task gradients become one: {', '.join(TREATMENTS)}, or a Gramian weighting of torchjd by its name",
+        metavar="NAME",
+    )
     pcgrad: bool = flag(False, "short for --treatment pcgrad")
     gradvac: bool = flag(False, "short for --treatment gradvac")
     gradvac_beta: float = flag(0.01, "how far a step moves Gradient Vaccine's target cosines", "0 < x <= 1")
-    granularity: str = flag("model", "treat gradients over the whole model, or over each layer on its own", choices=("model", "layer"))
+    granularity: str = flag(
+        "model", "treat gradients over the whole model, or over each layer on its own", choices=("model", "layer")
+    )
     smart: bool = flag(False, "SMART's smoothness-inducing regularization in fine-tuning")
     smart_weight: float = flag(1.0, "factor of the smoothness term (lambda)", "> 0")
     smart_eps: float = flag(1e-5, "largest perturbation of an embedding's coordinate", "> 0")
@@ -56,23 +66,31 @@ class Config:
     bregman: bool = flag(False, "SMART's Bregman proximal point term in fine-tuning")
     bregman_weight: float = flag(1.0, "factor of the proximal term (mu)", "> 0")
     pal: bool = flag(False, "projected attention layers: a small adapter of each task in the encoder's layers")
-    pal_kind: str = flag("attention", "attention: projections shared by the layers; low_rank: a bottleneck in each layer", choices=KINDS)
+    pal_kind: str = flag(
+        "attention", "attention: projections shared by the layers; low_rank: a bottleneck in each layer", choices=KINDS
+    )
     pal_size: int = flag(0, "width of the adapters; 0: the paper's proportion to the hidden size", ">= 0")
     pal_heads: int = flag(0, "heads of an adapter's attention; 0: one for every 64 of the hidden size", ">= 0")
     pal_layers: int = flag(0, "adapters in that many top layers; 0: in all", ">= 0")
-    train: str = flag("all", "what fine-tuning trains; pal: the adapters, everything else frozen", choices=("all", "pal"))
+    train: str = flag(
+        "all", "what fine-tuning trains; pal: the adapters, everything else frozen", choices=("all", "pal")
+    )
     head_layers: int = flag(0, "hidden layers in each task's head", ">= 0")
 
     augment: str = flag("none", "eda: fill up rarer classes of sst and para with edited rows", choices=("none", "eda"))
     eda_alpha: float = flag(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
     eda_deletion_prob: float = flag(0.1, "probability of a word to be deleted", "0 < x < 1")
     wordnet: str = flag("", "directory of a WordNet database; default: nltk's or the system's", metavar="DIR")
-    drop_longest: float = flag(0.0, "share of each task's longest training rows to leave out, such as 0.02", "0 <= x < 1")
+    drop_longest: float = flag(
+        0.0, "share of each task's longest training rows to leave out, such as 0.02", "0 <= x < 1"
+    )
     max_length: int = flag(0, "tokens of a row at most; 0: as many as the model has positions", ">= 0")
 
     epochs: int = flag(5, "epochs of fine-tuning", ">= 1")
     pretrain_epochs: int = flag(10, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
-    steps_per_epoch: int = flag(0, "optimizer steps of an epoch; 0: as many as see as many rows as the training files hold", ">= 0")
+    steps_per_epoch: int = flag(
+        0, "optimizer steps of an epoch; 0: as many as see as many rows as the training files hold", ">= 0"
+    )
     batch_size: int = flag(32, "rows of one forward pass", ">= 1")
     accumulation_steps: int = flag(1, "forward passes of one draw", ">= 1")
     eval_batch_size: int = flag(64, "rows of one forward pass in evaluation", ">= 1")
@@ -87,7 +105,13 @@ class Config:
     seed: int = flag(0, "seed of everything that is random", ">= 0")
     threads: int = flag(0, "CPU threads; 0: torch's default", ">= 0")
     device: str = flag("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
-    amp: str = flag("off", "mixed precision: bf16 (also the bare flag) or fp16", choices=("off", "bf16", "fp16"), nargs="?", const="bf16")
+    amp: str = flag(
+        "off",
+        "mixed precision: bf16 (also the bare flag) or fp16",
+        choices=("off", "bf16", "fp16"),
+        nargs="?",
+        const="bf16",
+    )
     tensorboard: bool = flag(True, "write TensorBoard files too")
 
     @property
@@ -191,7 +215,7 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
     chosen = [name for name in ("pcgrad", "gradvac") if given.get(name)]
     treatment = chosen[0] if chosen else config.treatment
     is_treated = treatment != "sum"
-    problems = []
+    problems: list[str] = []
 
     def needs(names: Sequence[str], condition: bool, reason: str) -> None:
         problems.extend(f"--{name}: {reason}" for name in names if name in given and not condition)
@@ -215,13 +239,37 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
     needs([n for n in given if n.startswith("smart_")], config.smart, "expected only with --smart")
     needs(["bregman_weight"], config.bregman, "expected only with --bregman")
     needs(sizes, config.pal, "expected only with --pal")
-    needs([n for n in given if n.startswith("eda_")] + ["wordnet"], config.augment == "eda", "expected only with --augment eda")
+    needs(
+        [n for n in given if n.startswith("eda_")] + ["wordnet"],
+        config.augment == "eda",
+        "expected only with --augment eda",
+    )
     tuning = ["smart", "bregman", "train", "epochs", "lr", "draws_per_step"]
-    needs([n for n in tuning if given.get(n)], full, f"--option {config.option} does not fine-tune, expected only with finetune")
+    needs(
+        [n for n in tuning if given.get(n)],
+        full,
+        f"--option {config.option} does not fine-tune, expected only with finetune",
+    )
     if is_treated and not full:
         problems.append(f"--treatment {treatment}: --option {config.option} shares no trained parameters between tasks")
-    needs(["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "weight_decay", "patience",
-           "pretrain_epochs", "pretrain_lr", "scheduler", "save_every", "max_grad_norm"], trains, "--option test does not train")
+    needs(
+        [
+            "augment",
+            "drop_longest",
+            "steps_per_epoch",
+            "accumulation_steps",
+            "warmup",
+            "weight_decay",
+            "patience",
+            "pretrain_epochs",
+            "pretrain_lr",
+            "scheduler",
+            "save_every",
+            "max_grad_norm",
+        ],
+        trains,
+        "--option test does not train",
+    )
     needs(["scheduler"], config.option != "individual_pretrain", "individual_pretrain trains one task at a time")
     if config.option == "test" and not config.checkpoint:
         problems.append("--option test: expected --checkpoint DIR")
@@ -229,7 +277,9 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
         problems.append(f"--pretrain_epochs 0: --option {config.option} would do nothing")
     if full and config.checkpoint and given.get("pretrain_epochs"):
         problems.append("--pretrain_epochs: --checkpoint has trained heads, the frozen stage is skipped")
-    needs(["pretrain_lr"], not (full and (config.checkpoint or config.pretrain_epochs == 0)), "there is no frozen stage")
+    needs(
+        ["pretrain_lr"], not (full and (config.checkpoint or config.pretrain_epochs == 0)), "there is no frozen stage"
+    )
     if config.checkpoint and "model" in given:
         problems.append("--model, --checkpoint: the checkpoint holds the encoder, expected one of them")
     if config.train == "pal":
@@ -238,13 +288,23 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
         if is_treated:
             problems.append(f"--train pal: adapters are each task's own, --treatment {treatment} would do nothing")
     if is_treated and config.draws_per_step and config.draws_per_step < len(config.tasks):
-        problems.append(f"--draws_per_step {config.draws_per_step}: a treatment takes every task in every step, expected at least {len(config.tasks)}")
-    if is_treated and len(config.tasks) == 1:
-        problems.append(f"--treatment {treatment}: one task has no other to conflict with, expected two --tasks or more")
-    if is_treated and config.scheduler == "pal" and len(config.tasks) > 1 and config.draws_per_step == len(config.tasks):
         problems.append(
-            f"--draws_per_step {config.draws_per_step}: with every task exactly once in every step --scheduler pal would "
-            f"do nothing, expected more than {len(config.tasks)} or --scheduler round_robin"
+            f"--draws_per_step {config.draws_per_step}: a treatment takes every task in every step, "
+            f"expected at least {len(config.tasks)}"
+        )
+    if is_treated and len(config.tasks) == 1:
+        problems.append(
+            f"--treatment {treatment}: one task has no other to conflict with, expected two --tasks or more"
+        )
+    if (
+        is_treated
+        and config.scheduler == "pal"
+        and len(config.tasks) > 1
+        and config.draws_per_step == len(config.tasks)
+    ):
+        problems.append(
+            f"--draws_per_step {config.draws_per_step}: with every task exactly once in every step --scheduler pal "
+            f"would do nothing, expected more than {len(config.tasks)} or --scheduler round_robin"
         )
     if "scheduler" in given and len(config.tasks) == 1:
         problems.append(f"--scheduler {config.scheduler}: there is one task to schedule, expected two --tasks or more")

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bert import CheckpointError, PackedTokens
+from eda import EdaConfig, Synonyms, augment_rows
 from tasks import Task
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
@@ -111,7 +112,9 @@ def _check_quotes(path: Path, line: int, cells: Sequence[str]) -> None:
     """A cell that holds line ends and tabs has swallowed the rows below it: its opening quote was never closed."""
     for cell in cells:
         if "\n" in cell and "\t" in cell:
-            raise DataError(f"{path}:{line}: a quoted cell runs over {cell.count(chr(10))} lines, expected a closing quote")
+            raise DataError(
+                f"{path}:{line}: a quoted cell runs over {cell.count(chr(10))} lines, expected a closing quote"
+            )
 
 
 def _columns(path: Path, header: Sequence[str], task: Task, labelled: bool) -> dict[str, int]:
@@ -138,9 +141,7 @@ def _example(
         try:
             label = task.output.parse(cell) if cell else label
         except ValueError:
-            raise DataError(
-                f"{path}:{line}: {task.label_column} is {cell!r}, expected {task.output.allowed}"
-            ) from None
+            raise DataError(f"{path}:{line}: {task.label_column} is {cell!r}, expected {task.output.allowed}") from None
     texts = tuple(cells[columns[name]] for name in task.text_columns)
     return Example(cells[columns["id"]].strip(), texts, label, line)
 
@@ -215,8 +216,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load_tokenizer(folder: Path) -> Any:
     """A `tokenizers.Tokenizer` without truncation and padding, which are our own business."""
+    from tokenizers import BertWordPieceTokenizer
     from tokenizers import Tokenizer as Fast
-    from tokenizers.implementations import BertWordPieceTokenizer
 
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -352,6 +353,17 @@ def tokenize(task: Task, file: DataFile, tokenizer: Tokenizer, device: torch.dev
     tokens = tokenizer.encode([example.texts for example in file.examples])
     labels = np.array([example.label for example in file.examples], dtype=np.float32)
     return TokenizedRows(task, [example.id for example in file.examples], labels, tokens, device)
+
+
+def augment(file: DataFile, config: EdaConfig, seed: int, synonyms: Synonyms) -> DataFile:
+    """The file with edited rows added, so that rarer classes are as frequent as the most common one (eda.py)."""
+    rows = [example.texts for example in file.examples]
+    labels = [int(example.label) for example in file.examples]
+    added = [
+        Example(f"eda{number}", texts, float(label), 0)
+        for number, (texts, label) in enumerate(augment_rows(rows, labels, config, seed, synonyms))
+    ]
+    return replace(file, examples=[*file.examples, *added])
 
 
 def longest_cut(lengths: np.ndarray, share: float) -> tuple[np.ndarray, int]:

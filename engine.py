@@ -1,8 +1,8 @@
 """The training step and the training loop, one for every scheduler, treatment, regularizer and precision.
 
-    plan = scheduler.plan(...)                             which tasks, e.g. ["para", "sst", "para", "sts"]
-    for each task of the plan: forward, loss (+ regularizers), backward into that task's gradient buffer
-    unscale -> treatment -> clip once -> optimizer step -> after-step updates
+plan = scheduler.plan(...)                             which tasks, e.g. ["para", "sst", "para", "sts"]
+for each task of the plan: forward, loss (+ regularizers), backward into that task's gradient buffer
+unscale -> treatment -> clip once -> optimizer step -> after-step updates
 """
 
 import math
@@ -71,8 +71,8 @@ class StageSettings:
 class Progress:
     """Where a stage stands: all that a resumed run needs besides tensors.
 
-    step: finished optimizer steps; closed_epochs: epochs whose evaluation is done. draws: draws of each task so far. micro_batch: rows of a forward pass, below the
-    batch size after the device ran out of memory. seconds: spent training and evaluating.
+    step: finished optimizer steps; closed_epochs: epochs whose evaluation is done. draws: draws of each task so far.
+    micro_batch: rows of a forward pass, below the batch size after the device ran out of memory. seconds: spent training and evaluating.
     """
 
     step: int = 0
@@ -128,8 +128,8 @@ def optimizer_for(parameters: Mapping[str, nn.Parameter], lr: float, weight_deca
 class LossScaler:
     """Dynamic loss scaling for float16 gradients over several task buffers.
 
-    torch's GradScaler unscales the gradients that an optimizer holds; here the buffers of all tasks must be unscaled, and
-    overflow found, before they become one gradient.
+    torch's GradScaler unscales the gradients that an optimizer holds; here the buffers of all tasks must be unscaled,
+    and overflow found, before they become one gradient.
     """
 
     GROWTH_INTERVAL = 2000
@@ -182,8 +182,8 @@ class Trainer:
         regularizers: Sequence[Regularizer] = (),
         keeps_best: bool = False,
     ) -> None:
-        """shared: parameters that all tasks train, by name; of_tasks: each task's own. keeps_best: the parameters of the
-        best epoch are kept in memory and restored at the end."""
+        """shared: parameters that all tasks train, by name; of_tasks: each task's own. keeps_best: the parameters of
+        the best epoch are kept in memory and restored at the end."""
         self.settings = settings
         self.model = model
         self.of_tasks = of_tasks
@@ -202,7 +202,9 @@ class Trainer:
         self.gradients = TaskGradients(list(shared.values()), rows, segment_sizes if shared else [])
         rows_per_draw = settings.batch_size * settings.accumulation_steps
         self._streams = {
-            task: RowStream(len(train_rows[task]), rows_per_draw, derive_seed(settings.seed, "rows", settings.name, task))
+            task: RowStream(
+                len(train_rows[task]), rows_per_draw, derive_seed(settings.seed, "rows", settings.name, task)
+            )
             for task in settings.tasks
         }
 
@@ -224,7 +226,8 @@ class Trainer:
             progress.step += 1
             seconds = time.perf_counter() - started
             progress.seconds += seconds
-            listener.on_step({**record, "examples_per_second": record.pop("examples") / seconds})
+            record["examples_per_second"] = record.pop("examples") / seconds
+            listener.on_step(record)
             if listener.stop_requested or self._is_save_step():
                 listener.save()
             listener.check_stop()
@@ -269,9 +272,7 @@ class Trainer:
 
     def evaluate(self, between: BetweenBatches = lambda: None) -> Metrics:
         """Metrics on the dev rows of the stage's tasks."""
-        return evaluate(
-            self.model, self.dev_rows, self.eval_batch_size, self.precision, self.listener.say, between
-        )
+        return evaluate(self.model, self.dev_rows, self.eval_batch_size, self.precision, self.listener.say, between)
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -288,7 +289,9 @@ class Trainer:
         norm, diagnostics = self._update(plan, step)
         for task in plan:
             progress.draws[task] += 1
-        per_task = {t: float(np.mean([x for x, u in zip(losses, plan, strict=True) if u == t])) for t in dict.fromkeys(plan)}
+        per_task = {
+            t: float(np.mean([x for x, u in zip(losses, plan, strict=True) if u == t])) for t in dict.fromkeys(plan)
+        }
         return {
             "stage": settings.name,
             "epoch": epoch,
@@ -315,8 +318,10 @@ class Trainer:
             position[task] += 1
         return draws
 
-    def _losses_with_memory(self, plan: Sequence[str], draws: Sequence[np.ndarray], epoch: int, step: int) -> list[float]:
-        """The backward passes of a step; out of memory, the step is begun again with forward passes of half the rows."""
+    def _losses_with_memory(
+        self, plan: Sequence[str], draws: Sequence[np.ndarray], epoch: int, step: int
+    ) -> list[float]:
+        """The backward passes of a step; out of memory, the step begins again with passes of half the rows."""
         while True:
             try:
                 return self._backward(plan, draws, epoch, step)
@@ -352,7 +357,9 @@ class Trainer:
             parts = [rows[i : i + self.progress.micro_batch] for i in range(0, len(rows), self.progress.micro_batch)]
             total = torch.zeros((), device=self.precision.device)
             for i, part in enumerate(parts):
-                loss = self._loss(task, part, DropoutMasks(self._seed("dropout", step, number, i), self.precision.device))
+                loss = self._loss(
+                    task, part, DropoutMasks(self._seed("dropout", step, number, i), self.precision.device)
+                )
                 share = len(part) / len(rows)
                 (loss * (weight * share * self.scaler.scale)).backward()
                 total += loss.detach() * share
@@ -374,7 +381,9 @@ class Trainer:
             loss = loss + regularizer.term(task, batch, masks, logits)
         return loss
 
-    def _check_finite(self, losses: Sequence[float], plan: Sequence[str], draws: Sequence[np.ndarray], step: int) -> None:
+    def _check_finite(
+        self, losses: Sequence[float], plan: Sequence[str], draws: Sequence[np.ndarray], step: int
+    ) -> None:
         for loss, task, rows in zip(losses, plan, draws, strict=True):
             if not math.isfinite(loss):
                 shown = ", ".join(str(int(row)) for row in sorted(rows)[:40]) + (", ..." if len(rows) > 40 else "")

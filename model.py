@@ -1,7 +1,7 @@
 """MultitaskBert: one encoder, one head a task, and, where wanted, adapters a task. Reads and writes checkpoint folders.
 
-A checkpoint folder is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads the
-encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are.
+A checkpoint folder is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads
+the encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are.
 
 Shape letters: N packed tokens, B rows, D hidden, K outputs.
 """
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,8 @@ class MultitaskBert(nn.Module):
         return self.heads[task](pooled, masks)  # type: ignore[no-any-return]
 
     def adapter(self, task: str) -> LayerAdapter | None:
-        return self.adapters[task] if task in self.adapters else None  # type: ignore[return-value]
+        """The task's addition to each encoder layer, or None for a model without adapters."""
+        return cast(LayerAdapter, self.adapters[task]) if self.layout.adapters is not None else None
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the parameters that all tasks train."""
@@ -162,7 +163,7 @@ class MultitaskBert(nn.Module):
 
 
 class FrozenEncoder:
-    """The heads of a model on features computed before: what training and evaluation see while the encoder is frozen."""
+    """The heads of a model on features computed before: what is trained and evaluated while the encoder is frozen."""
 
     def __init__(self, model: MultitaskBert) -> None:
         self.model = model
@@ -229,8 +230,8 @@ class Loaded:
 def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Loaded:
     """The model of a layout with all that a checkpoint folder holds for it.
 
-    A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so are
-    adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the checkpoint
+    A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so
+    are adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the checkpoint
     holds a head or adapter of another shape.
     """
     saved = read_layout(folder)

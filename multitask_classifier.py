@@ -1,6 +1,6 @@
 """Trains one BERT for three language tasks: flags become objects, objects become stages, stages fill a run directory.
 
-    python multitask_classifier.py --option finetune --scheduler pal --pcgrad
+python multitask_classifier.py --option finetune --scheduler pal --pcgrad
 """
 
 import platform
@@ -30,12 +30,14 @@ from datasets import (
     Rows,
     TokenizedRows,
     Tokenizer,
+    augment,
     data_folder,
     longest_cut,
     read_examples,
     tokenize,
 )
-from engine import ConflictSummary, Metrics, Stopped, StageSettings, Trainer, TrainingError
+from eda import EdaConfig, EdaError, WordNet
+from engine import ConflictSummary, Metrics, StageSettings, Stopped, Trainer, TrainingError
 from evaluation import (
     Precision,
     compute_features,
@@ -111,17 +113,13 @@ def _augmented(config: Config, file: DataFile, task: str, data: Data) -> DataFil
     """The training file with its rarer classes filled up; files of a scale have no classes and stay as they are."""
     if config.augment == "none" or TASKS[task].output.num_classes is None:
         return file
-    from datasets import augment
-
-    augmented, note = augment(
-        file,
-        TASKS[task],
-        config.eda_alpha,
-        config.eda_deletion_prob,
-        Path(config.wordnet) if config.wordnet else None,
-        derive_seed(config.seed, "eda", task),
-    )
-    data.notes.append(note)
+    try:
+        synonyms = WordNet(Path(config.wordnet) if config.wordnet else None)
+        eda = EdaConfig(config.eda_alpha, config.eda_deletion_prob)
+        augmented = augment(file, eda, derive_seed(config.seed, "eda", task), synonyms)
+    except EdaError as error:
+        raise DataError(str(error)) from None
+    data.notes.append(f"{file.path.name}: added {len(augmented.examples) - len(file.examples)} edited rows (EDA)")
     data.files[file.path.name]["augmented_rows"] = len(augmented.examples) - len(file.examples)
     return augmented
 
@@ -131,7 +129,9 @@ def _filtered(config: Config, rows: TokenizedRows, path: Path, data: Data) -> To
         return rows
     kept, longest = longest_cut(rows.tokens.lengths, config.drop_longest)
     num_dropped = len(rows) - len(kept)
-    data.notes.append(f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens")
+    data.notes.append(
+        f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens"
+    )
     data.files[path.name].update(dropped_longest=num_dropped, longest_tokens=longest)
     return rows.select(kept)
 
@@ -333,7 +333,11 @@ class Run:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
         sizes = model.segment_sizes() if config.granularity == "layer" else [len(shared)]
-        treatment = Sum() if stage.is_frozen else make_treatment(config.treatment, len(stage.tasks), len(sizes), config.gradvac_beta)
+        treatment = (
+            Sum()
+            if stage.is_frozen
+            else make_treatment(config.treatment, len(stage.tasks), len(sizes), config.gradvac_beta)
+        )
         return Trainer(
             settings,
             seen,
@@ -420,11 +424,12 @@ class Run:
         main_stages = [stage.name for stage in self.stages if stage.is_frozen == self.stages[-1].is_frozen]
         epochs = {name: self.best_epochs[name] for name in main_stages}
         confusion = confusion_matrices(self.model, self.data.dev, config.eval_batch_size, self.precision)
+        training = round(sum(self.seconds.get(stage.name, 0) for stage in self.stages), 3)
         results = {
             "dev": {**dev, "mean": mean_score(dev)},
             "best_epoch": next(iter(epochs.values()), None) if len(epochs) < 2 else epochs,
             "parameters": parameter_counts(self.model),
-            "seconds": {**self.seconds, "training": round(sum(self.seconds.get(s.name, 0) for s in self.stages), 3)},
+            "seconds": {**self.seconds, "training": training},
             "peak_memory_mb": peak_memory_mb(self.device),
             "confusion": confusion,
             **({"gradients": self.summaries} if self.summaries else {}),
@@ -436,11 +441,10 @@ class Run:
         self.say("")
         if missing:
             self.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-        training = results["seconds"]["training"]  # type: ignore[index]
-        self.say(
-            f"training {duration(training)}, peak memory {results['peak_memory_mb']:.0f} MB; "
-            f"results, predictions and the best checkpoint are in {self.directory.path}"
-        )
+            self.say(
+                f"training {duration(training)}, peak memory {peak_memory_mb(self.device):.0f} MB; "
+                f"results, predictions and the best checkpoint are in {self.directory.path}"
+            )
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -490,8 +494,8 @@ def start_block(config: Config, run: Run, new_parts: Sequence[str]) -> list[str]
         product = f"{settings.batch_size} rows x {settings.accumulation_steps} passes x {draws} draws"
         size = settings.batch_size * settings.accumulation_steps * draws
         lines.append(
-            f"{stage.name:<11} {settings.epochs} epochs of {settings.steps_per_epoch} steps, each {size} rows ({product}), "
-            f"learning rate {settings.lr:g}{', encoder frozen' if stage.is_frozen else ''}"
+            f"{stage.name:<11} {settings.epochs} epochs of {settings.steps_per_epoch} steps, each {size} rows "
+            f"({product}), learning rate {settings.lr:g}{', encoder frozen' if stage.is_frozen else ''}"
         )
     if run.stages:
         methods = [config.scheduler if len(config.tasks) > 1 else "single task", *_methods(config)]
@@ -544,16 +548,19 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     if resumed is not None and resumed.last.exists():
         folder = resumed.last
     layout = model_layout(config, folder)
-    device = torch.device(config.device)
+    target = torch.device(config.device)
     max_positions = BertConfig.from_dict(read_config(folder)).max_position_embeddings
-    data = load_data(config, Tokenizer(folder, min(config.max_length or max_positions, max_positions)), device)
+    tokenizer = Tokenizer(folder, min(config.max_length or max_positions, max_positions))
+    data = load_data(config, tokenizer, target)
     loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
     record = {**config.to_dict(), **environment(), "data_files": data.files, "layout": layout.to_dict()}
     if resumed is not None and saved["data_files"] != data.files:
         changed = [name for name in data.files if saved["data_files"].get(name) != data.files[name]]
-        raise RunError(f"--resume {config.out}: {', '.join(changed)} changed since the run began, expected the same files")
+        raise RunError(
+            f"--resume {config.out}: {', '.join(changed)} changed since the run began, expected the same files"
+        )
     directory = resumed or RunDirectory.create(Path(config.out), record)
-    run = Run(config, loaded.model.to(device), folder, data, directory, console, stop)
+    run = Run(config, loaded.model.to(target), folder, data, directory, console, stop)
     if resumed is None:
         stages = [asdict(run.stage_settings(stage)) for stage in run.stages]
         write_json(directory.path / "config.json", {**record, "stages": stages})

@@ -1,7 +1,7 @@
 """Projected attention layers (Stickland and Murray 2019, arXiv 1902.02671, sections 2 and 3): small task adapters.
 
-A layer with its task term is LN(h' + FFN(h') + TS(h)), h the layer's input and h' = LN(h + MHA(h)); bert.py adds the term
-at the final LayerNorm. TS(h) = V_D g(V_E h): V_E projects D down to d, g is a small multi-head attention without output
+A layer with its task term is LN(h' + FFN(h') + TS(h)), h the layer's input and h' = LN(h + MHA(h)); bert.py adds the
+term at the final LayerNorm. TS(h) = V_D g(V_E h): V_E projects D down to d, g is a small multi-head attention without output
 matrix, V_D projects up again.
 """
 
@@ -76,6 +76,7 @@ class ProjectedAttention(nn.Module):
         """Only V_D starts at zero: the term is exactly zero at first, and V_D has a gradient from the first step."""
         initialize(self, std, generator)
         for up in self.up:
+            assert isinstance(up, nn.Linear)
             nn.init.zeros_(up.weight)
 
     def forward(
@@ -88,13 +89,13 @@ class ProjectedAttention(nn.Module):
         if self.config.kind == "low_rank":
             return self.up[place](self.down[place](hidden_states))  # type: ignore[no-any-return]
         projected = self.down[0](hidden_states)  # (N, d)
-        attended = packed_attention(
-            self.qkv[place](projected), layout, self.config.num_heads, self.dropout_prob, masks
-        )
+        attended = packed_attention(self.qkv[place](projected), layout, self.config.num_heads, self.dropout_prob, masks)
         return self.up[0](attended)  # type: ignore[no-any-return]
 
 
-def make_adapters(config: PalConfig, encoder: BertConfig, tasks: Sequence[str], generator: torch.Generator) -> nn.ModuleDict:
+def make_adapters(
+    config: PalConfig, encoder: BertConfig, tasks: Sequence[str], generator: torch.Generator
+) -> nn.ModuleDict:
     """Fresh adapters of every task; the model's output is that of the plain encoder until they are trained."""
     with torch.device("meta"):
         adapters = nn.ModuleDict({task: ProjectedAttention(config, encoder) for task in tasks})

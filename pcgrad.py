@@ -1,4 +1,4 @@
-"""Gradient treatments: how the gradients of several tasks become one (PCGrad, Gradient Vaccine, a plain sum, torchjd's).
+"""Gradient treatments: how the gradients of several tasks become one (PCGrad, Gradient Vaccine, torchjd's).
 
 Every projection in these methods is a linear combination of the original task gradients. A treatment therefore maps the
 Gram matrix of the task gradients, T x T inner products, to a T x T matrix of coefficients; row i says what becomes of
@@ -56,8 +56,8 @@ def random_orders(num_tasks: int, generator: random.Random) -> list[list[int]]:
 def pcgrad_coefficients(gramian: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
     """What PCGrad makes of each task gradient (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
 
-    For each task i and every other task j in the given order: if g_i . g_j < 0, subtract from g_i its component along the
-    original g_j. gramian: (T, T) inner products of the original gradients. Returns (T, T), row i in terms of the
+    For each task i and every other task j in the given order: if g_i . g_j < 0, subtract from g_i its component along
+    the original g_j. gramian: (T, T) inner products of the original gradients. Returns (T, T), row i in terms of the
     originals; the update direction has the weights `.sum(0)`. Raises ValueError if gramian is not square.
     """
     num_tasks = _check_square(gramian)
@@ -83,9 +83,9 @@ def gradvac_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """What Gradient Vaccine makes of each task gradient (Wang et al. 2021, arXiv 2010.05874, algorithm 1).
 
-    For each task i and every other task j in the given order, phi is the cosine of the current g_i and the original g_j.
-    Where phi is below the target t, g_j is added to g_i with the factor that makes the cosine t. The target then moves by
-    beta towards phi, whether it was below or not. A pair with a zero gradient has no cosine and is left alone.
+    For each task i and every other task j in the given order, phi is the cosine of the current g_i and the original
+    g_j. Where phi is below the target t, g_j is added to g_i with the factor that makes the cosine t. The target then
+    moves by beta towards phi, whether it was below or not. A pair with a zero gradient has no cosine and is left alone.
 
     gramian: (T, T); targets: (T, T) cosines. Returns the (T, T) coefficients and the new targets.
     Raises ValueError if gramian is not square.
@@ -329,7 +329,7 @@ def cosines(gramian: Tensor) -> Tensor:
 def removed_shares(squared_norms: Tensor, kept: Tensor) -> Tensor:
     """(T,) which share of each task's own gradient a treatment takes out of it.
 
-    squared_norms: (T,) g_i . g_i; kept: (T,) g_i' . g_i, g_i' the treated gradient. 1 - kept / squared norm, not below 0:
-    0 for an untouched gradient, cos^2 of the angle to g_j after one projection away from g_j. NaN for a zero gradient.
+    squared_norms: (T,) g_i . g_i; kept: (T,) g_i' . g_i, g_i' the treated gradient. 1 - kept / squared norm, not below
+    0: 0 for an untouched gradient, cos^2 of the angle to g_j after one projection away from g_j. NaN for a zero gradient.
     """
     return (1 - kept / squared_norms).clamp(min=0)

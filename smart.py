@@ -52,9 +52,7 @@ def smoothness(
     return divergence(predict(perturbation), logits).mean()
 
 
-def ascend(
-    perturbation: Tensor, gradient: Tensor, row_of_token: Tensor, num_rows: int, config: SmartConfig
-) -> Tensor:
+def ascend(perturbation: Tensor, gradient: Tensor, row_of_token: Tensor, num_rows: int, config: SmartConfig) -> Tensor:
     """project(d + eta * gradient / |gradient|_inf), the projection onto |d|_inf <= eps, each row on its own.
 
     Code that only divides by the norm, without projecting, perturbs by about 1 where the paper perturbs by 1e-5.
@@ -76,8 +74,8 @@ class ProximalPoint:
         """average: a copy of the model, which this object owns from here on."""
         self.average = average.requires_grad_(False)
         self.num_steps = num_steps
-        self._targets = list(average.parameters())
-        self._sources = list(model.parameters())
+        self._targets: list[Tensor] = list(average.parameters())
+        self._sources: list[Tensor] = list(model.parameters())
 
     @torch.no_grad()
     def update(self, step: int) -> None:

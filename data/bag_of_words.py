@@ -27,9 +27,16 @@ NGRAMS = ((1, 1), (1, 2))
 
 
 def read_columns(path: Path, text_columns: Sequence[str], label_column: str) -> tuple[list[list[str]], Labels]:
-    """One list per text column, and the labels. A row without a label is left out: the real Quora file has two."""
+    """One list per text column, and the labels. A row without a label is left out: the real Quora file has two.
+
+    Raises ValueError if a column is missing.
+    """
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if row[label_column]]
+        reader = csv.DictReader(file, delimiter="\t")
+        for column in (*text_columns, label_column):
+            if column not in (reader.fieldnames or ()):
+                raise ValueError(f"{path}: no column {column!r}, only {reader.fieldnames}; is it a file of CS224N?")
+        rows = [row for row in reader if row[label_column]]
     texts = [[row[column] for row in rows] for column in text_columns]
     return texts, np.array([float(row[label_column]) for row in rows])
 
@@ -46,8 +53,13 @@ def overlap_features(first: csr_matrix, second: csr_matrix) -> csr_matrix:
     """How much of two texts is the same: weighted overlap, shares of either side, sizes.  (rows, 6)"""
     shared, either = first.minimum(second).sum(axis=1), first.maximum(second).sum(axis=1)
     sizes = first.sum(axis=1), second.sum(axis=1)
-    columns = [first.multiply(second).sum(axis=1), shared / np.maximum(either, 1e-9), *sizes, abs(sizes[0] - sizes[1]),
-               shared / np.maximum(np.minimum(*sizes), 1e-9)]
+    columns = [
+        first.multiply(second).sum(axis=1),
+        shared / np.maximum(either, 1e-9),
+        *sizes,
+        abs(sizes[0] - sizes[1]),
+        shared / np.maximum(np.minimum(*sizes), 1e-9),
+    ]
     return csr_matrix(np.hstack([np.asarray(column).reshape(-1, 1) for column in columns]))
 
 
@@ -68,8 +80,10 @@ def features(train: Sequence[Texts], dev: Sequence[Texts], ngrams: tuple[int, in
 
 
 def best_score(
-    model: Callable[[float], LogisticRegression | Ridge], score: Score,
-    train: tuple[Sequence[Texts], Labels], dev: tuple[Sequence[Texts], Labels],
+    model: Callable[[float], LogisticRegression | Ridge],
+    score: Score,
+    train: tuple[Sequence[Texts], Labels],
+    dev: tuple[Sequence[Texts], Labels],
 ) -> float:
     """The best dev score over n-gram lengths and penalties."""
     scores = []
@@ -107,8 +121,10 @@ def bag_of_words_scores(folder: Path) -> dict[str, dict[str, float]]:
         if task == "sts":
             scores[task] = {"bag of words": best_score(regressor, pearson, train, dev)}
         else:
-            scores[task] = {"bag of words": best_score(classifier, accuracy, train, dev),
-                            "majority class": majority_accuracy(train[1], dev[1])}
+            scores[task] = {
+                "bag of words": best_score(classifier, accuracy, train, dev),
+                "majority class": majority_accuracy(train[1], dev[1]),
+            }
     return scores
 
 
@@ -120,6 +136,8 @@ def main() -> None:
         scores = bag_of_words_scores(folder)
     except FileNotFoundError as error:
         parser.error(f"{error.filename}: no such file; DIR must hold ids-sst, quora and sts files, train and dev")
+    except ValueError as error:
+        parser.error(str(error))
     for task, named in scores.items():
         metric = "Pearson r" if task == "sts" else "accuracy"
         print(f"{task:5}{metric:10}", *(f"{name} {value:.3f}" for name, value in named.items()), sep="  ")

@@ -1,0 +1,89 @@
+"""Tiny random models and batches for the tests: made in milliseconds, on the CPU, without any file or network."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert import Bert, BertConfig, PackedTokens, empty_bert, initialize
+from datasets import Batch
+from model import Layout, MultitaskBert
+from pal import PalConfig
+from tasks import TASKS, Classes, Score
+
+STD = 0.2  # ten times BERT's: differences between the rows of a batch must be well above rounding
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_config(**overrides: Any) -> BertConfig:
+    """2 layers, 32 wide, 4 heads, 100 words."""
+    config = BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    return dataclasses.replace(config, **overrides)
+
+
+def tiny_encoder(seed: int = 0, **overrides: Any) -> Bert:
+    """A random encoder; biases and LayerNorms are random too, so that none of them can be left out unnoticed."""
+    encoder = empty_bert(tiny_config(**overrides))
+    initialize(encoder, STD, generator(seed))
+    randomize_vectors(encoder, seed)
+    return encoder
+
+
+def randomize_vectors(module: torch.nn.Module, seed: int) -> None:
+    """Adds noise to every bias and LayerNorm weight."""
+    noise = generator(seed + 1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
+
+
+def random_tokens(num_rows: int, seed: int = 0, config: BertConfig | None = None) -> PackedTokens:
+    """Rows of 2 to 20 tokens, the first part of each of token type 0, the rest of type 1."""
+    config = config or tiny_config()
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, min(20, config.max_position_embeddings) + 1, num_rows)
+    rows = [random.integers(0, config.vocab_size, length).tolist() for length in lengths]
+    types = []
+    for length in lengths:
+        first = int(random.integers(1, length + 1))
+        types.append([0] * first + [min(1, config.type_vocab_size - 1)] * int(length - first))
+    return PackedTokens.from_rows(rows, types)
+
+
+def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | None = None) -> Batch:
+    """Random rows with labels that the task allows."""
+    output, random = TASKS[task].output, np.random.default_rng(seed + 1)
+    if isinstance(output, Classes):
+        labels = random.integers(0, output.num_outputs, num_rows).astype(np.float32)
+    elif isinstance(output, Score):
+        labels = random.uniform(output.low, output.high, num_rows).astype(np.float32)
+    else:
+        labels = random.integers(0, 2, num_rows).astype(np.float32)
+    return Batch(list(range(num_rows)), torch.from_numpy(labels), tokens=random_tokens(num_rows, seed, config))
+
+
+def tiny_model(
+    tasks: Sequence[str] = ("sst", "para", "sts"),
+    adapters: PalConfig | None = None,
+    head_layers: int = 0,
+    seed: int = 0,
+    **overrides: Any,
+) -> MultitaskBert:
+    """A random encoder with random heads and, where wanted, fresh adapters."""
+    encoder = tiny_encoder(seed, **overrides)
+    model = MultitaskBert(encoder, Layout(tuple(tasks), head_layers, adapters), generator(seed + 2))
+    initialize(model.heads, STD, generator(seed + 3))
+    return model

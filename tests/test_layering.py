@@ -1,0 +1,76 @@
+"""The import graph of the program, floor by floor, and what importing it does: nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUND = {"tasks", "bert", "schedulers", "pcgrad", "smart", "eda", "run_record", "seeding", "console"}
+BELOW_MODEL = GROUND | {"pal", "datasets"}
+BELOW_EVALUATION = BELOW_MODEL | {"model"}
+BELOW_ENGINE = BELOW_EVALUATION | {"evaluation", "regularizers"}
+
+# Of each module of ours, which others it may import, at its top or inside a function.
+ALLOWED: dict[str, set[str]] = {
+    **{name: set() for name in GROUND},
+    "pal": {"bert"},
+    "datasets": {"tasks", "bert", "eda"},
+    "config": GROUND | {"pal"},
+    "model": {"bert", "pal", "tasks", "datasets"},
+    "evaluation": BELOW_EVALUATION,
+    "regularizers": BELOW_EVALUATION,
+    "engine": BELOW_ENGINE,
+    "multitask_classifier": BELOW_ENGINE | {"config", "engine"},
+}
+HEAVY = ("transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "nltk", "tensorboard")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """First parts of all imports in a file, lazy ones and importlib's with a literal name included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import"
+            names.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names |= {str(arg.value).split(".")[0] for arg in node.args if isinstance(arg, ast.Constant)}
+    return names
+
+
+def test_every_module_of_the_program_has_a_floor() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_a_module_imports_lower_floors_only(name: str) -> None:
+    ours = imported_modules(ROOT / f"{name}.py") & set(ALLOWED)
+    assert ours <= ALLOWED[name], f"{name}.py imports {sorted(ours - ALLOWED[name])}"
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_libraries_that_the_name_of_datasets_would_break_stay_out(name: str) -> None:
+    assert not imported_modules(ROOT / f"{name}.py") & {"transformers", "sentence_transformers", "evaluate"}
+
+
+def test_importing_everything_touches_no_generator_and_loads_nothing_heavy() -> None:
+    script = f"""
+import random, sys
+import numpy as np, torch
+before = random.getstate(), [part.tobytes() if hasattr(part, "tobytes") else part for part in np.random.get_state()]
+torch_before = torch.random.get_rng_state()
+for name in {sorted(ALLOWED)!r}:
+    __import__(name)
+after = random.getstate(), [part.tobytes() if hasattr(part, "tobytes") else part for part in np.random.get_state()]
+assert before == after and torch_before.equal(torch.random.get_rng_state()), "a generator was touched"
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr

@@ -1,0 +1,219 @@
+"""The sample data: reproducible, in CS224N's format, natural to read, not to be solved by counting words."""
+
+import csv
+import importlib.util
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DATA = Path(__file__).parent.parent / "data"
+SAMPLE = DATA / "sample"
+NUM_ROWS = {"ids-sst": (1400, 400, 300), "quora": (1600, 400, 300), "sts": (1000, 300, 300)}
+SPLITS = ("train", "dev", "test-student")
+FILES = [f"{stem}-{split}.csv" for stem in NUM_ROWS for split in SPLITS]
+
+
+def load(name: str) -> ModuleType:
+    """A script of the data folder as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+make_sample = load("make_sample")
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (SAMPLE / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def texts(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(value for column, value in row.items() if column.startswith("sentence"))
+
+
+def labels(name: str, column: str) -> list[str]:
+    return [row[column] for row in rows(name)]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fresh")
+    make_sample.write_sample(folder, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_committed_files_equal_what_the_generator_writes(name: str, fresh: Path) -> None:
+    assert (SAMPLE / name).read_bytes() == (fresh / name).read_bytes()
+
+
+def test_generator_writes_nine_files_and_leaves_no_others(fresh: Path) -> None:
+    assert sorted(path.name for path in fresh.iterdir()) == sorted(FILES)
+
+
+def test_command_writes_into_the_folder_it_is_given(
+    fresh: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_sample.py", "--out", str(tmp_path / "new" / "folder"), "--seed", "1"])
+    make_sample.main()
+    assert (tmp_path / "new" / "folder" / FILES[0]).read_bytes() == (fresh / FILES[0]).read_bytes()
+
+
+def test_another_seed_writes_other_rows(fresh: Path, tmp_path: Path) -> None:
+    make_sample.write_sample(tmp_path, seed=2)
+    assert all((tmp_path / name).read_bytes() != (fresh / name).read_bytes() for name in FILES)
+
+
+@pytest.mark.parametrize("stem", NUM_ROWS)
+def test_files_have_the_columns_and_the_rows_of_their_task(stem: str) -> None:
+    columns = {
+        "ids-sst": "sentence\tsentiment",
+        "quora": "sentence1\tsentence2\tis_duplicate",
+        "sts": "sentence1\tsentence2\tsimilarity",
+    }[stem]
+    unlabelled = columns.rpartition("\t")[0]
+    index = "0\t" if stem == "ids-sst" else ""
+    headers = (f"\tid\t{columns}", f"\tid\t{columns}", f"{index}\tid\t{unlabelled}")
+    for split, header, num_rows in zip(SPLITS, headers, NUM_ROWS[stem], strict=True):
+        lines = (SAMPLE / f"{stem}-{split}.csv").read_text(encoding="utf-8").splitlines()
+        assert lines[0] == header
+        assert len(lines) == 1 + num_rows
+        assert {line.count("\t") for line in lines} == {header.count("\t")}
+
+
+def test_ids_are_unique_and_of_25_hexadecimal_characters() -> None:
+    ids = [row["id"] for name in FILES for row in rows(name)]
+    assert all(re.fullmatch(r"[0-9a-f]{25}", row_id) for row_id in ids)
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("stem", NUM_ROWS)
+def test_no_texts_stand_in_two_rows_in_whichever_order(stem: str) -> None:
+    seen = Counter(frozenset(texts(row)) for split in SPLITS for row in rows(f"{stem}-{split}.csv"))
+    assert seen.most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_all_sentiments_are_present_and_mildly_unbalanced(split: str) -> None:
+    sentiments = labels(f"ids-sst-{split}.csv", "sentiment")
+    counts = Counter(sentiments)
+    assert sorted(counts) == ["0", "1", "2", "3", "4"]
+    assert all(0.10 < count / len(sentiments) < 0.32 for count in counts.values())
+    assert max(counts.values()) > 1.4 * min(counts.values())
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_two_fifths_of_the_questions_are_duplicates(split: str) -> None:
+    is_duplicate = labels(f"quora-{split}.csv", "is_duplicate")
+    assert set(is_duplicate) == {"0.0", "1.0"}
+    assert 0.37 <= is_duplicate.count("1.0") / len(is_duplicate) <= 0.45
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_similarities_cover_0_to_5_in_steps_of_a_fifth(split: str) -> None:
+    similarities = labels(f"sts-{split}.csv", "similarity")
+    assert set(similarities) <= {f"{step / 5:.1f}" for step in range(26)}
+    whole_parts = Counter(min(int(float(similarity)), 4) for similarity in similarities)
+    assert all(whole_parts[part] > 0.08 * len(similarities) for part in range(5))
+
+
+ALL_TEXTS = [text for name in FILES for row in rows(name) for text in texts(row)]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        r"\s\s|^\s|\s$",
+        r"\s[.,;?]",
+        r"[.,;?]{2}",
+        r"[{}|*=_]",
+        r"\b[Aa] [aeioAEIO]",
+        r"\b[Aa]n [^aeiouhAEIO]",
+        r"(?i)\b(\w+) \1\b",
+        r"^[^A-Z0-9]",
+        r"[.?] [a-z]",
+        r"[^.?]$",
+        r"\bNone\b",
+        r'["\t]',
+    ],
+)
+def test_texts_are_free_of(fault: str) -> None:
+    assert [text for text in ALL_TEXTS if re.search(fault, text)] == []
+
+
+def test_texts_have_the_length_of_a_sentence() -> None:
+    lengths = [len(text.split()) for text in ALL_TEXTS]
+    assert min(lengths) >= 3 and max(lengths) <= 25
+    assert 8 <= sum(lengths) / len(lengths) <= 14
+
+
+def test_starred_words_appear_in_dev_and_never_in_train() -> None:
+    starred = {word.removeprefix("*") for words in make_sample.GRADES.values() for word in words if word[0] == "*"}
+    train, dev = (" ".join(" ".join(texts(row)) for row in rows(f"ids-sst-{split}.csv")) for split in ("train", "dev"))
+    assert [word for word in starred if re.search(rf"\b{word}\b", train)] == []
+    assert [word for word in starred if not re.search(rf"\b{word}\b", dev)] == []
+
+
+def test_every_contrast_has_its_mirror_image() -> None:
+    assert {(-first, -second, -value) for first, second, value in make_sample.CONTRASTS} == set(make_sample.CONTRASTS)
+
+
+def test_every_wording_asks_about_everything_its_topic_names() -> None:
+    for topic in make_sample.TOPICS:
+        for wording in (wording for intent in topic.intents for wording in intent):
+            slots = {name for name in re.findall(r"\{([^{}]+)\}", wording) if "|" not in name}
+            assert slots == set(topic.slots), wording
+
+
+def test_every_intent_can_be_reworded_with_the_words_of_train() -> None:
+    for topic in make_sample.TOPICS:
+        assert all(sum(wording[0] != "*" for wording in intent) >= 2 for intent in topic.intents)
+
+
+def test_every_action_has_its_three_or_four_forms() -> None:
+    names = [name for scene in make_sample.SCENES for action in scene.actions for name in action.split("=")]
+    assert [name for name in names if len(name.split()) not in (3, 4) or not name.split()[1].endswith("ing")] == []
+
+
+def test_reversed_roles_are_less_similar_than_a_changed_place() -> None:
+    told = {"agent": "dog", "action": "chase", "patient": "cat", "place": "in a field"}
+    reversed_roles = told | {"agent": "cat", "patient": "dog"}
+    elsewhere = told | {"place": "by the river"}
+    assert make_sample.common_share(told, told) == 1
+    assert make_sample.common_share(told, reversed_roles) < 0.6 < make_sample.common_share(told, elsewhere) < 1
+
+
+def test_a_number_counts_only_for_the_same_agent() -> None:
+    dogs = {"agent": "dog", "action": "chase", "patient": "cow", "agent_count": "two"}
+    cats = dogs | {"agent": "cat"}
+    assert make_sample.common_share(dogs, cats) == pytest.approx(7 / 11)
+
+
+@pytest.fixture(scope="module")
+def counting() -> dict[str, dict[str, float]]:
+    scores: dict[str, dict[str, float]] = load("bag_of_words").bag_of_words_scores(SAMPLE)
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("task", "at_least", "at_most"),
+    [("sst", 0.40, 0.55), ("para", 0.64, 0.75), ("sts", 0.50, 0.70)],
+)
+def test_counting_words_beats_chance_and_stays_far_from_the_ceiling(
+    task: str,
+    at_least: float,
+    at_most: float,
+    counting: dict[str, dict[str, float]],
+) -> None:
+    assert at_least < counting[task]["bag of words"] < at_most
+    assert counting[task]["bag of words"] > counting[task].get("majority class", 0) + 0.05
