@@ -203,6 +203,8 @@ def _out_of_limits(given: Mapping[str, Any]) -> list[str]:
         value = given.get(item.name)
         if value is not None and limits and not (math.isfinite(value) and _BRACKETS[limits](value)):
             problems.append(f"--{item.name} {value}: expected {_IN_WORDS[limits]}")
+    if 0 < given.get("max_length", 0) < 5:
+        problems.append(f"--max_length {given['max_length']}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]")
     tasks = given.get("tasks", ())
     if len(set(tasks)) != len(tasks):
         problems.append(f"--tasks {' '.join(tasks)}: expected each task once")
@@ -244,7 +246,7 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
         config.augment == "eda",
         "expected only with --augment eda",
     )
-    tuning = ["smart", "bregman", "train", "epochs", "lr", "draws_per_step"]
+    tuning = ["smart", "bregman", "pal", "train", "epochs", "lr", "draws_per_step"]
     needs(
         [n for n in tuning if given.get(n)],
         full,
@@ -306,6 +308,8 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
             f"--draws_per_step {config.draws_per_step}: with every task exactly once in every step --scheduler pal "
             f"would do nothing, expected more than {len(config.tasks)} or --scheduler round_robin"
         )
+    if config.patience and config.eval_every == 0:
+        problems.append(f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch")
     if "scheduler" in given and len(config.tasks) == 1:
         problems.append(f"--scheduler {config.scheduler}: there is one task to schedule, expected two --tasks or more")
     return problems

@@ -283,7 +283,7 @@ class Rows(Protocol):
         ...
 
     def by_length(self) -> np.ndarray:
-        """All row numbers, those of similar length side by side."""
+        """All row numbers, the longest rows first: no later batch needs more memory than the first."""
         ...
 
 
@@ -318,7 +318,7 @@ class TokenizedRows:
         return torch.from_numpy(self.labels[index]).to(self.device, non_blocking=True)
 
     def by_length(self) -> np.ndarray:
-        return np.argsort(self.tokens.lengths, kind="stable")
+        return np.argsort(-self.tokens.lengths, kind="stable")
 
     def select(self, rows: np.ndarray) -> "TokenizedRows":
         """These rows only, in this order."""

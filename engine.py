@@ -72,7 +72,8 @@ class Progress:
     """Where a stage stands: all that a resumed run needs besides tensors.
 
     step: finished optimizer steps; closed_epochs: epochs whose evaluation is done. draws: draws of each task so far.
-    micro_batch: rows of a forward pass, below the batch size after the device ran out of memory. seconds: spent training and evaluating.
+    micro_batch: rows of a forward pass, below the batch size after the device ran out of memory.
+    seconds: spent training and evaluating.
     """
 
     step: int = 0
@@ -81,7 +82,7 @@ class Progress:
     micro_batch: int = 0
     loss_scale: float = 2.0**16
     steps_since_overflow: int = 0
-    best_score: float = -math.inf
+    best_score: float | None = None
     best_epoch: int = 0
     ended: bool = False
     seconds: float = 0.0
@@ -154,6 +155,8 @@ class LossScaler:
 
     def update(self, finite: bool) -> None:
         """Halves the scale after an overflow, doubles it after long without one."""
+        if not self.enabled:
+            return
         progress = self.progress
         progress.steps_since_overflow = progress.steps_since_overflow + 1 if finite else 0
         if not finite:
@@ -222,7 +225,11 @@ class Trainer:
             if progress.ended or progress.step == settings.num_steps:
                 break
             started = time.perf_counter()
-            record = self.take_step(epoch + 1, progress.step)
+            try:
+                record = self.take_step(epoch + 1, progress.step)
+            except TrainingError:
+                listener.save()  # nothing of the failed step has moved: this is the last good state
+                raise
             progress.step += 1
             seconds = time.perf_counter() - started
             progress.seconds += seconds
@@ -249,7 +256,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         score = mean_score(metrics)
-        is_best = score > progress.best_score
+        is_best = progress.best_score is None or score > progress.best_score
         if is_best:
             progress.best_score, progress.best_epoch = score, epoch
             if self.keeps_best:
@@ -401,19 +408,29 @@ class Trainer:
         self.scaler.update(finite)
         if not finite:
             return math.nan, {"skipped": "overflow", "loss_scale": self.scaler.scale}
-        diagnostics = self._treat(present, rows, step) if self.is_treated else {}
+        diagnostics = self._treat(present, rows, own, step) if self.is_treated else {}
         stepped = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm or math.inf, foreach=True))
         if not math.isfinite(norm):
-            raise TrainingError(f"{self.settings.name} step {step + 1}: the gradient of {'+'.join(present)} is {norm}")
+            raise self._gradient_error(present, norm, step)
         self.optimizer.step()
         for regularizer in self.regularizers:
             regularizer.after_step(step)
         return norm, diagnostics
 
-    def _treat(self, present: Sequence[str], rows: Sequence[int], step: int) -> dict[str, Any]:
-        """Combines the task gradients; returns what the treatment found and did."""
+    def _gradient_error(self, tasks: Sequence[str], norm: float, step: int) -> TrainingError:
+        return TrainingError(f"{self.settings.name} step {step + 1}: the gradient of {'+'.join(tasks)} is {norm}")
+
+    def _treat(self, present: Sequence[str], rows: Sequence[int], own: Sequence[Tensor], step: int) -> dict[str, Any]:
+        """Combines the task gradients; returns what the treatment found and did.
+
+        own: gradients of the tasks' own parameters. Raises TrainingError before a running average moves if any gradient
+        is not finite.
+        """
         gramians = self.gradients.gramians(rows)
+        norm = float(gramians.sum() + torch.stack(torch._foreach_norm(list(own))).sum().cpu())
+        if not math.isfinite(norm):
+            raise self._gradient_error(present, norm, step)
         generator = random.Random(self._seed("treatment", step))
         coefficients = self.treatment.coefficients(gramians, rows, generator)
         self.gradients.combine(rows, coefficients.sum(1))

@@ -231,8 +231,8 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
     """The model of a layout with all that a checkpoint folder holds for it.
 
     A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so
-    are adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the checkpoint
-    holds a head or adapter of another shape.
+    are adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the
+    checkpoint holds a head or adapter of another shape.
     """
     saved = read_layout(folder)
     if saved is None:

@@ -3,6 +3,7 @@
 python multitask_classifier.py --option finetune --scheduler pal --pcgrad
 """
 
+import itertools
 import platform
 import random
 import resource
@@ -70,7 +71,7 @@ from tasks import TASKS
 
 USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-LR_TIMES_WIDTH = 0.03  # peak learning rate by default: 7.8e-5 for a hidden size of 384, 3.9e-5 for 768
+LR_TIMES_WIDTH = 0.0384  # peak learning rate by default: 1e-4 for a hidden size of 384, 5e-5 for 768
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -146,7 +147,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise FlagError("--device cuda: no CUDA GPU found, expected cpu or auto")
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    out = config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.option}"
+    out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     data = config.data if config.data == "sample" else str(Path(config.data).resolve())
     settled = replace(
         config,
@@ -160,6 +161,12 @@ def resolve(config: Config) -> tuple[Config, Path]:
         gradvac=config.treatment == "gradvac",
     )
     return settled, folder
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """The name in the folder, with a number behind it where runs that began in the same second have it already."""
+    candidates = (folder / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in candidates if not path.exists())
 
 
 def model_layout(config: Config, folder: Path) -> Layout:
@@ -301,6 +308,9 @@ class Run:
         self.console.start(stage.name, trainer.settings.num_steps, trainer.progress.step)
         try:
             trainer.run()
+        except TrainingError:
+            self.save()  # the parameters are those of the last good step
+            raise
         finally:
             self.console.finish()
         self.seconds[stage.name] = round(self.seconds.get(f"{stage.name}_features", 0) + trainer.progress.seconds, 3)

@@ -1,8 +1,8 @@
 """Projected attention layers (Stickland and Murray 2019, arXiv 1902.02671, sections 2 and 3): small task adapters.
 
 A layer with its task term is LN(h' + FFN(h') + TS(h)), h the layer's input and h' = LN(h + MHA(h)); bert.py adds the
-term at the final LayerNorm. TS(h) = V_D g(V_E h): V_E projects D down to d, g is a small multi-head attention without output
-matrix, V_D projects up again.
+term at the final LayerNorm. TS(h) = V_D g(V_E h): V_E projects D down to d, g is a small multi-head attention without
+output matrix, V_D projects up again.
 """
 
 from collections.abc import Sequence

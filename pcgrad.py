@@ -330,6 +330,7 @@ def removed_shares(squared_norms: Tensor, kept: Tensor) -> Tensor:
     """(T,) which share of each task's own gradient a treatment takes out of it.
 
     squared_norms: (T,) g_i . g_i; kept: (T,) g_i' . g_i, g_i' the treated gradient. 1 - kept / squared norm, not below
-    0: 0 for an untouched gradient, cos^2 of the angle to g_j after one projection away from g_j. NaN for a zero gradient.
+    0: 0 for an untouched gradient, cos^2 of the angle to g_j after one projection away from g_j. NaN for a zero
+    gradient.
     """
     return (1 - kept / squared_norms).clamp(min=0)

@@ -56,7 +56,7 @@ CONFIGURATIONS = {
 # ------------------------------------------------------------------------------------------ transformers' side
 
 
-def reference_model(config: BertConfig, seed: int = 0, std: float = 0.25) -> transformers.BertModel:
+def reference_model(config: BertConfig, seed: int = 0, std: float = 0.3) -> transformers.BertModel:
     """transformers' model with random weights, large enough that attention is far from uniform."""
     values = {**config.to_dict(), "initializer_range": std}
     torch.manual_seed(seed)
@@ -179,7 +179,7 @@ def test_attention_is_far_from_uniform_in_these_tests(tmp_path: Path) -> None:
     reference = write_reference(tmp_path)
     ids, _ = mixed_rows([20], tiny_config())
     probs = reference(torch.tensor(ids), output_attentions=True).attentions
-    assert all(p.max(-1).values.mean() > 4 / 20 for p in probs)
+    assert all(p.max(-1).values.mean() > 3 / 20 for p in probs)
 
 
 # --------------------------------------------------------------------------------------------- rows and batches
@@ -411,7 +411,7 @@ def test_a_binary_checkpoint_with_code_is_refused_and_nothing_is_executed(zipped
     tensors = {**reference.state_dict(), "payload": Payload(marker)}
     as_binary(tmp_path, {})
     torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: not readable in weights-only mode") as error:
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not readable in weights-only mode") as error:
         load_bert(tmp_path, generator())
     assert not marker.exists() and "\n" not in str(error.value)
     pickle.loads(pickle.dumps(Payload(marker)))

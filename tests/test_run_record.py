@@ -1,0 +1,327 @@
+"""The run directory: nothing is overwritten, and a process killed at any moment leaves something to resume."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from run_record import (
+    CONFIG,
+    METRICS,
+    RESULTS,
+    TRAINER_STATE,
+    TRAINER_TENSORS,
+    MetricsLog,
+    RunDirectory,
+    RunError,
+    finite,
+    flatten,
+    read_json,
+    read_trainer,
+    recover_folder,
+    replace_folder,
+    write_json,
+    write_trainer,
+)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ run directory
+
+
+def test_a_new_run_directory_holds_its_configuration(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "runs" / "deep" / "one", {"seed": 3})
+    assert run.config() == {"seed": 3} and contents(run.path).keys() == {CONFIG}
+    assert (run.best, run.last) == (run.path / "best", run.path / "last")
+
+
+@pytest.mark.parametrize("kind", ["run", "empty folder", "file"])
+def test_an_existing_out_is_refused_and_untouched(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    if kind == "file":
+        path.write_text("precious")
+    else:
+        path.mkdir()
+    if kind == "run":
+        (path / CONFIG).write_text("precious")
+        (path / "best").mkdir()
+    before, others = contents(tmp_path), sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match=f"--out {path}: exists already, expected a new directory") as error:
+        RunDirectory.create(path, {"seed": 1})
+    assert f"--resume {path}" in str(error.value) and "\n" not in str(error.value)
+    assert contents(tmp_path) == before and sorted(tmp_path.rglob("*")) == others
+
+
+def test_an_out_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"--out .*file/run: cannot be made \(Not a directory\)"):
+        RunDirectory.create(tmp_path / "file" / "run", {})
+
+
+def test_only_a_run_that_has_not_ended_can_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"--resume {tmp_path}/absent: no run directory"):
+        RunDirectory.existing(tmp_path / "absent")
+    with pytest.raises(RunError, match=r"no run directory, expected one with config\.json"):
+        RunDirectory.existing(tmp_path)
+    run = RunDirectory.create(tmp_path / "run", {"seed": 5})
+    assert RunDirectory.existing(run.path).config() == {"seed": 5}
+    run.write_results({"mean": 0.5})
+    with pytest.raises(RunError, match=r"the run has ended, its results are in .*results\.json"):
+        RunDirectory.existing(run.path)
+
+
+def test_resuming_takes_up_checkpoints_whose_replacement_was_cut_off(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    for name in ("best", "last"):
+        (run.path / f"{name}.new").mkdir()
+        (run.path / f"{name}.new" / "weights").write_text(name)
+    again = RunDirectory.existing(run.path)
+    assert contents(again.best) == {"weights": b"best"} and contents(again.last) == {"weights": b"last"}
+
+
+# ------------------------------------------------------------------------------------------- replacing a folder
+
+
+def version(number: int) -> Callable[[Path], None]:
+    """Writes a folder of two files that must belong together."""
+
+    def write(folder: Path) -> None:
+        (folder / "first").write_text(str(number))
+        (folder / "second").write_text(str(number))
+
+    return write
+
+
+def kill_at(place: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The process ends before call number `place` that moves or removes a folder; returns the calls made so far."""
+    calls: list[str] = []
+
+    def wrap(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if len(calls) == place:
+                raise Killed
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    wrap(os, "rename")
+    wrap(shutil, "rmtree")
+    return calls
+
+
+def leave_leftovers(folder: Path) -> None:
+    """What earlier kills can leave beside a folder."""
+    for suffix in (".tmp", ".old"):
+        folder.with_name(folder.name + suffix).mkdir()
+        (folder.with_name(folder.name + suffix) / "first").write_text("leftover")
+
+
+def test_a_replaced_folder_holds_the_new_files_only_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    replace_folder(folder, version(1))
+    (folder / "third").write_text("of the old one")
+    leave_leftovers(folder)
+    replace_folder(folder, version(2))
+    assert contents(tmp_path) == {"last/first": b"2", "last/second": b"2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_a_kill_at_any_stage_leaves_the_old_folder_or_the_new_one(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "last"
+    replace_folder(folder, version(1))
+    leave_leftovers(folder)
+    with monkeypatch.context() as patch:
+        calls = kill_at(place, patch)
+        try:
+            replace_folder(folder, version(2))
+            assert len(calls) <= place
+        except Killed:
+            assert len(calls) == place
+    recover_folder(folder)
+    assert contents(folder) in ({"first": b"1", "second": b"1"}, {"first": b"2", "second": b"2"})
+    replace_folder(folder, version(3))
+    assert contents(tmp_path) == {"last/first": b"3", "last/second": b"3"}
+
+
+def test_the_stages_tried_above_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_folder(tmp_path / "last", version(1))
+    calls = kill_at(1000, monkeypatch)
+    replace_folder(tmp_path / "last", version(2))
+    assert len(calls) < 10 and calls.count("rename") == 3
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_kill_while_the_new_folder_is_written_leaves_the_old_one(exists: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    if exists:
+        replace_folder(folder, version(1))
+
+    def half(path: Path) -> None:
+        (path / "first").write_text("2")
+        raise Killed
+
+    with pytest.raises(Killed):
+        replace_folder(folder, half)
+    recover_folder(folder)
+    assert folder.exists() == exists
+    if exists:
+        assert contents(folder) == {"first": b"1", "second": b"1"}
+    replace_folder(folder, version(3))
+    assert contents(tmp_path) == {"best/first": b"3", "best/second": b"3"}
+
+
+def test_recovery_leaves_a_whole_folder_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    replace_folder(folder, version(1))
+    beside = tmp_path / "last.new"
+    beside.mkdir()
+    recover_folder(folder)
+    assert contents(folder) == {"first": b"1", "second": b"1"}
+    recover_folder(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+# -------------------------------------------------------------------------------------------------- metrics log
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_a_killed_run_logged_after_its_checkpoint_is_logged_again_once(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    log = MetricsLog(path, 0, None)
+    log.write({"stage": "finetune", "step": 1, "loss": 0.5})
+    size = log.size
+    log.write({"stage": "finetune", "step": 2, "loss": 0.25})
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"stage": "fine')  # a record that the kill cut off
+    resumed = MetricsLog(path, size, None)
+    assert resumed.size == size
+    for step in (2, 3):
+        resumed.write({"stage": "finetune", "step": step, "loss": 1 / step})
+    resumed.close()
+    assert [record["step"] for record in records(path)] == [1, 2, 3]
+    assert path.stat().st_size == resumed_size(path)
+
+
+def resumed_size(path: Path) -> int:
+    log = MetricsLog(path, path.stat().st_size, None)
+    size = log.size
+    log.close()
+    return size
+
+
+def test_a_record_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    log = MetricsLog(path, 0, None)
+    log.write({"stage": "pretrain", "step": 1, "loss": float("nan"), "dev": {"sts": {"pearson": float("inf")}}})
+    assert path.read_text() == '{"stage": "pretrain", "step": 1, "loss": null, "dev": {"sts": {"pearson": null}}}\n'
+    assert log.size == path.stat().st_size
+    log.close()
+
+
+def test_nan_and_infinities_become_null_and_everything_else_stays() -> None:
+    values = {"a": math.nan, "b": [1, -math.inf, "text", None], "c": {"d": (math.inf, 2.5, True)}, "e": 3}
+    assert finite(values) == {"a": None, "b": [1, None, "text", None], "c": {"d": [None, 2.5, True]}, "e": 3}
+    assert values["a"] is math.nan
+
+
+def test_results_with_nan_are_valid_json(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    run.write_results({"dev": {"sts": {"pearson": math.nan}}, "confusion": [[1, 2], [3, 4]]})
+    text = (run.path / RESULTS).read_text()
+    assert "NaN" not in text
+    assert json.loads(text) == {"dev": {"sts": {"pearson": None}}, "confusion": [[1, 2], [3, 4]]}
+
+
+def test_flattened_numbers_have_paths_and_are_finite() -> None:
+    values = {"loss": 1, "dev": {"sst": {"accuracy": 0.5}, "mean": math.nan}, "name": "x", "none": None}
+    assert list(flatten(values)) == [("loss", 1.0), ("dev/sst/accuracy", 0.5)]
+
+
+def test_tensorboard_holds_the_numbers_of_the_log_under_their_stage(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    RunDirectory.create(tmp_path / "run", {})
+    log = RunDirectory(tmp_path / "run").open_metrics(0, tensorboard=True)
+    for step in (1, 2):
+        log.write({"stage": "finetune", "epoch": 1, "step": step, "loss": step / 4, "dev": {"sst": {"accuracy": 0.5}}})
+    log.close()
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["finetune/dev/sst/accuracy", "finetune/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("finetune/loss")] == [(1, 0.25), (2, 0.5)]
+    assert len(records(tmp_path / "run" / METRICS)) == 2
+    log = RunDirectory(tmp_path / "run").open_metrics(0, tensorboard=False)
+    log.write({"stage": "finetune", "step": 1, "loss": 1.0})
+    log.close()
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------------ files of state
+
+
+def test_a_json_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    write_json(path, {"step": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"step": math.nan})
+    assert read_json(path) == {"step": 1}
+
+    def killed(*args: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        write_json(path, {"step": 2})
+    assert read_json(path) == {"step": 1}
+
+
+def test_absent_and_damaged_json_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    with pytest.raises(RunError, match=r"state\.json: no such file"):
+        read_json(path)
+    for content in (b"{", b"\xff\xfe", b""):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=r"state\.json: not readable as JSON"):
+            read_json(path)
+
+
+def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
+    tensors = {"moment": torch.randn(3, 4).t(), "step": torch.tensor(7), "half": torch.ones(2, dtype=torch.bfloat16)}
+    state = {"step": 12, "best": 1 / 3, "draws": {"sst": 4}, "none": None}
+    write_trainer(tmp_path, tensors, state)
+    found, found_state = read_trainer(tmp_path)
+    assert found_state == state and found.keys() == tensors.keys()
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
+    assert contents(tmp_path).keys() == {TRAINER_TENSORS, TRAINER_STATE}
+
+
+def test_a_damaged_trainer_state_is_one_line(tmp_path: Path) -> None:
+    write_trainer(tmp_path, {"moment": torch.zeros(10)}, {"step": 1})
+    weights = tmp_path / TRAINER_TENSORS
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):
+        read_trainer(tmp_path)
+    weights.unlink()
+    with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):
+        read_trainer(tmp_path)
