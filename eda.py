@@ -299,16 +299,16 @@ def _wordnet_reader(root: Any) -> Any:
         def map_wn(self, version: str = "wordnet") -> None:
             """No map to another WordNet's numbers, which other languages need and which reads index.sense."""
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # nltk says that there is English only
-        return Reader(root, None)
+    return Reader(root, None)
 
 
 @contextmanager
 def _wordnet_errors(root: Any) -> Iterator[None]:
-    """Turns whatever nltk makes of damaged files (no one class of errors) into one line."""
+    """Turns whatever nltk makes of damaged files (no one class of errors) into one line, without its warnings."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise EdaError(f"{root}: not readable as WordNet ({reason}), expected WordNet 3's files") from None

@@ -116,7 +116,10 @@ def _augmented(config: Config, file: DataFile, task: str, data: Data) -> DataFil
         return file
     try:
         synonyms = WordNet(Path(config.wordnet) if config.wordnet else None)
-        eda = EdaConfig(config.eda_alpha, config.eda_deletion_prob)
+        alpha = config.eda_alpha
+        eda = EdaConfig(
+            alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=config.eda_deletion_prob
+        )
         augmented = augment(file, eda, derive_seed(config.seed, "eda", task), synonyms)
     except EdaError as error:
         raise DataError(str(error)) from None

@@ -41,12 +41,12 @@ class PalConfig:
         if size == 0:
             low_rank = max(1, round(PAPER_LOW_RANK * config.hidden_size / 768))
             size = low_rank if kind == "low_rank" else PAPER_HEAD_SIZE * (num_heads or proportional_heads)
-        if num_heads == 0:
-            num_heads = next(n for n in range(min(proportional_heads, size), 0, -1) if size % n == 0)
         if kind not in KINDS:
             raise ValueError(f"--pal_kind {kind}: expected one of {', '.join(KINDS)}")
         if not 0 < size < config.hidden_size:
             raise ValueError(f"--pal_size {size}: expected 1 to {config.hidden_size - 1}, less than the hidden size")
+        if num_heads == 0:
+            num_heads = next(n for n in range(min(proportional_heads, size), 0, -1) if size % n == 0)
         if size % num_heads:
             raise ValueError(f"--pal_size {size}: not a multiple of --pal_heads {num_heads}")
         if not 0 <= num_layers <= config.num_hidden_layers:

@@ -216,9 +216,11 @@ def _is_gramian_weighting(aggregation: Any, name: str) -> bool:
 
 def _gramian_weighting(aggregation: Any, name: str) -> Callable[[Tensor], Tensor]:
     kind = getattr(aggregation, f"{name}Weighting", None)
-    base = aggregation.GramianWeighting
+    base = aggregation.UPGradWeighting.__bases__[0]  # the weightings of Gramians; not every version names it
     if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
         raise ValueError(f"--treatment {name}: torchjd has no such weighting of Gramians")
+    if hasattr(kind, "reset"):
+        raise ValueError(f"--treatment {name}: torchjd's keeps averages that a checkpoint would not hold")
     try:
         return kind()  # type: ignore[no-any-return]
     except (TypeError, ImportError) as error:

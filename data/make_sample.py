@@ -1103,7 +1103,7 @@ TOPICS = (
                 "How do I convert {x} to {y}?",
                 "What is the formula for turning {x} into {y}?",
                 "If I have a figure in {x}, how do I get it in {y}?",
-                "*Given {x}, how are {y} worked out?",
+                "*By what must I multiply {x} to get {y}?",
             ),
             (
                 "Why do some countries use {x} and not {y}?",
@@ -1795,7 +1795,7 @@ TOPICS = (
                 "Why do I keep {habit}?",
                 "What is behind {habit}?",
                 "I cannot give up {habit}. Why is that?",
-                "*Which need lies under {habit}?",
+                "*What drives a person to keep {habit}?",
             ),
             (
                 "Is {habit} really that bad?",
@@ -2056,7 +2056,7 @@ TOPICS = (
 
 PARAPHRASE_SHARE = 0.43
 SAME_KINDS = {"reworded": 0.75, "touched up": 0.25}  # see the functions of these names
-DIFFERENT_KINDS = {"exchanged": 0.19, "changed": 0.27, "other intent": 0.37, "other topic": 0.17}
+DIFFERENT_KINDS = {"exchanged": 0.20, "changed": 0.28, "other intent": 0.32, "other topic": 0.20}
 PARAPHRASE_SLIPS = 0.03  # share of the pairs whose annotator ticked the wrong box
 
 

@@ -196,7 +196,7 @@ def test_a_plan_is_a_function_of_epoch_step_and_generator_without_memory(name: s
     for step in range(10):
         scheduler.plan(1, step, random.Random(step))
     assert scheduler.plan(4, 10, random.Random(5)) == first
-    assert len({tuple(scheduler.plan(4, 10, random.Random(seed))) for seed in range(40)}) > 10
+    assert len({tuple(scheduler.plan(4, 10, random.Random(seed))) for seed in range(40)}) > 5
 
 
 # ------------------------------------------------------------------------------------------- weights of the draws

@@ -77,7 +77,7 @@ def test_exactly_the_allowed_labels_are_read(task: str, good: list[str], bad: li
     parse = TASKS[task].output.parse
     assert [parse(text) for text in good] == [float(text) for text in good]
     for text in bad:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="could not convert|^" + text):
             parse(text)
 
 

@@ -1,0 +1,345 @@
+"""set_up.sh in copies of its folder, with stand-ins for python, conda and apt-get on PATH: nothing is installed."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SET_UP = Path(__file__).parent.parent / "set_up.sh"
+SHELLS = [
+    "bash",
+    pytest.param("zsh", marks=pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")),
+]
+
+# Makes environments that hold itself; its pip, its nltk and its venv only note that they were called.
+FAKE_PYTHON = r"""#!/bin/bash
+case "$1 ${2-}" in
+    "--version ") echo "Python ${FAKE_VERSION:-3.11.7}" ;;
+    "-c import sys"*) [ "${FAKE_VERSION:-3.11.7}" != 3.8.1 ] ;;
+    "-c import ensurepip"*) [ -z "${FAKE_NO_ENSUREPIP-}" ] ;;
+    "-c import pip"*) ;;
+    "-m venv")
+        echo venv >>"$FAKE_LOG"
+        mkdir -p "$4/bin" && cp "$FAKE_BIN/python3.11" "$4/bin/python"
+        [ -z "${FAKE_VENV_STOPS-}" ] || exit 1
+        printf 'VIRTUAL_ENV="%s"\nexport VIRTUAL_ENV\nPATH="$VIRTUAL_ENV/bin:$PATH"\ndeactivate () { :; }\n' "$4" \
+            >"$4/bin/activate"
+        ;;
+    "-m pip")
+        echo "pip for $0" >>"$FAKE_LOG"
+        [ -z "${FAKE_PIP_WAITS-}" ] || sleep 20
+        [ -z "${FAKE_PIP_FAILS-}" ] || { echo "ERROR: no such package" >&2; exit 1; }
+        ;;
+    "-m nltk.downloader") echo nltk >>"$FAKE_LOG" ;;
+    *) echo "unexpected: $*" >>"$FAKE_LOG"; exit 1 ;;
+esac
+"""
+
+# Its environment is the folder $FAKE_CONDA/cs224n_dfp; `hook` prints the function that activates it.
+FAKE_CONDA = r"""#!/bin/bash
+prefix=$FAKE_CONDA/cs224n_dfp
+[ "$1" = --version ] || echo "conda $*" >>"$FAKE_LOG"
+case $1 in
+    --version) echo "conda 25.1" ;;
+    run) [ -d "$prefix" ] && echo "$prefix" ;;
+    create | install) mkdir -p "$prefix/bin" && cp "$FAKE_BIN/python3.11" "$prefix/bin/python" ;;
+    shell.bash | shell.zsh) echo 'conda() { [ $1 = activate ] && export CONDA_DEFAULT_ENV=$2; }' ;;
+esac
+"""
+
+
+class Project:
+    """A folder with set_up.sh and a requirements.txt, and another folder that stands first on PATH."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "the project"
+        self.bin = root / "bin"
+        self.home = root / "home"
+        self.log = root / "log"
+        self.prefix = self.folder.resolve() / ".venv" / "cs224n_dfp"
+        self.folder.mkdir()
+        self.bin.mkdir()
+        (self.home / "nltk_data/corpora/wordnet").mkdir(parents=True)
+        shutil.copy(SET_UP, self.folder)
+        (self.folder / "requirements.txt").write_text("torch==2.13.0\n")
+        self.log.touch()
+        self.program("python3.11", FAKE_PYTHON)
+        tools = [
+            "bash",
+            "zsh",
+            "sh",
+            "cat",
+            "cksum",
+            "cp",
+            "dirname",
+            "env",
+            "mkdir",
+            "rm",
+            "sleep",
+            "touch",
+            "timeout",
+        ]
+        for tool in tools:  # and no other: neither this machine's conda, nor its apt-get, nor its Pythons
+            path = shutil.which(tool)
+            if path is not None:
+                (self.bin / tool).symlink_to(path)
+        self.program("id", "#!/bin/sh\necho 1000\n")
+        self.environment = {
+            "PATH": str(self.bin),
+            "HOME": str(self.home),
+            "FAKE_BIN": str(self.bin),
+            "FAKE_LOG": str(self.log),
+        }
+
+    def program(self, name: str, text: str) -> None:
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, script: str, shell: str = "bash", **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a script in another folder; $SET_UP names the copy of set_up.sh."""
+        flags = ["-f", "-c"] if shell == "zsh" else ["--norc", "-c"]
+        return subprocess.run(
+            [str(self.bin / shell), *flags, script],
+            cwd=self.home,
+            env={**self.environment, "SET_UP": str(self.folder / "set_up.sh"), **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list[str]:
+        """What was called since the last look."""
+        lines = self.log.read_text().splitlines()
+        self.log.write_text("")
+        return lines
+
+    def add_conda(self) -> None:
+        self.program("conda", FAKE_CONDA)
+        self.environment["FAKE_CONDA"] = str(self.bin.parent / "conda envs")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_without_conda_a_venv_beside_the_script_is_made_and_active(project: Project, shell: str) -> None:
+    done = project.run('source "$SET_UP"; echo "status $?"; command -v python', shell)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-2:] == ["status 0", str(project.prefix / "bin/python")]
+    assert project.calls() == ["venv", f"pip for {project.prefix}/bin/python"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_second_call_neither_makes_nor_installs_and_is_quick(project: Project, shell: str) -> None:
+    project.run('source "$SET_UP"', shell)
+    project.calls()
+    start = time.perf_counter()
+    done = project.run('source "$SET_UP" && command -v python', shell)
+    assert time.perf_counter() - start < 1
+    assert done.stdout == f"set_up.sh: cs224n_dfp is active\n{project.prefix}/bin/python\n"
+    assert project.calls() == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_conda_is_used_where_it_is_installed(project: Project, shell: str) -> None:
+    project.add_conda()
+    script = 'source "$SET_UP"; echo "status $? $CONDA_DEFAULT_ENV"'
+    done = project.run(script, shell)
+    assert done.stderr == ""
+    assert done.stdout.endswith("status 0 cs224n_dfp\n")
+    assert not project.prefix.exists()
+    calls = project.calls()
+    assert "conda create -n cs224n_dfp python=3.11 pip -y -q" in calls
+    assert f"pip for {project.environment['FAKE_CONDA']}/cs224n_dfp/bin/python" in calls
+    assert project.run(script, shell).stdout.endswith("status 0 cs224n_dfp\n")
+    assert not [call for call in project.calls() if "create" in call or "pip" in call]
+
+
+def test_a_conda_environment_without_a_python_is_completed(project: Project) -> None:
+    project.add_conda()
+    (project.bin.parent / "conda envs/cs224n_dfp").mkdir(parents=True)
+    assert project.run('source "$SET_UP"').returncode == 0
+    assert "conda install -n cs224n_dfp python=3.11 pip -y -q" in project.calls()
+
+
+def test_a_conda_environment_of_an_older_python_is_named_and_left_alone(project: Project) -> None:
+    project.add_conda()
+    project.run('source "$SET_UP"')
+    project.calls()
+    done = project.run('source "$SET_UP"', FAKE_VERSION="3.8.1")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "no Python 3.11 or later" in done.stderr
+    assert [call for call in project.calls() if not call.startswith("conda run")] == []
+
+
+def test_a_shim_without_a_conda_behind_it_is_no_conda(project: Project) -> None:
+    project.program("conda", "#!/bin/sh\nexit 127\n")
+    assert project.run('source "$SET_UP" && command -v python').stdout.endswith(f"{project.prefix}/bin/python\n")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_sourcing_leaves_nothing_but_the_activation(project: Project, shell: str) -> None:
+    functions = "declare -F" if shell == "bash" else "print -l ${(k)functions}"
+    names = "compgen -v" if shell == "bash" else "print -l ${(k)parameters}"
+    state = f"{{ {functions}; {names}; set -o; shopt 2>/dev/null; trap; pwd; umask; }}"
+    script = f"""
+        cd /; trap 'echo bye' EXIT; trap : USR1; set -u
+        before=; after=; status_of_it=
+        before=$({state})
+        source "$SET_UP" >/dev/null; status_of_it=$?
+        after=$({state})
+        [ $status_of_it = 0 ] && [ "$before" ] && printf '%s\n' "BEFORE" "$before" "AFTER" "$after"
+    """
+    lines = project.run(script, shell).stdout.splitlines()
+    before = {"", *lines[lines.index("BEFORE") + 1 : lines.index("AFTER")]}
+    after = {"", *lines[lines.index("AFTER") + 1 : lines.index("bye")]}
+    of_activation = {"VIRTUAL_ENV", "deactivate", "declare -f deactivate"}
+    of_the_shell = {"PIPESTATUS", "_", "OLDPWD", "BASH_REMATCH"}
+    assert before - after - of_the_shell == set()
+    assert after - before - of_the_shell - of_activation == set()
+    assert "VIRTUAL_ENV" in after
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("how", ["", "FAKE_PIP_FAILS"], ids=["succeeding", "failing"])
+def test_a_strict_shell_keeps_its_options_and_goes_on(project: Project, shell: str, how: str) -> None:
+    script = """
+        set -euo pipefail
+        source "$SET_UP" || echo "status $?"
+        set +o
+    """
+    done = project.run(script, shell, **({how: "1"} if how else {}))
+    assert ("status 1" if how else "set_up.sh: cs224n_dfp is active") in done.stdout.splitlines()
+    assert {f"set -o {name}" for name in ("errexit", "nounset", "pipefail")} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_failing_install_is_one_line_and_is_tried_again(project: Project, shell: str) -> None:
+    done = project.run('source "$SET_UP"; echo "status $?"; typeset -f _cs224n_dfp', shell, FAKE_PIP_FAILS="1")
+    assert done.stdout.endswith("status 1\n")
+    error, line = done.stderr.splitlines()
+    assert error == "ERROR: no such package"
+    assert line == "set_up.sh: installing requirements.txt failed, see above; source this again to go on"
+    project.calls()
+    assert project.run('source "$SET_UP"', shell).returncode == 0
+    assert project.calls() == [f"pip for {project.prefix}/bin/python"]
+
+
+def test_changed_requirements_are_installed(project: Project) -> None:
+    project.run('source "$SET_UP"')
+    project.calls()
+    (project.folder / "requirements.txt").write_text("torch==2.14.0\n")
+    assert project.run('source "$SET_UP"').returncode == 0
+    assert project.calls() == [f"pip for {project.prefix}/bin/python"]
+
+
+def test_a_half_made_environment_is_made_again(project: Project) -> None:
+    assert project.run('source "$SET_UP"', FAKE_VENV_STOPS="1").returncode == 1
+    assert project.calls() == ["venv"]
+    assert project.run('source "$SET_UP"').returncode == 0
+    assert project.calls() == ["venv", f"pip for {project.prefix}/bin/python"]
+
+
+def test_an_environment_moved_with_its_folder_is_made_again(project: Project) -> None:
+    project.run('source "$SET_UP"')
+    project.calls()
+    project.folder = project.folder.rename(project.folder.parent / "moved")
+    done = project.run('source "$SET_UP" && command -v python')
+    assert done.stdout.endswith(f"{project.folder.resolve()}/.venv/cs224n_dfp/bin/python\n")
+    assert project.calls()[0] == "venv"
+
+
+def test_a_relative_path_is_found_whatever_cdpath_says(project: Project) -> None:
+    done = project.run('cd ..; CDPATH=.:/; source "the project/set_up.sh" && command -v python')
+    assert done.stdout.endswith(f"{project.prefix}/bin/python\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"FAKE_VERSION": "3.8.1"}, "no Python 3.11 or later found"),
+        ({"FAKE_NO_ENSUREPIP": "1"}, "apt-get install python3.11-venv"),
+    ],
+)
+def test_what_python_lacks_is_said_in_one_line(project: Project, setting: dict[str, str], message: str) -> None:
+    done = project.run('source "$SET_UP"; echo "status $?"', **setting)
+    assert done.stdout == "status 1\n"
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_executed_it_says_how_to_activate(project: Project) -> None:
+    done = project.run('bash "$SET_UP"; echo "status $?"')
+    assert done.stdout.endswith("to activate the environment in this shell: source set_up.sh\nstatus 0\n")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_an_interrupt_leaves_the_shell_usable(project: Project, shell: str) -> None:
+    """Ctrl-C at a terminal, in an interactive shell, while pip runs."""
+    flags = ["-f", "-i"] if shell == "zsh" else ["--norc", "-i"]
+    environment = {**project.environment, "FAKE_PIP_WAITS": "1", "TERM": "dumb", "PS1": "$ "}
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(project.folder)
+        os.execve(project.bin / shell, [shell, *flags], environment)
+    seen = ""
+
+    def wait_for(text: str) -> None:
+        nonlocal seen
+        while text not in seen:
+            ready, _, _ = select.select([terminal], [], [], 20)
+            assert ready, f"no {text!r} after {seen!r}"
+            seen += os.read(terminal, 1024).decode()
+
+    try:
+        os.write(terminal, b"source set_up.sh\n")
+        wait_for("installing")
+        while "pip" not in project.log.read_text():
+            time.sleep(0.02)
+        os.write(terminal, b"\x03")
+        wait_for("interrupted")
+        os.write(terminal, b'typeset -f _cs224n_dfp; echo "al""ive in $PWD"\n')
+        wait_for(f"alive in {project.folder}")
+        os.write(terminal, b"exit\n")
+    finally:
+        os.close(terminal)  # hangs up, should the shell still be there
+        os.waitpid(child, 0)
+    assert "_cs224n_dfp ()" not in seen
+
+
+def test_wordnet_that_cannot_be_had_is_one_line_once_and_no_failure(project: Project) -> None:
+    shutil.rmtree(project.home / "nltk_data")
+    script = project.folder / "set_up.sh"
+    script.write_text(script.read_text().replace("/usr/", f"{project.bin}/"))  # hides what this system has
+    project.program("id", "#!/bin/sh\necho 0\n")
+    project.program("apt-get", '#!/bin/sh\necho apt-get >>"$FAKE_LOG"\nexit 100\n')
+    done = project.run('source "$SET_UP"')
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sum("no WordNet found" in line for line in done.stdout.splitlines()) == 1
+    assert project.calls()[2:] == ["apt-get", "apt-get", "nltk"]
+    assert project.run('source "$SET_UP"').stdout == "set_up.sh: cs224n_dfp is active\n"
+    assert project.calls() == []
+
+
+def test_with_a_real_python_the_environment_holds_pip_and_works(project: Project) -> None:
+    (project.bin / "python3.11").unlink()
+    (project.bin / "python3").symlink_to(sys.executable)
+    (project.folder / "requirements.txt").write_text("# nothing: no network in tests\n")
+    script = 'source "$SET_UP" && python -c "import sys, pip; print(sys.prefix)"; deactivate'
+    done = project.run(script)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == str(project.prefix)
+    stamp = project.prefix / "set_up_stamp"
+    made = stamp.stat().st_mtime_ns
+    assert project.run(script).stdout == f"set_up.sh: cs224n_dfp is active\n{project.prefix}\n"
+    assert stamp.stat().st_mtime_ns == made
