@@ -142,15 +142,19 @@ def random_swap(words: Sequence[str], generator: random.Random, n: int) -> list[
 
 
 def random_deletion(words: Sequence[str], generator: random.Random, prob: float) -> list[str]:
-    """Each word goes with this probability; where nothing visible would be left, one word stays."""
+    """Each word goes with this probability.
+
+    Where nothing visible would be left, one visible word stays; a text without any is left alone.
+    """
     kept = [word for word in words if generator.random() >= prob]
-    if words and not any(map(_is_visible, kept)):
-        return [generator.choice([word for word in words if _is_visible(word)] or list(words))]
-    return kept
+    if any(map(_is_visible, kept)):
+        return kept
+    visible = [word for word in words if _is_visible(word)]
+    return [generator.choice(visible)] if visible else list(words)
 
 
 def _is_visible(word: str) -> bool:
-    """Whether BERT's tokenizer finds something in the word: it drops control and format characters and accents."""
+    """Whether BERT's tokenizer surely finds something in the word: it drops control characters and accents."""
     return any(unicodedata.category(char)[0] in "LNPS" and char != "\ufffd" for char in word)
 
 
@@ -517,15 +521,28 @@ def build_parser() -> argparse.ArgumentParser:
         prog="eda.py",
         description="Write a CS224N training file with augmented rows appended, so that its classes are equal in "
         "number. Synonyms come from WordNet.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("source", metavar="IN.csv", type=Path, help="tab-separated file with sentiment or is_duplicate")
     parser.add_argument("target", metavar="OUT.csv", type=Path, help="new file; an existing one is never replaced")
-    parser.add_argument("--label_column", metavar="NAME", default="auto", help="column of the classes")
-    parser.add_argument("--eda_alpha", metavar="SHARE", type=float, default=0.1, help="share of the words edited")
-    parser.add_argument("--eda_deletion_prob", metavar="P", type=float, default=0.1, help="chance that a word goes")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the same seed writes the same bytes")
-    parser.add_argument("--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files, if not installed")
+    parser.add_argument(
+        "--label_column", metavar="NAME", default="auto", help="column of the classes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--eda_alpha", metavar="SHARE", type=float, default=0.1, help="share of the words edited (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--eda_deletion_prob",
+        metavar="P",
+        type=float,
+        default=0.1,
+        help="chance that a word goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="the same seed writes the same bytes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files (default: nltk's, else the system's)"
+    )
     return parser
 
 

@@ -263,7 +263,7 @@ def web_address(text: str) -> str:
 
 def retry_count(text: str) -> int:
     """The value of --retries."""
-    if not (text.isdecimal() and text.isascii() and len(text) < 10):
+    if not (text.isdecimal() and text.isascii()):
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 0 up")
     return int(text)
 

@@ -938,84 +938,130 @@ CITIES = table(
 )
 COUNTRIES = table(
     "Spain, Canada, Japan, Brazil, India, Kenya, Norway, Mexico, Poland, Turkey, Chile, Egypt, "
-    "Australia, *Peru, *Vietnam, *Portugal, *Morocco, *Finland"
+    "Britain=the United Kingdom, the United States=America, *Peru, *Vietnam, *Portugal, *Morocco, "
+    "*the Netherlands=Holland"
 )
 LANGUAGES = table(
     "Spanish, French, Japanese, Arabic, Russian, Italian, Korean, German, Hindi, *Turkish, *Dutch, *Greek"
 )
 SKILLS = table(
-    "chess, programming, the piano, the guitar, public speaking, calligraphy, swimming, yoga, drawing, "
-    "sewing, photography, *juggling, *the violin, *woodwork, *skiing"
+    "chess, programming=coding, the piano, the guitar, public speaking=giving speeches, calligraphy, "
+    "swimming, yoga, drawing=sketching, sewing=needlework, photography=taking photos, *juggling, "
+    "*the violin=the fiddle, *woodwork=carpentry, *skiing"
 )
 JOBS = table(
-    "nurse, pilot, lawyer, teacher, plumber, translator, architect, baker, data analyst, firefighter, "
-    "journalist, *midwife, *game designer, *electrician, *vet"
+    "nurse, pilot, lawyer=attorney, teacher=schoolteacher, plumber, translator, architect, baker, "
+    "doctor=physician, firefighter=fireman, journalist=reporter, programmer=software developer, *midwife, "
+    "*actor, *flight attendant=stewardess, *vet=animal doctor"
 )
 FOODS = table(
-    "rice, chicken, spinach, salmon, tofu, pasta, beef, cabbage, couscous, lamb, broccoli, tuna, *quinoa, "
-    "*pumpkin, *cauliflower, *pork"
+    "rice, chicken, spinach, salmon, tofu=bean curd, pasta, beef, cabbage, couscous, lamb, broccoli, "
+    "tuna=tuna fish, *quinoa, *pumpkin, *cauliflower, *ham, *squid=calamari"
 )
 PLANTS = table(
-    "tomatoes, roses, carrots, strawberries, tulips, peas, sunflowers, potatoes, onions, daffodils, beans, "
-    "*courgettes, *raspberries, *lilies, *leeks"
+    "tomatoes, roses, carrots, strawberries, tulips, peas, sunflowers, potatoes=spuds, onions, daffodils, "
+    "beans, *courgettes=zucchini, *aubergines=eggplants, *lilies, *leeks"
 )
-PETS = table("cats, dogs, rabbits, hamsters, parrots, goldfish, guinea pigs, ponies, *budgies, *turtles, *ferrets")
-TREATS = table("grapes, cheese, honey, raw carrots, apples, nuts, peanut butter, boiled rice, bananas, *mango, *oats")
-DEVICES = table("phone, laptop, tablet, printer, router, television, smart watch, e-reader, *projector, *game console")
-PICTURE_DEVICES = table("phone, laptop, tablet, camera, television, old computer, e-reader, *drone, *game console")
-SITES = table("Facebook, Instagram, Twitter, Gmail, LinkedIn, Spotify, Netflix, Snapchat, *Pinterest, *Dropbox, *Skype")
-SOFTWARE = table("Python, Java, Photoshop, Docker, Excel, Chrome, Git, Skype, Firefox, *Blender, *MySQL, *Zoom")
-SYSTEMS = table("Windows, Linux, a Mac, an old laptop, Ubuntu, *a tablet, *Debian")
+PETS = table(
+    "cats, dogs, rabbits=bunnies, hamsters, parrots, goldfish, guinea pigs, ponies=small horses, "
+    "*budgies=budgerigars, *turtles=tortoises, *ferrets"
+)
+TREATS = table(
+    "grapes, cheese, honey, raw carrots=uncooked carrots, apples, nuts, sweets=candy, "
+    "boiled rice=cooked rice, bananas, *mango, *peanuts=groundnuts, *crisps=potato chips"
+)
+DEVICES = table(
+    "phone=mobile, laptop=notebook, tablet, printer, router, television=TV, smart watch, "
+    "e-reader=e-book reader, *projector, *games console=video game console"
+)
+PICTURE_DEVICES = table(
+    "phone=mobile, laptop=notebook, tablet, camera, television=TV, old computer=old PC, "
+    "e-reader=e-book reader, *drone, *games console=video game console"
+)
+SITES = table(
+    "Facebook, Instagram, Twitter, Gmail=Google Mail, LinkedIn, Spotify, Netflix, Snapchat, *Pinterest, "
+    "*Dropbox, *Skype"
+)
+SOFTWARE = table(
+    "Python, Java, Photoshop=Adobe Photoshop, Docker, Excel=Microsoft Excel, Chrome=the Chrome browser, "
+    "Git, Skype, Firefox, *Blender, *MySQL, *Word=Microsoft Word"
+)
+SYSTEMS = table(
+    "Windows=Microsoft Windows, Linux, a Mac=an Apple computer, an old laptop=an aged notebook, Ubuntu, "
+    "*a tablet, *Debian"
+)
 SUBJECTS_OF_STUDY = table(
     "physics, statistics, philosophy, economics, algebra, biology, law, chemistry, psychology, "
-    "music theory, *geology, *linguistics, *astronomy"
+    "music theory=the theory of music, *geology, *linguistics=language science, *astronomy"
 )
 MONTHS = table("January, March, April, June, July, September, October, December, *February, *May, *November")
 BODIES = table("Mars, Venus, Jupiter, Saturn, the Moon, Mercury, Neptune, *Pluto, *Uranus")
 LANDMARKS = table(
-    "the Eiffel Tower, the Great Wall, the Colosseum, Big Ben, the Panama Canal, the Taj Mahal, "
-    "the Berlin Wall, Stonehenge, *the Suez Canal, *the Acropolis, *Brooklyn Bridge"
+    "the Eiffel Tower, the Great Wall=the Great Wall of China, the Colosseum, Big Ben, "
+    "the Panama Canal, the Taj Mahal, the Berlin Wall, Stonehenge, *the Suez Canal, *the Acropolis, "
+    "*Brooklyn Bridge"
 )
 THINGS_INVENTED = table(
-    "the telephone, the bicycle, paper money, the zip, the light bulb, chewing gum, the compass, "
-    "the microwave oven, the pencil, *the umbrella, *the typewriter, *the parachute"
+    "the telephone=the phone, the bicycle=the bike, paper money=the banknote, the zip=the zipper, "
+    "the light bulb=the electric lamp, chewing gum, the compass, "
+    "the microwave oven=the microwave, the pencil, *the umbrella, *the typewriter, "
+    "*the parachute, *the fridge=the refrigerator, *the car=the automobile"
 )
 HABITS = table(
-    "smoking, biting my nails, snoring, eating sweets, checking my phone, procrastinating, "
-    "interrupting people, drinking so much coffee, *swearing, *grinding my teeth, "
-    "*buying clothes I do not need"
+    "smoking=using tobacco, biting my nails=chewing my fingernails, snoring, eating sweets=eating candy, "
+    "checking my phone=looking at my mobile, procrastinating=putting things off, "
+    "interrupting people=talking over others, drinking so much coffee, *swearing=cursing, "
+    "*grinding my teeth, *buying clothes I do not need=buying clothes that I have no use for"
 )
 RELATIVES = table(
-    "mother, father, sister, brother, partner, daughter, son, best friend, roommate, neighbour, aunt, "
-    "*grandmother, *cousin, *mother-in-law, *uncle"
+    "mother=mum, father=dad, sister, brother, partner=other half, daughter, son, "
+    "best friend=closest friend, roommate=flatmate, neighbour, aunt, *grandmother=grandma, *cousin, "
+    "*grandfather=granddad, *uncle"
 )
-SUMS = table("500, 1000, 2000, 5000, 10000, 20000, 50000, *3000, *8000, *15000, *40000")
-WEEKS = table("four, six, eight, ten, twelve, sixteen, *five, *seven, *nine, *fourteen")
-AGES = table("25, 30, 35, 40, 45, 50, 60, *28, *33, *55, *65")
+SUMS = table(
+    "500=five hundred, 1000=a thousand, 2000=two thousand, 5000=five thousand, 10000=ten thousand, "
+    "20000=twenty thousand, 50000, *3000=three thousand, *8000=eight thousand, *15000=fifteen thousand, "
+    "*40000"
+)
+WEEKS = table("four=4, six=6, eight=8, ten=10, twelve=12, sixteen=16, *five=5, *seven=7, *nine=9, *fourteen=14")
+AGES = table("25, 30=thirty, 35, 40=forty, 45, 50=fifty, 60=sixty, *28, *33, *55, *70=seventy")
 FILE_TYPES = table(
-    "a PDF, a Word document, an Excel sheet, a JPEG, a text file, a PNG, a web page, *an EPUB, *a CSV file"
+    "a PDF, a Word document=a Word file, an Excel sheet=an Excel table, a JPEG=a JPG image, "
+    "a text file=a plain text document, a PNG, a web page=an HTML page, *an EPUB=an e-book file, "
+    "*a CSV file"
 )
 UNITS = table("miles, kilometres, inches, feet, centimetres, metres, furlongs, *yards, *nautical miles, *millimetres")
-STAINS = table("coffee, red wine, blood, ink, grass, oil, chocolate, *curry, *paint, *lipstick")
-FABRICS = table("carpet, white shirt, wool jumper, sofa, silk scarf, pair of jeans, mattress, *leather bag, *tent")
+STAINS = table("coffee, red wine, blood, ink, grass, oil=grease, chocolate, *curry, *ketchup=tomato sauce, *lipstick")
+FABRICS = table(
+    "carpet=rug, white shirt, wool jumper=woollen sweater, sofa=couch, silk scarf, "
+    "pair of jeans=pair of denims, mattress, *leather bag, *curtain=drape, *tent"
+)
 CUISINES = table("Thai, Italian, Indian, Mexican, Japanese, Greek, Lebanese, Ethiopian, *Korean, *Georgian, *Peruvian")
-DRINKS = table("coffee, green tea, a glass of water, a protein shake, orange juice, *a beer, *warm milk")
-MOMENTS = table("a run, a meal, bedtime, an exam, a flight, a workout, *a swim, *surgery, *an interview")
+DRINKS = table(
+    "coffee, green tea, a glass of water=some water, a protein shake, orange juice, "
+    "*a beer=a pint of beer, *warm milk=hot milk"
+)
+MOMENTS = table(
+    "a run=a jog, a meal, bedtime=going to bed, an exam=a test, a flight=a plane trip, "
+    "a workout=a gym session, *a swim, *surgery=an operation, *an interview"
+)
 INSTRUMENTS = table(
-    "violin, guitar, road bike, camera, telescope, sewing machine, tent, drum kit, piano, *surfboard, "
-    "*saxophone, *kayak"
+    "violin=fiddle, guitar, road bike=racing bicycle, camera, telescope, sewing machine, tent, "
+    "drum kit=drum set, piano, *surfboard, *saxophone, *laptop=notebook computer"
 )
 EXAMS = table(
-    "the driving test, the bar exam, my maths final, the citizenship test, my French oral, "
-    "the entrance exam, *my chemistry retake, *the theory test"
+    "the driving test=the driving exam, the bar exam, my maths final=my final in mathematics, "
+    "the citizenship test=the naturalisation exam, my French oral=my spoken French exam, "
+    "the entrance exam=the admission test, *my chemistry retake, *my history quiz=my history test"
 )
 TEAMS = table("France, Argentina, Croatia, Italy, Belgium, Sweden, England, Ghana, Japan, *Uruguay, *Denmark, *Senegal")
 EVENTS = table(
-    "a job interview, a wedding, a funeral, a first date, a graduation, a business lunch, *a christening, "
-    "*a court hearing, *a school reunion"
+    "a job interview=an interview for a job, a wedding=a marriage ceremony, a funeral=a burial, "
+    "a first date, a graduation, a business lunch=a working lunch, *a christening=a baptism, "
+    "*a court hearing, *a school reunion=a class reunion"
 )
-ALLERGENS = table("peanuts, milk, pollen, cats, shellfish, eggs, dust, wheat, *soya, *wasp stings, *kiwis")
-MATERIALS = table("wood, copper, plastic, glass, steel, cotton, rubber, wool, *bamboo, *aluminium, *linen")
+ALLERGENS = table("peanuts, milk=dairy, pollen, cats, shellfish, eggs, dust, wheat, *soya, *wasp stings, *kiwis")
+MATERIALS = table("wood=timber, copper, plastic, glass, steel, cotton, rubber, wool, *bamboo, *marble, *linen")
 
 
 @dataclass(frozen=True)
@@ -2055,14 +2101,17 @@ TOPICS = (
 )
 
 PARAPHRASE_SHARE = 0.43
-SAME_KINDS = {"reworded": 0.75, "touched up": 0.25}  # see the functions of these names
-DIFFERENT_KINDS = {"exchanged": 0.20, "changed": 0.28, "other intent": 0.32, "other topic": 0.20}
+SAME_KINDS = {"reworded": 0.6, "touched up": 0.4}  # see the functions of these names
+DIFFERENT_KINDS = {"exchanged": 0.20, "changed": 0.34, "other intent": 0.24, "other topic": 0.22}
 PARAPHRASE_SLIPS = 0.03  # share of the pairs whose annotator ticked the wrong box
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a topic: which intent, in which of its wordings, about what."""
+    """One question of a topic: which intent, in which of its wordings, about what.
+
+    values: slot -> its entry in the table, all names of the thing included.
+    """
 
     topic: Topic
     intent: int
@@ -2071,7 +2120,7 @@ class Question:
 
     def text(self, draw: Draw) -> str:
         wording = draw.allowed(self.topic.intents[self.intent])[self.wording]
-        return polish(fill(draw, wording, {name: [value] for name, value in self.values.items()}))
+        return polish(fill(draw, wording, {name: [draw.one(entry.split("="))] for name, entry in self.values.items()}))
 
 
 def wordings(draw: Draw, topic: Topic, intent: int) -> int:
@@ -2100,7 +2149,7 @@ def reworded(draw: Draw, question: Question) -> Question:
 
 
 def touched_up(question: Question) -> Question:
-    """The same wording: what differs is a {this|that}, or x and y where their order is free."""
+    """The same wording: what differs is a {this|that}, a name of the thing, or x and y where their order is free."""
     return exchanged(question) if question.topic.order == "free" else question
 
 

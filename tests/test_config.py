@@ -1,4 +1,4 @@
-"""Flags: that they exist, their defaults and limits, and that contradictions are all found before anything is loaded."""
+"""Flags: that they exist, their defaults and limits, and all contradictions are found before anything is loaded."""
 
 from dataclasses import fields
 
@@ -14,7 +14,11 @@ PUBLIC_FLAGS = """
     bregman pal pal_size augment drop_longest head_layers epochs pretrain_epochs steps_per_epoch batch_size
     accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience seed threads
     device amp
-""".split()
+"""
+
+
+def settings(line: str) -> Config:
+    return parse(line.split())
 
 
 def problems(line: str) -> list[str]:
@@ -24,7 +28,7 @@ def problems(line: str) -> list[str]:
     return str(caught.value).split("\n")
 
 
-@pytest.mark.parametrize("name", PUBLIC_FLAGS)
+@pytest.mark.parametrize("name", PUBLIC_FLAGS.split())
 def test_every_flag_that_scripts_rely_on_exists(name: str) -> None:
     assert f"--{name}" in make_parser().format_help()
 
@@ -48,7 +52,13 @@ def test_defaults() -> None:
     config = parse([])
     assert (config.option, config.model, config.data) == ("finetune", "minilm", "sample")
     assert config.tasks == tuple(TASKS) == ("sst", "para", "sts")
-    assert (config.treatment, config.smart, config.bregman, config.pal, config.amp) == ("sum", False, False, False, "off")
+    assert (config.treatment, config.smart, config.bregman, config.pal, config.amp) == (
+        "sum",
+        False,
+        False,
+        False,
+        "off",
+    )
     assert (config.accumulation_steps, config.max_grad_norm, config.device) == (1, 1.0, "auto")
     assert (config.smart_eps, config.smart_sigma, config.smart_eta, config.smart_steps) == (1e-5, 1e-5, 1e-3, 1)
     assert (config.gradvac_beta, config.eda_alpha, config.drop_longest) == (0.01, 0.1, 0.0)
@@ -56,7 +66,7 @@ def test_defaults() -> None:
 
 
 def test_a_given_value_reaches_the_settings_with_its_type() -> None:
-    config = parse("--tasks sts sst --lr 3e-5 --epochs 2 --amp --no-tensorboard --smart --smart_weight 5".split())
+    config = settings("--tasks sts sst --lr 3e-5 --epochs 2 --amp --no-tensorboard --smart --smart_weight 5")
     assert (config.tasks, config.lr, config.epochs, config.amp) == (("sts", "sst"), 3e-5, 2, "bf16")
     assert (config.tensorboard, config.smart, config.smart_weight) == (False, True, 5.0)
 
@@ -68,15 +78,15 @@ def test_the_short_flag_is_the_treatment_of_its_name(name: str) -> None:
 
 
 def test_draws_of_a_step() -> None:
-    assert parse("--scheduler pal --pcgrad".split()).draws == DRAWS_WITH_TREATMENT == 16
-    assert parse("--scheduler random --pcgrad".split()).draws == 3
-    assert parse("--scheduler round_robin --gradvac --tasks sst sts".split()).draws == 2
-    assert parse("--scheduler pal --pcgrad --draws_per_step 5".split()).draws == 5
-    assert parse("--draws_per_step 4".split()).draws == 4
+    assert settings("--scheduler pal --pcgrad").draws == DRAWS_WITH_TREATMENT == 16
+    assert settings("--scheduler random --pcgrad").draws == 3
+    assert settings("--scheduler round_robin --gradvac --tasks sst sts").draws == 2
+    assert settings("--scheduler pal --pcgrad --draws_per_step 5").draws == 5
+    assert settings("--draws_per_step 4").draws == 4
 
 
 def test_settings_survive_the_run_directory() -> None:
-    config = parse("--tasks para sts --scheduler random --gradvac --gradvac_beta 0.2 --amp fp16 --lr 1e-4".split())
+    config = settings("--tasks para sts --scheduler random --gradvac --gradvac_beta 0.2 --amp fp16 --lr 1e-4")
     assert from_dict({**config.to_dict(), "versions": {"python": "3"}}) == config
 
 

@@ -148,6 +148,11 @@ def test_deletion_never_leaves_only_what_a_tokenizer_drops() -> None:
         assert "word" in eda.random_deletion(["\u200b", "word", "\u0301", "\ufffd"], random.Random(seed), 0.9)
 
 
+def test_deletion_leaves_a_text_of_unknown_signs_alone() -> None:
+    words = ["\u0378", "\ufffd", "\u0301"]
+    assert eda.random_deletion(words, random.Random(0), 0.9) == words
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_digits_case_and_punctuation_of_untouched_words_stay(name: str) -> None:
     for seed in SEEDS:
@@ -216,6 +221,11 @@ def test_a_bad_setting_is_one_line_with_its_flag(values: dict[str, float], flag:
     with pytest.raises(ValueError, match=f"^{flag} .*: expected a number above 0") as error:
         EdaConfig(**values)
     assert "\n" not in str(error.value)
+
+
+def test_settings_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        EdaConfig(0.1, 0.1)  # type: ignore[call-arg]
 
 
 # ---------------------------------------------------------------------------------------------------- balancing
@@ -342,7 +352,9 @@ def test_any_text_goes_through_the_command_as_through_the_function(
     monkeypatch.setattr(eda, "WordNet", lambda folder: fake_synonyms)
     # A cell with line feeds and tabs is refused: it looks like a quote that was never closed.
     rows = [(a.replace("\t", " "), b.replace("\n", " ")) for a, b in rows]
-    rows, labels = [*rows, *rows, ("last", "row")], [1] * 2 * len(rows) + [0]
+    plain = [("another", "row")] * (3 * len(rows))  # more of the other class, so that each text is edited twice
+    labels = [0] * len(rows) + [1] * len(plain)
+    rows = [*rows, *plain]
     source, target = tmp_path / "in.csv", tmp_path / "out.csv"
     target.unlink(missing_ok=True)
     cells = [
@@ -608,14 +620,29 @@ def test_the_seed_flag_changes_the_file(command: Callable[..., int]) -> None:
     assert len(written) == 2
 
 
-def test_the_flags_for_amounts_change_the_file(command: Callable[..., int]) -> None:
-    content = "id\tsentence\tsentiment\na\t" + "many words " * 10 + "\t0\n" + "b\tfive\t1\n" * 40
-    written = set()
-    for flags in ([], ["--eda_alpha", "0.5"], ["--eda_deletion_prob", "0.5"]):
-        assert command(content, *flags) == 0
-        written.add(Path("out.csv").read_bytes())
-        Path("out.csv").unlink()
-    assert len(written) == 3
+def test_the_flags_for_amounts_reach_all_edits(command: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[EdaConfig] = []
+
+    def no_rows(rows: object, labels: object, config: EdaConfig, *_: object) -> list[tuple[int, tuple[str, ...]]]:
+        configs.append(config)
+        return []
+
+    monkeypatch.setattr(eda, "edited_rows", no_rows)
+    assert command(SENTENCES, "--eda_alpha", "0.3", "--eda_deletion_prob", "0.4") == 0
+    assert configs == [
+        EdaConfig(alpha_replacement=0.3, alpha_insertion=0.3, alpha_swap=0.3, deletion_prob=0.4),
+    ]
+
+
+def test_a_carriage_return_in_a_new_row_stands_in_quotes(command: Callable[..., int]) -> None:
+    assert command('id\tsentence\tsentiment\na\t"the\r"\t0\nb\tx\t1\nc\ty\t1\n') == 0
+    assert Path("out.csv").read_bytes().endswith(b'\na-eda1\t"the\r"\t0\n')
+
+
+def test_a_link_to_nowhere_is_not_replaced_either(command: Callable[..., int]) -> None:
+    Path("out.csv").symlink_to("nowhere")
+    assert command() == 2
+    assert Path("out.csv").is_symlink()
 
 
 def test_an_existing_file_is_never_replaced(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

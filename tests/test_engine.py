@@ -140,7 +140,9 @@ def make(
     of_tasks = {task: model.task_parameters(task) for task in tasks}
     seen: TaskModel = model
     if frozen:
-        train, dev = ({t: compute_features(model, t, rows, 8, precision) for t, rows in of.items()} for of in (train, dev))
+        train, dev = (
+            {t: compute_features(model, t, rows, 8, precision) for t, rows in of.items()} for of in (train, dev)
+        )
         of_tasks = {t: {n: p for n, p in own.items() if n.startswith("heads.")} for t, own in of_tasks.items()}
         seen = FrozenEncoder(model)
     terms: list[Regularizer] = []
@@ -162,7 +164,9 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rt
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = float(value.abs().max())
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=1e-5 * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=1e-5 * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -303,7 +307,13 @@ def plans_of(**options: Any) -> list[list[str]]:
 def test_the_plan_depends_on_its_own_generator_only() -> None:
     plain = plans_of()
     assert len({tuple(plan) for plan in plain}) > 1
-    for options in ({"eval_every": 1}, {"smart": True, "bregman": True}, {"batch_size": 3}, {"dropout": 0.5}, {"adapters": True}):
+    for options in (
+        {"eval_every": 1},
+        {"smart": True, "bregman": True},
+        {"batch_size": 3},
+        {"dropout": 0.5},
+        {"adapters": True},
+    ):
         random.seed(len(options))
         np.random.seed(3)
         torch.manual_seed(7)
@@ -353,7 +363,9 @@ def test_mixed_precision_takes_nearly_the_step_of_full_precision(dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_unscale_then_treatment_then_clip_once_then_step(dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unscale_then_treatment_then_clip_once_then_step(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     setup = make(treatment="pcgrad", draws=5, accumulation_steps=2, dtype=dtype, scheduler="pal", max_grad_norm=1.0)
     trainer = setup.trainer
@@ -464,7 +476,9 @@ def test_without_float16_the_scale_stays_out_of_it() -> None:
 def test_evaluation_every_epoch_or_never_gives_the_same_weights() -> None:
     weights = []
     for eval_every in (0, 1, 2):
-        setup = make(epochs=3, eval_every=eval_every, dropout=0.2, treatment="gradvac", draws=4, scheduler="pal", smart=True)
+        setup = make(
+            epochs=3, eval_every=eval_every, dropout=0.2, treatment="gradvac", draws=4, scheduler="pal", smart=True
+        )
         setup.trainer.run()
         weights.append(setup.parameters())
         assert len(setup.heard.evaluations) == {0: 1, 1: 3, 2: 2}[eval_every]
@@ -495,7 +509,9 @@ def test_a_checkpoint_is_written_at_every_epochs_end_and_every_save_step() -> No
 @pytest.mark.parametrize("head_layers", [0, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_frozen_stage_moves_heads_only(head_layers: int, dropout: float) -> None:
-    setup = make(frozen=True, head_layers=head_layers, epochs=2, steps_per_epoch=6, draws=1, adapters=True, dropout=dropout)
+    setup = make(
+        frozen=True, head_layers=head_layers, epochs=2, steps_per_epoch=6, draws=1, adapters=True, dropout=dropout
+    )
     before = setup.parameters()
     setup.trainer.run()
     assert moved(before, setup.parameters()) == {name for name in before if name.startswith("heads.")}
@@ -597,7 +613,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(part: str, tr
     setup.step(0)
     parameters, state = setup.parameters(), {n: v.clone() for n, v in setup.trainer.state_tensors().items()}
     dict(setup.model.named_parameters())[part].register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(TrainingError, match="finetune step 2: the gradient of .*para.* is nan"):
+    with pytest.raises(TrainingError, match=r"finetune step 2: the gradient of .*para.* is nan"):
         setup.step(1)
     assert_same(setup.parameters(), parameters)
     assert_same(setup.trainer.state_tensors(), state)
@@ -651,7 +667,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_gradient(treatment: str, d
 
 
 def test_out_of_memory_with_one_row_is_an_error() -> None:
-    with pytest.raises(TrainingError, match="finetune step 1: .*out of memory"):
+    with pytest.raises(TrainingError, match=r"finetune step 1: .*out of memory"):
         make(draws=2, wrap=wrapped(Memory(0))).step()
 
 
@@ -740,7 +756,7 @@ def test_heads_and_adapters_keep_their_own_tasks_gradient(treatment: str) -> Non
 
 
 def test_the_draws_of_a_task_are_weighted_by_the_scheduler() -> None:
-    """16 draws under pal: a task's gradient is the sum over its k draws divided by k ** b, b = 0.2 in the first epoch."""
+    """Under pal a task's gradient is the sum over its k draws divided by k ** b, b = 0.2 in the first epoch."""
     setup = make(scheduler="pal", treatment=Sum(), draws=8, epochs=3, num_rows=64)
     watched = setup.trainer.scheduler = Watched(setup.trainer.scheduler)
     found = setup.gradients_of_step()
@@ -755,7 +771,9 @@ def test_the_draws_of_a_task_are_weighted_by_the_scheduler() -> None:
     assert_close(found, {n: p.grad for n, p in setup.model.named_parameters() if p.grad is not None})
 
 
-@pytest.mark.parametrize("option", [{"smart": True}, {"dropout": 0.1}, {"treatment": "pcgrad"}, {"treatment": "gradvac"}])
+@pytest.mark.parametrize(
+    "option", [{"smart": True}, {"dropout": 0.1}, {"treatment": "pcgrad"}, {"treatment": "gradvac"}]
+)
 def test_a_method_changes_the_first_step(option: dict[str, Any]) -> None:
     plain, other = make(draws=3), make(draws=3, **option)
     plain.step()

@@ -249,6 +249,7 @@ def test_a_loaded_model_is_float32_on_the_cpu_and_trainable(words: Path) -> None
     assert {(p.device.type, p.dtype, p.requires_grad) for p in loaded.parameters()} == {("cpu", torch.float32, True)}
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_checkpoint_written_on_a_gpu_loads_on_the_cpu(words: Path) -> None:
     model = tiny_model(adapters=PAL)

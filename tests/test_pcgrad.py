@@ -138,6 +138,11 @@ def test_pcgrad_leaves_agreeing_gradients_and_removes_the_whole_conflict_of_two(
     assert treated.tolist() == [[0.5, 0.5], [0.0, 1.0]]
 
 
+def test_a_gradient_without_length_takes_nothing_away() -> None:
+    gram = torch.tensor([[1.0, -1e-30], [-1e-30, 0.0]], dtype=torch.float64)  # an inner product of mere rounding
+    assert torch.equal(pcgrad_coefficients(gram, [[1], [0]])[0], torch.tensor([1.0, 0.0]).double())
+
+
 def test_pcgrad_projects_away_from_the_original_gradients_in_the_given_order() -> None:
     g = gradients_of("conflicting", 4, 6, 0).double()
     results = []
