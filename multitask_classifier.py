@@ -315,9 +315,6 @@ class Run:
         self.console.start(stage.name, trainer.settings.num_steps, trainer.progress.step)
         try:
             trainer.run()
-        except TrainingError:
-            self.save()  # the parameters are those of the last good step
-            raise
         finally:
             self.console.finish()
         self.seconds[stage.name] = round(self.seconds.get(f"{stage.name}_features", 0) + trainer.progress.seconds, 3)

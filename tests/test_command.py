@@ -261,15 +261,21 @@ def test_the_best_checkpoint_is_the_best_epochs(
     assert json.loads((tmp_path / "long" / "results.json").read_text())["best_epoch"] == 2
     best, last = weights(tmp_path / "long", "best"), weights(tmp_path / "long", "last")
     assert differing(best, last)
+    tested = {}
+    for name in ("best", "last"):
+        checkpoint = tmp_path / "long" / name
+        run(command(tmp_path / name, f"--option test --checkpoint {checkpoint}", model=False))
+        tested[name] = (tmp_path / name / "predictions" / "sts-dev-output.csv").read_text()
+    assert (tmp_path / "long" / "predictions" / "sts-dev-output.csv").read_text() == tested["best"] != tested["last"]
     original = engine.Trainer.take_step
 
-    def stop_after_two_epochs(trainer: engine.Trainer, epoch: int, step: int) -> dict[str, Any]:
+    def keep_after_two_epochs(trainer: engine.Trainer, epoch: int, step: int) -> dict[str, Any]:
         if step == 6:
             kept.update({name: p.detach().clone() for name, p in trainer.parameters.items()})
         return original(trainer, epoch, step)
 
     kept: dict[str, Tensor] = {}
-    monkeypatch.setattr(engine.Trainer, "take_step", stop_after_two_epochs)
+    monkeypatch.setattr(engine.Trainer, "take_step", keep_after_two_epochs)
     run(command(tmp_path / "again", "--pretrain_epochs 0 --epochs 4 --lr 1e-3 --warmup 0"))
     assert torch.equal(best["heads.sts.output.weight"], kept["heads.sts.output.weight"])
     assert torch.equal(best["bert.pooler.dense.weight"], kept["encoder.pooler.weight"])
