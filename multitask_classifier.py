@@ -166,8 +166,8 @@ def resolve(config: Config) -> tuple[Config, Path]:
 
 
 def default_learning_rate(width: int) -> float:
-    """Peak learning rate of fine-tuning by the hidden size: 1.5e-4 for 384 (tuned), 5.3e-5 for 768, 3.4e-5 for 1024."""
-    return float(f"{1.5e-4 * (384 / width) ** 1.5:.2g}")
+    """Peak learning rate of fine-tuning by the hidden size: 1e-4 for 384, 3.5e-5 for 768, 2.3e-5 for 1024."""
+    return float(f"{1e-4 * (384 / width) ** 1.5:.2g}")
 
 
 def free_name(folder: Path, name: str) -> Path:

@@ -2100,10 +2100,10 @@ TOPICS = (
     ),
 )
 
-PARAPHRASE_SHARE = 0.43
+PARAPHRASE_SHARE = 0.44
 SAME_KINDS = {"reworded": 0.6, "touched up": 0.4}  # see the functions of these names
-DIFFERENT_KINDS = {"exchanged": 0.20, "changed": 0.34, "other intent": 0.24, "other topic": 0.22}
-PARAPHRASE_SLIPS = 0.03  # share of the pairs whose annotator ticked the wrong box
+DIFFERENT_KINDS = {"exchanged": 0.18, "changed": 0.54, "other intent": 0.14, "other topic": 0.14}
+PARAPHRASE_SLIPS = 0.02  # share of the pairs whose annotator ticked the wrong box
 
 
 @dataclass(frozen=True)
@@ -2154,18 +2154,18 @@ def touched_up(question: Question) -> Question:
 
 
 def changed(draw: Draw, question: Question) -> Question:
-    """The same intent about another place, number or thing; mostly in the same wording."""
+    """The same intent about another place, number or thing; often in the same wording."""
     name = draw.pick(list(question.values))
     value = draw.one(question.topic.slots[name], besides=list(question.values.values()))
     found = replace(question, values={**question.values, name: value})
-    return found if draw.chance(0.6) else reworded(draw, found)
+    return found if draw.chance(0.45) else reworded(draw, found)
 
 
 def other_intent(draw: Draw, question: Question) -> Question:
-    """Another question about the same thing, in a wording that resembles the first one more often than not."""
+    """Another question about the same thing, in a wording that nearly always resembles the first one."""
     intent = draw.pick([rank for rank in range(len(question.topic.intents)) if rank != question.intent])
     count = wordings(draw, question.topic, intent)
-    wording = question.wording if question.wording < count and draw.chance(0.65) else draw.index(count)
+    wording = question.wording if question.wording < count and draw.chance(0.9) else draw.index(count)
     return replace(question, intent=intent, wording=wording)
 
 
@@ -2173,7 +2173,7 @@ def different(draw: Draw, question: Question) -> Question:
     kind = draw.weighted(DIFFERENT_KINDS)
     if kind == "exchanged" and question.topic.order == "matters":
         found = exchanged(question)
-        return found if draw.chance(0.6) else reworded(draw, found)
+        return found if draw.chance(0.75) else reworded(draw, found)
     if kind == "other intent":
         return other_intent(draw, question)
     if kind == "other topic":

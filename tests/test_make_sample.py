@@ -138,7 +138,7 @@ ALL_TEXTS = [text for name in FILES for row in rows(name) for text in texts(row)
         r"[.,;?]{2}",
         r"[{}|*=_]",
         r"\b[Aa] [aeioAEIO]",
-        r"\b[Aa]n [^aeiouhAEIO]",
+        r"\b[Aa]n [^aeiouhAEIOH]",
         r"(?i)\b(\w+) \1\b",
         r"^[^A-Z0-9]",
         r"[.?] [a-z]",
