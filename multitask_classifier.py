@@ -455,10 +455,10 @@ class Run:
         self.say("")
         if missing:
             self.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-            self.say(
-                f"training {duration(training)}, peak memory {peak_memory_mb(self.device):.0f} MB; "
-                f"results, predictions and the best checkpoint are in {self.directory.path}"
-            )
+        self.say(
+            f"training {duration(training)}, peak memory {peak_memory_mb(self.device):.0f} MB; "
+            f"results, predictions and the best checkpoint are in {self.directory.path}"
+        )
 
 
 def peak_memory_mb(device: torch.device) -> float:
