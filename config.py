@@ -84,6 +84,9 @@ class Config:
     drop_longest: float = flag(
         0.0, "share of each task's longest training rows to leave out, such as 0.02", "0 <= x < 1"
     )
+    cache: str = flag(
+        "", "directory of tokenized files for later runs; default .cache beside the run, off: none", metavar="DIR"
+    )
     max_length: int = flag(0, "tokens of a row at most; 0: as many as the model has positions", ">= 0")
 
     epochs: int = flag(5, "epochs of fine-tuning", ">= 1")

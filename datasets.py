@@ -6,10 +6,10 @@ and reported; anything else that is wrong is one `DataError` with file and line.
 Shape letters: R rows of a data set, N packed tokens, B rows of a batch.
 """
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,16 +21,18 @@ from torch import Tensor
 from bert import CheckpointError, PackedTokens
 from eda import EdaConfig, Synonyms, augment_rows
 from tasks import Task
+from tsv import numbered_rows
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
 SPLITS = ("train", "dev", "test")
+ROWS_PER_CALL = 4096  # the tokenizer's results hold a hundred times the memory of the ids that are kept of them
 
 
 class DataError(ValueError):
     """A data file cannot be used; the message is one line with file, line, what was found and what is allowed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row of a file. label: NaN where the split has none. line: the row's first line in the file."""
 
@@ -50,28 +52,30 @@ class DataFile:
     sha256: str
 
 
-def data_folder(name: str) -> Path:
-    """The directory of `--data`: the project's own sample, or a directory by its path."""
+def data_folder(name: str, flag: str = "--data ") -> Path:
+    """The directory of `--data`: the project's own sample, or a directory by its path. flag: how errors name it."""
     folder = SAMPLE if name == "sample" else Path(name)
     if not folder.is_dir():
-        raise DataError(f"--data {name}: no such directory; expected 'sample' or a directory with CS224N's files")
+        raise DataError(f"{flag}{name}: no such directory; expected 'sample' or a directory with CS224N's files")
     return folder
+
+
+def read_content(path: Path, task: Task) -> bytes:
+    """A file whole. Raises DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}, expected the {task.title} rows") from None
 
 
 def read_examples(path: Path, task: Task, labelled: bool) -> DataFile:
     """The rows of a file. labelled: whether the split has labels. Raises DataError for anything that is wrong."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}, expected the {task.title} rows") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: byte 0x{content[error.start]:02x} is not valid UTF-8, expected a UTF-8 file"
-        ) from None
-    rows = _rows(path, text)
+    return parse_examples(path, read_content(path, task), task, labelled)
+
+
+def parse_examples(path: Path, content: bytes, task: Task, labelled: bool) -> DataFile:
+    """The rows of a file's content. labelled: whether the split has labels. path: for error messages."""
+    rows = numbered_rows(path, content, DataError)
     header = next(rows, None)
     if header is None:
         raise DataError(f"{path}: the file is empty, expected a header line and rows")
@@ -86,35 +90,6 @@ def read_examples(path: Path, task: Task, labelled: bool) -> DataFile:
     if not examples:
         raise DataError(f"{path}: no rows below the header, expected at least one" + (" with a label" * bool(skipped)))
     return DataFile(path, examples, tuple(skipped), hashlib.sha256(content).hexdigest())
-
-
-def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of each row; blank lines are passed over.
-
-    Python's splitlines would also break at control characters within a sentence, so lines end at line feeds only.
-    """
-    csv.field_size_limit(1 << 30)
-    lines = text.split("\n")
-    numbered = (line + "\n" for line in (lines[:-1] if lines[-1] == "" else lines))
-    reader = csv.reader(numbered, delimiter="\t")
-    start = 1
-    try:
-        for cells in reader:
-            if cells:
-                _check_quotes(path, start, cells)
-                yield start, cells
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}") from None
-
-
-def _check_quotes(path: Path, line: int, cells: Sequence[str]) -> None:
-    """A cell that holds line ends and tabs has swallowed the rows below it: its opening quote was never closed."""
-    for cell in cells:
-        if "\n" in cell and "\t" in cell:
-            raise DataError(
-                f"{path}:{line}: a quoted cell runs over {cell.count(chr(10))} lines, expected a closing quote"
-            )
 
 
 def _columns(path: Path, header: Sequence[str], task: Task, labelled: bool) -> dict[str, int]:
@@ -174,9 +149,18 @@ class Tokenizer:
         """Changes with anything that changes token ids."""
         return hashlib.sha256(f"{self.max_length} {self._tokenizer.to_str()}".encode()).hexdigest()
 
+    def num_tokens(self, texts: tuple[str, ...]) -> int:
+        """Tokens of a row before truncation, the special ones included."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return 1 + sum(len(encoding.ids) + 1 for encoding in encodings)
+
     def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         """Token ids of rows of one or two texts each, truncated on the longer text where a row is too long."""
-        num_texts = len(rows[0]) if rows else 1
+        parts = [self._encode_chunk(rows[i : i + ROWS_PER_CALL]) for i in range(0, len(rows), ROWS_PER_CALL)]
+        return TokenRows.concatenate(parts)
+
+    def _encode_chunk(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
+        num_texts = len(rows[0])
         flat = [text for row in rows for text in row]
         encodings = self._tokenizer.encode_batch_fast(flat, add_special_tokens=False)
         pieces = [encoding.ids for encoding in encodings]
@@ -254,6 +238,12 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["TokenRows"]) -> "TokenRows":
+        """The rows of all parts, in order."""
+        columns = [[part.ids for part in parts], [part.lengths for part in parts], [part.firsts for part in parts]]
+        return cls(*(np.concatenate([np.empty(0, np.int32), *column]) for column in columns))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -307,12 +297,16 @@ class TokenizedRows:
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         index = np.asarray(rows, dtype=np.int64)
         lengths = self.tokens.lengths[index].astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        within = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
-        ids = self.tokens.ids[np.repeat(self.offsets[index], lengths) + within]
+        ids, within = self._gather(index, lengths)
         types = within >= np.repeat(self.tokens.firsts[index], lengths)
         packed = PackedTokens.from_arrays(ids, types, lengths, self.device)
         return Batch(index.tolist(), self._labels(index), tokens=packed)
+
+    def _gather(self, index: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) token ids of these rows, one behind the other, and each token's place within its row."""
+        starts = np.cumsum(lengths) - lengths
+        within = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+        return self.tokens.ids[np.repeat(self.offsets[index], lengths) + within], within
 
     def _labels(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(self.labels[index]).to(self.device, non_blocking=True)
@@ -322,7 +316,7 @@ class TokenizedRows:
 
     def select(self, rows: np.ndarray) -> "TokenizedRows":
         """These rows only, in this order."""
-        ids = np.concatenate([self.tokens.ids[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+        ids, _ = self._gather(rows, self.tokens.lengths[rows].astype(np.int64))
         tokens = TokenRows(ids, self.tokens.lengths[rows], self.tokens.firsts[rows])
         return TokenizedRows(self.task, [self.ids[r] for r in rows], self.labels[rows], tokens, self.device)
 
@@ -353,6 +347,16 @@ def tokenize(task: Task, file: DataFile, tokenizer: Tokenizer, device: torch.dev
     tokens = tokenizer.encode([example.texts for example in file.examples])
     labels = np.array([example.label for example in file.examples], dtype=np.float32)
     return TokenizedRows(task, [example.id for example in file.examples], labels, tokens, device)
+
+
+def text_hashes(file: DataFile) -> np.ndarray:
+    """(R,) uint64, equal for rows with the same texts but for case, white space, and the order of a pair."""
+    hashes = []
+    for example in file.examples:
+        texts = sorted(" ".join(text.split()).casefold() for text in example.texts)
+        content = "\0".join(texts).encode("utf-8", "surrogatepass")
+        hashes.append(hashlib.blake2b(content, digest_size=8).digest())
+    return np.frombuffer(b"".join(hashes), dtype=np.uint64)
 
 
 def augment(file: DataFile, config: EdaConfig, seed: int, synonyms: Synonyms) -> DataFile:
@@ -407,3 +411,9 @@ class RowStream:
             self._pass = number
             self._order = epoch_order(self.num_rows, np.random.default_rng([self.seed, number]))
         return self._order[place * self.rows_per_draw : (place + 1) * self.rows_per_draw]
+
+
+if __name__ == "__main__":
+    from data_report import main
+
+    sys.exit(main())

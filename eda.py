@@ -30,6 +30,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from tsv import numbered_rows
+
 Synonyms = Callable[[str], Sequence[str]]  # lower-case word -> its synonyms, in an order that never changes
 
 _STOP_WORDS = """
@@ -348,13 +350,7 @@ def read_table(path: Path) -> Table:
         content = path.read_bytes()
     except OSError as error:
         raise EdaError(f"{path}: {error.strerror or error}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{content[error.start]:02x}"
-        raise EdaError(f"{path}:{line}: {found} is not valid UTF-8, expected a UTF-8 file") from None
-    numbered = _numbered_rows(path, text)
+    numbered = numbered_rows(path, content, EdaError)
     _, header = next(numbered, (1, []))
     header = [name.strip() for name in header]
     rows = list(numbered)
@@ -364,22 +360,6 @@ def read_table(path: Path) -> Table:
         if len(cells) != len(header):
             raise EdaError(f"{path}:{line}: {len(cells)} columns, expected {len(header)} as in the header")
     return Table(path, content, header, rows)
-
-
-def _numbered_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of each row that is not blank. Lines end at line feeds only, not at other control marks."""
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader((line + "\n" for line in text.removesuffix("\n").split("\n")), delimiter="\t")
-    start = 1
-    try:
-        for cells in reader:
-            if any("\n" in cell and "\t" in cell for cell in cells):
-                raise EdaError(f"{path}:{start}: a quoted cell runs over rows below it, expected a closing quote")
-            if cells:
-                yield start, cells
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise EdaError(f"{path}:{reader.line_num}: {error}") from None
 
 
 def label_column(table: Table, name: str) -> str:

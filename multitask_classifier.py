@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,6 @@ from console import Console, duration
 from datasets import (
     SPLITS,
     DataError,
-    DataFile,
     Rows,
     TokenizedRows,
     Tokenizer,
@@ -35,7 +34,6 @@ from datasets import (
     data_folder,
     longest_cut,
     read_examples,
-    tokenize,
 )
 from eda import EdaConfig, EdaError, WordNet
 from engine import ConflictSummary, Metrics, StageSettings, Stopped, Trainer, TrainingError
@@ -67,7 +65,8 @@ from run_record import MetricsLog, RunDirectory, RunError, read_trainer, replace
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import SmartConfig
-from tasks import TASKS
+from tasks import TASKS, Task
+from token_cache import TokenCache, TokenFile, Warn, tokenize_file
 
 USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,44 +86,82 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
 
+def token_loader(
+    config: Config, tokenizer: Tokenizer, warn: Warn
+) -> Callable[[Path, Task, bool, torch.device], TokenFile]:
+    """How data files become token ids: through the cache beside the run's directory, unless that is switched off."""
+    if config.cache != "off":
+        folder = Path(config.cache) if config.cache else Path(config.out).parent / ".cache"
+        return TokenCache(folder, tokenizer, warn).load
+    return lambda path, task, labelled, device: tokenize_file(
+        read_examples(path, task, labelled), task, tokenizer, device
+    )
+
+
 def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Data:
     """Reads, checks, augments, tokenizes and filters the files of the chosen tasks."""
     folder = data_folder(config.data)
     data = Data()
+    load = token_loader(config, tokenizer, data.notes.append)
     for task in (TASKS[name] for name in config.tasks):
+        hashes: dict[str, np.ndarray] = {}
         for split in SPLITS:
             path = folder / task.file_name(split)
             if (split == "test" and not path.exists()) or (split == "train" and config.option == "test"):
                 continue
-            file = read_examples(path, task, labelled=split != "test")
-            data.files[path.name] = {"rows": len(file.examples), "skipped": list(file.skipped), "sha256": file.sha256}
+            if split == "train" and config.augment == "eda" and task.output.num_classes is not None:
+                file, num_added = _augmented(config, path, task, data, tokenizer, device)
+            else:
+                file, num_added = load(path, task, split != "test", device), 0
+            num_rows = len(file.rows) - num_added
+            data.files[path.name] = {"rows": num_rows, "skipped": list(file.skipped), "sha256": file.sha256}
+            if num_added:
+                data.files[path.name]["augmented_rows"] = num_added
             if file.skipped:
                 lines = ", ".join(f"{path}:{line}" for line in file.skipped[:20])
                 more = f" and {len(file.skipped) - 20} more" if len(file.skipped) > 20 else ""
                 data.notes.append(f"skipped {len(file.skipped)} rows without a label: {lines}{more}")
-            if split == "train":
-                file = _augmented(config, file, task.name, data)
-            rows = tokenize(task, file, tokenizer, device)
-            getattr(data, split)[task.name] = _filtered(config, rows, path, data) if split == "train" else rows
+            hashes[split] = file.text_hashes[:num_rows]
+            getattr(data, split)[task.name] = (
+                _filtered(config, file.rows, path, data) if split == "train" else file.rows
+            )
+        data.notes.extend(_leak_warning(config, task, hashes))
     return data
 
 
-def _augmented(config: Config, file: DataFile, task: str, data: Data) -> DataFile:
-    """The training file with its rarer classes filled up; files of a scale have no classes and stay as they are."""
-    if config.augment == "none" or TASKS[task].output.num_classes is None:
-        return file
+def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) -> list[str]:
+    """A line where rows of the dev file stand in the training file too: their scores are worth nothing."""
+    if "train" not in hashes:
+        return []
+    num_leaked = int(np.isin(hashes["dev"], hashes["train"]).sum())
+    if num_leaked == 0:
+        return []
+    return [
+        f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
+        f"`python datasets.py {config.data}` names them"
+    ]
+
+
+def _augmented(
+    config: Config, path: Path, task: Task, data: Data, tokenizer: Tokenizer, device: torch.device
+) -> tuple[TokenFile, int]:
+    """The training file with its rarer classes filled up, and how many rows were added.
+
+    Files of a scale have no classes and stay as they are.
+    """
+    file = read_examples(path, task, labelled=True)
     try:
         synonyms = WordNet(Path(config.wordnet) if config.wordnet else None)
         alpha = config.eda_alpha
         eda = EdaConfig(
             alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=config.eda_deletion_prob
         )
-        augmented = augment(file, eda, derive_seed(config.seed, "eda", task), synonyms)
+        augmented = augment(file, eda, derive_seed(config.seed, "eda", task.name), synonyms)
     except EdaError as error:
         raise DataError(str(error)) from None
-    data.notes.append(f"{file.path.name}: added {len(augmented.examples) - len(file.examples)} edited rows (EDA)")
-    data.files[file.path.name]["augmented_rows"] = len(augmented.examples) - len(file.examples)
-    return augmented
+    num_added = len(augmented.examples) - len(file.examples)
+    data.notes.append(f"{path.name}: added {num_added} edited rows (EDA)")
+    return tokenize_file(augmented, task, tokenizer, device), num_added
 
 
 def _filtered(config: Config, rows: TokenizedRows, path: Path, data: Data) -> TokenizedRows:
@@ -274,20 +311,20 @@ class Run:
         replace_folder(self.directory.best, lambda folder: save_checkpoint(self.model, self.tokenizer_folder, folder))
 
     def save(self) -> None:
+        """Writes `last/`: the model, and where the stage stands, or that it has not begun."""
         trainer = self.trainer
-        assert trainer is not None
 
         def write(folder: Path) -> None:
             save_checkpoint(self.model, self.tokenizer_folder, folder)
             state = {
                 "stage": self.stage_number,
-                "progress": asdict(trainer.progress),
+                "progress": asdict(trainer.progress) if trainer else None,
                 "metrics_size": self.metrics.size,
                 "seconds": self.seconds,
                 "best_epochs": self.best_epochs,
                 "summaries": self.summaries,
             }
-            write_trainer(folder, trainer.state_tensors(), state)
+            write_trainer(folder, trainer.state_tensors() if trainer else {}, state)
 
         replace_folder(self.directory.last, write)
 
@@ -303,9 +340,11 @@ class Run:
         for number, stage in enumerate(self.stages):
             if number < first:
                 continue
-            self.stage_number = number
+            self.stage_number, self.trainer = number, None
+            if number > first:
+                self.save()  # a stage that has ended is not begun again, nor are its features computed
             self.trainer = self.make_trainer(stage)
-            if state and number == first:
+            if number == first and state.get("progress"):
                 self.trainer.load_state(tensors, state["progress"])
             self.run_stage(stage, self.trainer)
         if self.stages and self.stages[-1].is_frozen:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import engine
 import multitask_classifier
+import token_cache
 from bert import to_huggingface
 from helpers import tiny_encoder
 from tasks import TASKS
@@ -85,7 +86,7 @@ def command(tiny: Path, data: Path) -> Command:
 
     def arguments(out: Path, flags: str = "", model: bool = True) -> list[str]:
         given = flags.split()
-        base = {"--data": str(data), "--device": "cpu", "--batch_size": "4", "--out": str(out)}
+        base = {"--data": str(data), "--device": "cpu", "--batch_size": "4", "--cache": "off", "--out": str(out)}
         if model:
             base["--model"] = str(tiny)
         if "test" not in given:
@@ -340,6 +341,42 @@ def test_rows_without_a_label_are_skipped_and_counted(
     assert config["data_files"]["quora-train.csv"] | {"sha256": ""} == {"rows": 25, "skipped": [5], "sha256": ""}
 
 
+def test_dev_rows_that_stand_in_the_training_file_are_told(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_data(tmp_path / "data")
+    train, dev = ((folder / f"sts-{split}.csv") for split in ("train", "dev"))
+    rows = [line.split("\t") for line in train.read_text().splitlines()[1:3]]
+    swapped = ["\t".join([*row[:2], row[3].upper(), row[2], "0"]) for row in rows]
+    dev.write_text(dev.read_text() + "\n".join(swapped) + "\n")
+    run(command(tmp_path / "run", f"--data {folder} --option pretrain"))
+    shown = capsys.readouterr().out
+    assert "warning: 2 of 10 dev rows of sts stand in its training file too" in shown
+    assert shown.count("training file too") == 1
+
+
+def test_the_second_run_reads_no_csv_file_and_is_the_same(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = command(tmp_path / "runs" / "first")
+    place = arguments.index("--cache")
+    del arguments[place : place + 2]
+    run(arguments)
+    assert len(list((tmp_path / "runs" / ".cache").iterdir())) == 9
+    monkeypatch.setattr(token_cache, "parse_examples", lambda *_: pytest.fail("a csv file was read"))
+    run([part.replace("first", "second") for part in arguments])
+    first, second = (tmp_path / "runs" / name for name in ("first", "second"))
+    assert differing(weights(first), weights(second)) == set()
+    for name in ("results.json", "config.json"):
+        values = [json.loads((out / name).read_text()) for out in (first, second)]
+        for key in ("out", "seconds", "peak_memory_mb"):
+            for value in values:
+                value.pop(key, None)
+        assert values[0] == values[1]
+    for path in (first / "predictions").iterdir():
+        assert path.read_bytes() == (second / "predictions" / path.name).read_bytes()
+
+
 # -------------------------------------------------------------------------------------------------- every flag
 
 BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 3 --lr 1e-3"
@@ -587,6 +624,16 @@ def test_a_checkpoint_whose_replacement_was_cut_off_is_not_lost(
     monkeypatch.setattr(engine.Trainer, "take_step", take_step)
     run(["--resume", str(out)])
     assert taken == list(range(finished, 6))
+
+
+def test_a_stage_that_has_ended_is_not_begun_again(
+    command: Command, whole_runs: Any, signalled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert signalled(command(out), "step", 7, signal.SIGKILL)[0] == -signal.SIGKILL  # in fine-tuning
+    monkeypatch.setattr(multitask_classifier, "compute_features", lambda *_: pytest.fail("features were computed"))
+    run(["--resume", str(out)])
+    assert_same_run(out, whole_runs(command, ""))
 
 
 def test_other_kinds_of_runs_resume_too(command: Command, whole_runs: Any, signalled: Any, tmp_path: Path) -> None:

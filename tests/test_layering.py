@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"tasks", "bert", "schedulers", "pcgrad", "smart", "eda", "run_record", "seeding", "console"}
+GROUND = {"tasks", "bert", "schedulers", "pcgrad", "smart", "eda", "run_record", "seeding", "console", "tsv"}
 BELOW_MODEL = GROUND | {"pal", "datasets"}
 BELOW_EVALUATION = BELOW_MODEL | {"model"}
 BELOW_ENGINE = BELOW_EVALUATION | {"evaluation", "regularizers"}
@@ -17,13 +17,16 @@ BELOW_ENGINE = BELOW_EVALUATION | {"evaluation", "regularizers"}
 ALLOWED: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "pal": {"bert"},
-    "datasets": {"tasks", "bert", "eda"},
+    "eda": {"tsv"},
+    "datasets": {"tasks", "bert", "eda", "tsv", "data_report"},  # data_report: only as its command
+    "token_cache": {"tasks", "datasets"},
+    "data_report": {"tasks", "bert", "datasets"},
     "config": GROUND | {"pal"},
     "model": {"bert", "pal", "tasks", "datasets"},
     "evaluation": BELOW_EVALUATION,
     "regularizers": BELOW_EVALUATION,
     "engine": BELOW_ENGINE,
-    "multitask_classifier": BELOW_ENGINE | {"config", "engine"},
+    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "token_cache"},
 }
 HEAVY = ("transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "nltk", "tensorboard")
 

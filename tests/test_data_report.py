@@ -1,0 +1,141 @@
+"""The description of a data directory, against counts made by hand and by other means."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data_report
+from data_report import describe_file, draw, label_summary, padding_share, repeated_rows, report, shared_rows
+from datasets import Tokenizer
+from tasks import TASKS
+
+WORDS = ["a", "b", "c", "d", "e", "f", "g"]
+TRAIN = [("a b", "0"), ("A  b", "1"), ("c", "4"), ("d e f", "0"), ("g", ""), ("c", "4")]
+DEV = [("c", "2"), ("f", "1")]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    folder = tmp_path / "words"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    return Tokenizer(folder, 5)
+
+
+def write(path: Path, header: str, rows: list[tuple[str, ...]]) -> Path:
+    path.write_text("\n".join([header, *(f"{i}\t" + "\t".join(row) for i, row in enumerate(rows))]) + "\n")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    target = tmp_path / "files"
+    target.mkdir()
+    write(target / "ids-sst-train.csv", "id\tsentence\tsentiment", TRAIN)
+    write(target / "ids-sst-dev.csv", "id\tsentence\tsentiment", DEV)
+    write(target / "ids-sst-test-student.csv", "id\tsentence", [("a b c d e f g",)])
+    write(target / "sts-train.csv", "id\tsentence1\tsentence2\tsimilarity", [("a", "b", "1.5"), ("b", "a", "2.5")])
+    return target
+
+
+def lines(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    return list(report(data_report.describe_folder(folder, tokenizer), 2))
+
+
+def test_the_report_holds_what_stands_in_the_files(folder: Path, tokenizer: Tokenizer) -> None:
+    text = "\n".join(lines(folder, tokenizer))
+    for expected in (
+        "ids-sst-train.csv                5 rows",
+        "0: 2 (40.0%), 1: 1 (20.0%), 2: 0 (0.0%), 3: 0 (0.0%), 4: 2 (40.0%)",
+        "2 rows, 1 with another label; lines 3 = 2, 7 = 4",
+        "1 row without a label: ids-sst-train.csv:6",
+        "warning: 1 of 2 dev rows stand in the training file too; lines (dev = train) 2 = 4",
+        "1 row longer than the model takes",
+        "from 1.5 to 2.5, mean 2.00, standard deviation 0.50",
+        "1 row, 1 with another label; lines 3 = 2",
+    ):
+        assert expected in text, f"{expected!r} not in\n{text}"
+    assert "para" not in text
+
+
+def test_no_leak_is_said_too(folder: Path, tokenizer: Tokenizer) -> None:
+    write(folder / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("f", "1")])
+    assert "  no dev row stands in the training file" in lines(folder, tokenizer)
+
+
+def test_pairs_are_the_same_in_either_order_and_texts_in_any_case(folder: Path, tokenizer: Tokenizer) -> None:
+    sts = describe_file(folder / "sts-train.csv", TASKS["sts"], "train", tokenizer)
+    sst = describe_file(folder / "ids-sst-train.csv", TASKS["sst"], "train", tokenizer)
+    assert repeated_rows(sts) == [(1, 0)]
+    assert repeated_rows(sst) == [(1, 0), (4, 2)]
+
+
+def test_rows_in_train_and_dev_both_are_found_with_their_first_place(folder: Path, tokenizer: Tokenizer) -> None:
+    train, dev = (
+        describe_file(folder / f"ids-sst-{split}.csv", TASKS["sst"], split, tokenizer) for split in ("train", "dev")
+    )
+    assert shared_rows(train, dev) == [(0, 2)]
+
+
+def test_padding_is_what_batches_of_the_longest_row_hold_beside_tokens() -> None:
+    assert padding_share(np.array([4, 4, 4]), 2) == 0
+    assert padding_share(np.array([1, 9]), 2) == pytest.approx(8 / 18)
+    assert padding_share(np.array([1, 9]), 1) == 0
+    lengths = np.random.default_rng(0).integers(3, 40, 1000)
+    order = np.random.default_rng(0).permutation(1000)
+    mask = np.concatenate([lengths[b, None] <= np.arange(lengths[b].max()) for b in np.split(order, 20)], axis=None)
+    assert padding_share(lengths, 50) == pytest.approx(mask.mean())
+
+
+def test_a_scale_is_summed_up_by_its_moments(folder: Path, tokenizer: Tokenizer) -> None:
+    sts = describe_file(folder / "sts-train.csv", TASKS["sts"], "train", tokenizer)
+    assert label_summary(sts) == "from 1.5 to 2.5, mean 2.00, standard deviation 0.50"
+
+
+def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer: Tokenizer) -> None:
+    figure = draw(data_report.describe_folder(folder, tokenizer))
+    labels, _, lengths, _ = figure.axes
+    heights = [bar.get_height() for bar in labels.patches]
+    np.testing.assert_allclose(heights, [40, 20, 0, 0, 40, 0, 50, 50, 0, 0])
+    assert labels.get_ylabel() == "share of the rows (%)" and lengths.get_xlabel() == "length (tokens)"
+    for patch in lengths.patches:  # each outline has an area of 100% in bins of one token
+        outline = patch.get_xy()
+        assert outline[:, 1].max() <= 100.001
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = data_report.main(arguments)
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "new.png"
+    status, out, _ = run([str(folder), "--plot", str(picture)], capsys)
+    assert status == 0 and f"picture: {picture}" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.glob("*.tmp")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["absent"], "error: absent: no such directory"),
+        (["{empty}"], "no data file, expected such as ids-sst-train.csv"),
+        (["{folder}", "--plot", "{folder}/ids-sst-dev.csv"], "exists already"),
+        (["{folder}", "--plot", "{folder}/no/new.png"], "no directory"),
+        (["{folder}", "--batch_size", "0"], "--batch_size 0: expected 1 or more"),
+        (["{broken}"], "ids-sst-dev.csv:2: sentiment is '7'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], expected: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "broken" / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("a", "7")])
+    places = {"folder": folder, "empty": tmp_path / "empty", "broken": tmp_path / "broken"}
+    status, out, err = run([argument.format(**places) for argument in arguments], capsys)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
