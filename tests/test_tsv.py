@@ -63,7 +63,8 @@ SNIPPETS = st.lists(st.text(max_size=12), min_size=8, max_size=8)
 SPECIALS = [
     "", " ", '"', '""', '"quoted"', "'", "\t", "\n", "\r", "\r\n", "\x00", "\x07", "\x0b", "\x0c", "\x1c", "\x85",
     "\u2028", "\u200b", "\u200f", "\ufeff", "\u0301", "שלום עולם", "مرحبا", "\u202eabc\u202c", "😀👨‍👩‍👧‍👦🇨🇭",
-    "北京", "ﷺ", "1234", "3.5", "...", "good film", "not", "the", "Don't", "\ud7ff", "\U0010ffff", "[SEP]", "[CLS]", "##ing",
+    "北京", "ﷺ", "1234", "3.5", "...", "good film", "not", "the", "Don't", "\ud7ff", "\U0010ffff", "[SEP]",
+    "[CLS]", "##ing",
 ]  # fmt: skip
 
 
