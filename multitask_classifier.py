@@ -203,8 +203,8 @@ def resolve(config: Config) -> tuple[Config, Path]:
 
 
 def default_learning_rate(width: int) -> float:
-    """Peak learning rate of fine-tuning by the hidden size: 1e-4 for 384, 3.5e-5 for 768, 2.3e-5 for 1024."""
-    return float(f"{1e-4 * (384 / width) ** 1.5:.2g}")
+    """Peak learning rate of fine-tuning by the hidden size: 8e-5 for 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
+    return float(f"{8e-5 * (384 / width) ** 1.5:.2g}")
 
 
 def free_name(folder: Path, name: str) -> Path:

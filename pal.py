@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert import AttentionLayout, BertConfig, DropoutMasks, initialize, packed_attention
+from bert import AttentionLayout, BertConfig, DropoutMasks, Uninitialized, initialize, packed_attention
 
 KINDS = ("attention", "low_rank")
 PAPER_HEAD_SIZE = 17  # 204 wide with 12 heads beside BERT-base's 768 with 12
@@ -97,9 +97,8 @@ def make_adapters(
     config: PalConfig, encoder: BertConfig, tasks: Sequence[str], generator: torch.Generator
 ) -> nn.ModuleDict:
     """Fresh adapters of every task; the model's output is that of the plain encoder until they are trained."""
-    with torch.device("meta"):
+    with Uninitialized():
         adapters = nn.ModuleDict({task: ProjectedAttention(config, encoder) for task in tasks})
-    adapters.to_empty(device="cpu")
     for adapter in adapters.values():
         assert isinstance(adapter, ProjectedAttention)
         adapter.initialize(encoder.initializer_range, generator)

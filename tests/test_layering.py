@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"tasks", "bert", "schedulers", "pcgrad", "smart", "eda", "run_record", "seeding", "console", "tsv"}
+GROUND = {"tasks", "bert", "schedulers", "pcgrad", "smart", "eda", "run_record", "seeding", "console", "tsv", "optimizer"}
 BELOW_MODEL = GROUND | {"pal", "datasets"}
 BELOW_EVALUATION = BELOW_MODEL | {"model"}
 BELOW_ENGINE = BELOW_EVALUATION | {"evaluation", "regularizers"}
