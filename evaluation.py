@@ -1,19 +1,28 @@
 """Predictions and what they are worth: metrics of the dev files, confusion matrices, prediction files.
 
+As a command it reports on runs that have ended, one or many: `python evaluation.py RUN [RUN ...]`.
+
 Shape letters: R rows of a data set, K outputs, D hidden.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # the command reads files only, and does not wait for torch
+    from report import main
+
+    sys.exit(main())
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasets import FeatureRows, Rows, TokenizedRows
+from finished_run import DevRows
 from model import MultitaskBert, TaskModel
 from tasks import TASKS, is_degenerate, scores
 
@@ -87,6 +96,28 @@ def compute_features(
     return FeatureRows(_by_batches(compute, rows, batch_size, between), rows.labels)
 
 
+def predict_all(
+    model: TaskModel,
+    rows_of: Mapping[str, Rows],
+    batch_size: int,
+    precision: Precision,
+    between: BetweenBatches = _nothing,
+) -> dict[str, Tensor]:
+    """Of each task the logits (R, K) of its rows, as `predict_logits` gives them."""
+    return {task: predict_logits(model, task, rows, batch_size, precision, between) for task, rows in rows_of.items()}
+
+
+def metrics_of(logits: Mapping[str, Tensor], dev_rows: Mapping[str, Rows], warn: Warn) -> dict[str, dict[str, float]]:
+    """Metrics of each task. An undefined correlation counts as 0, with a warning."""
+    result = {}
+    for task, rows in dev_rows.items():
+        predictions = TASKS[task].output.decode(logits[task]).numpy()
+        if TASKS[task].output.num_classes is None and is_degenerate(predictions):
+            warn(f"warning: {task}: all predictions are equal, the correlation is undefined and counts as 0")
+        result[task] = scores(TASKS[task], predictions, rows.labels)
+    return result
+
+
 def evaluate(
     model: TaskModel,
     dev_rows: Mapping[str, Rows],
@@ -95,15 +126,8 @@ def evaluate(
     warn: Warn,
     between: BetweenBatches = _nothing,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of each task. An undefined correlation counts as 0, with a warning."""
-    result = {}
-    for task, rows in dev_rows.items():
-        logits = predict_logits(model, task, rows, batch_size, precision, between)
-        predictions = TASKS[task].output.decode(logits).numpy()
-        if TASKS[task].output.num_classes is None and is_degenerate(predictions):
-            warn(f"warning: {task}: all predictions are equal, the correlation is undefined and counts as 0")
-        result[task] = scores(TASKS[task], predictions, rows.labels)
-    return result
+    """Metrics of each task on its dev rows."""
+    return metrics_of(predict_all(model, dev_rows, batch_size, precision, between), dev_rows, warn)
 
 
 def mean_score(metrics: Mapping[str, Mapping[str, float]]) -> float:
@@ -111,9 +135,7 @@ def mean_score(metrics: Mapping[str, Mapping[str, float]]) -> float:
     return float(np.mean([metrics[task][TASKS[task].output.selection_metric] for task in metrics]))
 
 
-def confusion_matrices(
-    model: TaskModel, dev_rows: Mapping[str, Rows], batch_size: int, precision: Precision
-) -> dict[str, list[list[int]]]:
+def confusion_matrices(logits: Mapping[str, Tensor], dev_rows: Mapping[str, Rows]) -> dict[str, list[list[int]]]:
     """Of each classification task: rows are true classes, columns predicted ones."""
     from sklearn.metrics import confusion_matrix
 
@@ -121,23 +143,32 @@ def confusion_matrices(
     for task, rows in dev_rows.items():
         output = TASKS[task].output
         if output.num_classes is not None:
-            predictions = output.decode(predict_logits(model, task, rows, batch_size, precision)).numpy()
+            predictions = output.decode(logits[task]).numpy().astype(int)
             classes = list(range(output.num_classes))
-            result[task] = confusion_matrix(rows.labels.astype(int), predictions.astype(int), labels=classes).tolist()
+            result[task] = confusion_matrix(rows.labels.astype(int), predictions, labels=classes).tolist()
     return result
 
 
-def write_predictions(
-    model: TaskModel, task: str, rows: TokenizedRows, path: Path, batch_size: int, precision: Precision
-) -> None:
-    """A prediction file in the format that CS224N grades."""
+def write_predictions(task: str, rows: TokenizedRows, logits: Tensor, path: Path) -> None:
+    """A prediction file in the format that CS224N grades. logits: (R, K)."""
     output = TASKS[task].output
-    predictions = output.decode(predict_logits(model, task, rows, batch_size, precision)).tolist()
+    predictions = output.decode(logits).tolist()
     lines = [f"id \t {TASKS[task].prediction_header} \n"]
     lines += [f"{name} , {output.format(value)} \n" for name, value in zip(rows.ids, predictions, strict=True)]
     beside = path.with_name(path.name + ".tmp")
     beside.write_text("".join(lines), "utf-8")
     os.replace(beside, path)
+
+
+def write_dev_rows(task: str, rows: TokenizedRows, logits: Tensor, folder: Path) -> None:
+    """Labels, predictions and probabilities of the dev rows, for reports and comparisons. logits: (R, K)."""
+    output = TASKS[task].output
+    probabilities = output.probabilities(logits)
+    predictions = output.decode(logits).numpy()
+    dev_rows = DevRows(
+        tuple(rows.ids), rows.labels, predictions, None if probabilities is None else probabilities.numpy()
+    )
+    dev_rows.write(folder / DevRows.file_name(task))
 
 
 def format_scores(metrics: Mapping[str, Mapping[str, float]]) -> str:

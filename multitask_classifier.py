@@ -41,10 +41,12 @@ from evaluation import (
     Precision,
     compute_features,
     confusion_matrices,
-    evaluate,
     format_scores,
     format_table,
     mean_score,
+    metrics_of,
+    predict_all,
+    write_dev_rows,
     write_predictions,
 )
 from model import (
@@ -466,17 +468,19 @@ class Run:
         if self.stages and not self.stages[-1].is_frozen:
             self.model = load_model(self.directory.best, self.model.layout, torch.Generator()).model.to(self.device)
         started = time.perf_counter()
-        dev = evaluate(self.model, self.data.dev, config.eval_batch_size, self.precision, self.say, self.check_stop)
-        self.directory.predictions.mkdir(exist_ok=True)
-        for split, rows_of in (("dev", self.data.dev), ("test", self.data.test)):
-            for task, rows in rows_of.items():
-                self.check_stop()
-                path = self.directory.predictions / f"{task}-{split}-output.csv"
-                write_predictions(self.model, task, rows, path, config.eval_batch_size, self.precision)
+        size, folder = config.eval_batch_size, self.directory.predictions
+        logits = predict_all(self.model, self.data.dev, size, self.precision, self.check_stop)
+        dev, confusion = metrics_of(logits, self.data.dev, self.say), confusion_matrices(logits, self.data.dev)
+        test_logits = predict_all(self.model, self.data.test, size, self.precision, self.check_stop)
+        folder.mkdir(exist_ok=True)
+        for task, rows in self.data.dev.items():
+            write_predictions(task, rows, logits[task], folder / f"{task}-dev-output.csv")
+            write_dev_rows(task, rows, logits[task], folder)
+        for task, rows in self.data.test.items():
+            write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
         self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
         main_stages = [stage.name for stage in self.stages if stage.is_frozen == self.stages[-1].is_frozen]
         epochs = {name: self.best_epochs[name] for name in main_stages}
-        confusion = confusion_matrices(self.model, self.data.dev, config.eval_batch_size, self.precision)
         training = round(sum(self.seconds.get(stage.name, 0) for stage in self.stages), 3)
         results = {
             "dev": {**dev, "mean": mean_score(dev)},

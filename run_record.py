@@ -3,15 +3,18 @@
 Files are written beside their place and renamed. A process killed at any moment leaves a directory that can be resumed.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
@@ -77,9 +80,11 @@ class MetricsLog:
 
     def __init__(self, path: Path, size: int, tensorboard: Path | None) -> None:
         """size: bytes of the file to keep; what a killed run logged after its checkpoint will be logged again."""
+        self._path = path
         self._file = path.open("ab")
         self._file.truncate(size)
         self._file.seek(size)
+        self._kept = size
         self._folder = tensorboard
         self._writer: Any = None
 
@@ -87,14 +92,44 @@ class MetricsLog:
         """Appends a record; numbers of a step or an evaluation go to TensorBoard under their stage."""
         self._file.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
         self._file.flush()
+        if self._folder is not None:
+            self._board(int(record["step"]))
+            self._show(record)
+
+    def write_hyperparameters(self, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+        """The line of this run in TensorBoard's table of hyper-parameters: its flags and its final scores."""
         if self._folder is None:
             return
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = {f"results/{tag}": value for tag, value in flatten(scores)}
+        simple = {k: v if type(v) in (int, float) else _in_words(v) for k, v in settings.items()}
+        board = self._board(None)
+        for summary in hparams(simple, metrics):
+            board.file_writer.add_summary(summary)
+        for tag, value in metrics.items():
+            board.add_scalar(tag, value)
+
+    def _board(self, step: int | None) -> Any:
+        """TensorBoard's writer. step: the first that it is opened for.
+
+        In a resumed run TensorBoard is told to forget what it holds from that step on; as it then forgets those steps
+        of the earlier stages too, they are written again.
+        """
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=int(record["step"]))
-        for tag, value in flatten({k: v for k, v in record.items() if k not in ("stage", "epoch", "step")}):
-            self._writer.add_scalar(f"{record['stage']}/{tag}", value, int(record["step"]))
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            if step is not None and self._kept:
+                kept = parse_records(self._path.read_bytes()[: self._kept])
+                for record in kept:
+                    if record["step"] >= step:
+                        self._show(record)
+        return self._writer
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        for tag, value in scalars(record):
+            self._writer.add_scalar(tag, value, int(record["step"]))
 
     @property
     def size(self) -> int:
@@ -104,6 +139,31 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def parse_records(content: bytes) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. A line that is none, such as the last of a killed run, is passed over."""
+    records = []
+    for line in content.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and {"stage", "epoch", "step"} <= record.keys():
+            records.append(record)
+    return records
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(tag, number) of a record for TensorBoard: "finetune/loss/sst", "finetune/cosine/sst-para", "finetune/lr"."""
+    groups = {"losses": "loss", "cosines": "cosine"}
+    for tag, value in flatten({k: v for k, v in record.items() if k not in ("stage", "epoch", "step")}):
+        first, slash, rest = tag.partition("/")
+        yield f"{record['stage']}/{groups.get(first, first)}{slash}{rest}", value
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -124,7 +184,7 @@ class RunDirectory:
         self.predictions = path / "predictions"
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunDirectory":
+    def create(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
         """A new run directory. Raises RunError if the path exists, whatever it is: nothing is ever overwritten."""
         try:
             path.mkdir(parents=True)
@@ -138,7 +198,7 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
-    def existing(cls, path: Path) -> "RunDirectory":
+    def existing(cls, path: Path) -> RunDirectory:
         """The run to resume. Raises RunError if it is none or has ended."""
         if not (path / CONFIG).is_file():
             raise RunError(f"--resume {path}: no run directory, expected one with {CONFIG}")

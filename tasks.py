@@ -1,21 +1,24 @@
 """The language tasks: one entry of `TASKS` says everything that is particular to a task.
 
 Flags, heads, loaders, losses, metrics and output files derive from these entries. A task is a name, the files and
-columns that it is read from, and an `Output`: what the numbers of its head mean.
+columns that it is read from, and an `Output`: what the numbers of its head mean. torch is imported where a loss needs
+it, so that the commands that only read what runs have left start at once.
 
 Shape letters: B rows of a batch, K outputs of a head.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Output(Protocol):
@@ -57,6 +60,10 @@ class Output(Protocol):
         """(B,) the prediction in the units of the label."""
         ...
 
+    def probabilities(self, logits: Tensor) -> Tensor | None:
+        """(B, num_classes) probability of each class, or None on a scale."""
+        ...
+
     def format(self, prediction: float) -> str:
         """The prediction as it stands in a prediction file."""
         ...
@@ -84,15 +91,20 @@ class Classes:
         return label
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         return F.cross_entropy(logits.float(), labels.long(), reduction="none")
 
     def divergence(self, logits: Tensor, reference: Tensor) -> Tensor:
         """Symmetric KL: sum over classes of (p - q)(log p - log q), which loses no digits where p is close to q."""
-        log_p, log_q = F.log_softmax(logits.float(), -1), F.log_softmax(reference.float(), -1)
+        log_p, log_q = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
         return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
     def decode(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1).float()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(-1)
 
     def format(self, prediction: float) -> str:
         return str(int(prediction))
@@ -114,6 +126,8 @@ class Binary:
         return label
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         return F.binary_cross_entropy_with_logits(logits.float().squeeze(-1), labels, reduction="none")
 
     def divergence(self, logits: Tensor, reference: Tensor) -> Tensor:
@@ -122,10 +136,16 @@ class Binary:
         A softmax over the single logit would give a divergence of zero for any two predictions.
         """
         logits, reference = logits.float().squeeze(-1), reference.float().squeeze(-1)
-        return (torch.sigmoid(logits) - torch.sigmoid(reference)) * (logits - reference)
+        return (logits.sigmoid() - reference.sigmoid()) * (logits - reference)
 
     def decode(self, logits: Tensor) -> Tensor:
         return (logits.squeeze(-1) > 0).float()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        import torch
+
+        logits = logits.float().squeeze(-1)
+        return torch.stack([(-logits).sigmoid(), logits.sigmoid()], -1)
 
     def format(self, prediction: float) -> str:
         return str(int(prediction))
@@ -152,6 +172,8 @@ class Score:
         return label
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
         return F.mse_loss(logits.float().squeeze(-1), labels, reduction="none")
 
     def divergence(self, logits: Tensor, reference: Tensor) -> Tensor:
@@ -159,6 +181,9 @@ class Score:
 
     def decode(self, logits: Tensor) -> Tensor:
         return logits.float().squeeze(-1).clamp(self.low, self.high)
+
+    def probabilities(self, logits: Tensor) -> None:
+        return None
 
     def format(self, prediction: float) -> str:
         return f"{prediction:.6f}"

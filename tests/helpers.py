@@ -1,18 +1,24 @@
-"""Tiny random models and batches for the tests: made in milliseconds, on the CPU, without any file or network."""
+"""Tiny random models, batches, checkpoints and data files for the tests, made in milliseconds on the CPU."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from bert import Bert, BertConfig, PackedTokens, empty_bert, initialize
+from bert import Bert, BertConfig, PackedTokens, empty_bert, initialize, to_huggingface
 from datasets import Batch
 from model import Layout, MultitaskBert
 from pal import PalConfig
 from tasks import TASKS, Classes, Score
 
+WORDS = (
+    "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow".split()
+)
 STD = 0.2  # ten times BERT's: differences between the rows of a batch must be well above rounding
 
 
@@ -87,3 +93,29 @@ def tiny_model(
     model = MultitaskBert(encoder, Layout(tuple(tasks), head_layers, adapters), generator(seed + 2))
     initialize(model.heads, STD, generator(seed + 3))
     return model
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """A random checkpoint in Hugging Face's format, 2 layers, 32 wide, that knows `WORDS`."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    encoder = tiny_encoder(vocab_size=len(vocabulary))
+    save_file({f"bert.{n}": t for n, t in to_huggingface(encoder).items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(encoder.config.to_dict()))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    return folder
+
+
+def write_data(folder: Path) -> Path:
+    """CS224N's nine files with a handful of rows each; classes of unequal size."""
+    folder.mkdir(exist_ok=True)
+    draw = np.random.default_rng(0)
+    for name, task in TASKS.items():
+        for split, num_rows in (("train", 26), ("dev", 8), ("test", 6)):
+            columns = ["", "id", *task.text_columns, *([task.label_column] if split != "test" else [])]
+            lines = ["\t".join(columns)]
+            for i in range(num_rows):
+                texts = [" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in task.text_columns]
+                label = {"sst": str(min(i % 7, 4)), "para": f"{float(i % 3 == 0)}", "sts": f"{i * 7 % 11 / 2}"}[name]
+                lines.append("\t".join([str(i), f"{name}{split}{i}", *texts, *([label] if split != "test" else [])]))
+            (folder / task.file_name(split)).write_text("\n".join(lines) + "\n", "utf-8")
+    return folder

@@ -23,49 +23,13 @@ from torch import Tensor
 import engine
 import multitask_classifier
 import token_cache
-from bert import to_huggingface
-from helpers import tiny_encoder
+from helpers import WORDS, write_data
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
-WORDS = TEXT.split()
 
 
 # ----------------------------------------------------------------------------------------------------- fixtures
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint in Hugging Face's format: 2 layers, 32 wide."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    encoder = tiny_encoder(vocab_size=len(vocabulary))
-    save_file({f"bert.{n}": t for n, t in to_huggingface(encoder).items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(encoder.config.to_dict()))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-def write_data(folder: Path) -> Path:
-    """CS224N's nine files with a handful of rows each; classes of unequal size."""
-    folder.mkdir(exist_ok=True)
-    draw = np.random.default_rng(0)
-    for name, task in TASKS.items():
-        for split, num_rows in (("train", 26), ("dev", 8), ("test", 6)):
-            columns = ["", "id", *task.text_columns, *([task.label_column] if split != "test" else [])]
-            lines = ["\t".join(columns)]
-            for i in range(num_rows):
-                texts = [" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in task.text_columns]
-                label = {"sst": str(min(i % 7, 4)), "para": f"{float(i % 3 == 0)}", "sts": f"{i * 7 % 11 / 2}"}[name]
-                lines.append("\t".join([str(i), f"{name}{split}{i}", *texts, *([label] if split != "test" else [])]))
-            (folder / task.file_name(split)).write_text("\n".join(lines) + "\n", "utf-8")
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +154,7 @@ def check_shown(out: str, err: str, directory: str) -> None:
 
 def check_predictions(out: Path) -> None:
     titles = {"sst": "Predicted_Sentiment", "para": "Predicted_Is_Paraphrase", "sts": "Predicted_Similiary"}
-    assert len(list((out / "predictions").iterdir())) == 6
+    assert len(list((out / "predictions").iterdir())) == 9
     for task, title in titles.items():
         for split, num_rows in (("dev", 8), ("test", 6)):
             header, *rows = (out / "predictions" / f"{task}-{split}-output.csv").read_text().splitlines()
@@ -313,7 +277,7 @@ def test_fewer_tasks_make_a_smaller_run(command: Command, tmp_path: Path) -> Non
     assert set(results["dev"]) == {"sts", "mean"}
     assert results["parameters"]["total"] == results["parameters"]["separate_models"]
     assert sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir()) == [
-        "sts-dev-output.csv", "sts-test-output.csv"
+        "sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from evaluation import (
     format_scores,
     format_table,
     mean_score,
+    predict_all,
     predict_logits,
     write_predictions,
 )
@@ -209,7 +210,8 @@ def test_a_confusion_matrix_has_true_classes_in_rows_and_predicted_ones_in_colum
     model = LogitsOf(sst=torch.nn.functional.one_hot(predicted, 5).float(), para=yes, sts=table(6, 1))
     expected = np.zeros((5, 5), int)
     np.add.at(expected, (labels, predicted.numpy()), 1)
-    assert confusion_matrices(model, rows, 4, CPU) == {"sst": expected.tolist(), "para": [[3, 1], [1, 1]]}
+    logits = predict_all(model, rows, 4, CPU)
+    assert confusion_matrices(logits, rows) == {"sst": expected.tolist(), "para": [[3, 1], [1, 1]]}
 
 
 # ------------------------------------------------------------------------------------------- files and the table
@@ -231,7 +233,7 @@ def test_prediction_files_have_the_format_that_cs224n_grades(tmp_path: Path) -> 
         assert rows.by_length().tolist() in ([1, 2, 0], [2, 0, 1])
         path = tmp_path / f"{task}.csv"
         path.write_text("an older file")
-        write_predictions(model, task, rows, path, 2, CPU)
+        write_predictions(task, rows, predict_logits(model, task, rows, 2, CPU), path)
         assert path.read_bytes() == content.encode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["para.csv", "sst.csv", "sts.csv"]
 
@@ -245,7 +247,7 @@ def test_a_prediction_file_is_written_whole_or_not_at_all(tmp_path: Path, monkey
 
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_predictions(LogitsOf(sst=table(3, 5)), "sst", token_rows("sst", 3), path, 2, CPU)
+        write_predictions("sst", token_rows("sst", 3), table(3, 5), path)
     assert path.read_text() == "an older file"
 
 
