@@ -492,6 +492,7 @@ class Run:
             **({"gradients": self.summaries} if self.summaries else {}),
         }
         self.directory.write_results(results)
+        self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
         self.say("")
         self.say(format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}))
         missing = [task for task in config.tasks if task not in self.data.test]
@@ -502,6 +503,17 @@ class Run:
             f"training {duration(training)}, peak memory {peak_memory_mb(self.device):.0f} MB; "
             f"results, predictions and the best checkpoint are in {self.directory.path}"
         )
+        self.draw_plots()
+
+    def draw_plots(self) -> None:
+        """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""
+        try:
+            from finished_run import FinishedRun
+            from plots import write_plots
+
+            write_plots(FinishedRun.read(self.directory.path))
+        except Exception as error:
+            self.say(f"warning: no plots: {error}")
 
 
 def peak_memory_mb(device: torch.device) -> float:

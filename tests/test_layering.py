@@ -23,10 +23,15 @@ ALLOWED: dict[str, set[str]] = {
     "data_report": {"tasks", "bert", "datasets"},
     "config": GROUND | {"pal"},
     "model": {"bert", "pal", "tasks", "datasets"},
-    "evaluation": BELOW_EVALUATION,
+    "finished_run": {"tasks", "run_record", "datasets"},
+    "evaluation": BELOW_EVALUATION | {"finished_run", "report"},  # report: only as its command
+    "error_analysis": {"tasks", "finished_run", "datasets"},
+    "comparison": {"tasks", "run_record", "finished_run", "config"},
+    "plots": {"tasks", "run_record", "finished_run", "comparison"},
+    "report": {"tasks", "run_record", "console", "finished_run", "error_analysis", "comparison", "plots"},
     "regularizers": BELOW_EVALUATION,
     "engine": BELOW_ENGINE,
-    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "token_cache"},
+    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "token_cache", "finished_run", "plots"},
 }
 HEAVY = ("transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "nltk", "tensorboard")
 
