@@ -56,11 +56,11 @@ class Description:
 def describe_file(path: Path, task: Task, split: str, tokenizer: Tokenizer) -> Description:
     """Reads and tokenizes a file. Raises DataError if it cannot be used."""
     file = read_examples(path, task, labelled=split != "test")
-    rows = tokenize(task, file, tokenizer, torch.device("cpu"))
+    rows = tokenize(task, file.examples, tokenizer, torch.device("cpu"))
     lengths = rows.tokens.lengths
     at_limit = np.flatnonzero(lengths == tokenizer.max_length)
     truncated = sum(tokenizer.num_tokens(file.examples[i].texts) > tokenizer.max_length for i in at_limit)
-    return Description(task, split, file, lengths, rows.labels, text_hashes(file), truncated)
+    return Description(task, split, file, lengths, rows.labels, text_hashes(file.examples), truncated)
 
 
 def describe_folder(folder: Path, tokenizer: Tokenizer) -> list[Description]:

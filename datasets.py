@@ -9,8 +9,8 @@ Shape letters: R rows of a data set, N packed tokens, B rows of a batch.
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -320,6 +320,12 @@ class TokenizedRows:
         tokens = TokenRows(ids, self.tokens.lengths[rows], self.tokens.firsts[rows])
         return TokenizedRows(self.task, [self.ids[r] for r in rows], self.labels[rows], tokens, self.device)
 
+    def followed_by(self, others: "TokenizedRows") -> "TokenizedRows":
+        """These rows, then the others."""
+        tokens = TokenRows.concatenate([self.tokens, others.tokens])
+        labels = np.concatenate([self.labels, others.labels])
+        return TokenizedRows(self.task, [*self.ids, *others.ids], labels, tokens, self.device)
+
 
 @dataclass
 class FeatureRows:
@@ -342,32 +348,54 @@ class FeatureRows:
         return np.arange(len(self))
 
 
-def tokenize(task: Task, file: DataFile, tokenizer: Tokenizer, device: torch.device) -> TokenizedRows:
-    """The rows of a file as token ids."""
-    tokens = tokenizer.encode([example.texts for example in file.examples])
-    labels = np.array([example.label for example in file.examples], dtype=np.float32)
-    return TokenizedRows(task, [example.id for example in file.examples], labels, tokens, device)
+BetweenBatches = Callable[[], None]  # called between batches; may raise to stop
 
 
-def text_hashes(file: DataFile) -> np.ndarray:
+def no_stop() -> None:
+    """Between batches: nothing."""
+
+
+@torch.no_grad()
+def by_batches(
+    compute: Callable[[np.ndarray], Tensor], rows: Rows, batch_size: int, between: BetweenBatches = no_stop
+) -> Tensor:
+    """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length.
+
+    compute: from row numbers (B,) to results (B, ...).
+    """
+    order = rows.by_length()
+    parts = []
+    for start in range(0, len(order), batch_size):
+        between()
+        parts.append(compute(order[start : start + batch_size]).float())
+    result = torch.cat(parts)
+    inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)
+    return result[inverse]
+
+
+def tokenize(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, device: torch.device) -> TokenizedRows:
+    """Rows as token ids."""
+    tokens = tokenizer.encode([example.texts for example in examples])
+    labels = np.array([example.label for example in examples], dtype=np.float32)
+    return TokenizedRows(task, [example.id for example in examples], labels, tokens, device)
+
+
+def text_hashes(examples: Sequence[Example]) -> np.ndarray:
     """(R,) uint64, equal for rows with the same texts but for case, white space, and the order of a pair."""
     hashes = []
-    for example in file.examples:
+    for example in examples:
         texts = sorted(" ".join(text.split()).casefold() for text in example.texts)
         content = "\0".join(texts).encode("utf-8", "surrogatepass")
         hashes.append(hashlib.blake2b(content, digest_size=8).digest())
     return np.frombuffer(b"".join(hashes), dtype=np.uint64)
 
 
-def augment(file: DataFile, config: EdaConfig, seed: int, synonyms: Synonyms) -> DataFile:
-    """The file with edited rows added, so that rarer classes are as frequent as the most common one (eda.py)."""
-    rows = [example.texts for example in file.examples]
-    labels = [int(example.label) for example in file.examples]
-    added = [
-        Example(f"eda{number}", texts, float(label), 0)
-        for number, (texts, label) in enumerate(augment_rows(rows, labels, config, seed, synonyms))
-    ]
-    return replace(file, examples=[*file.examples, *added])
+def edited_examples(examples: Sequence[Example], config: EdaConfig, seed: int, synonyms: Synonyms) -> list[Example]:
+    """Edited rows (eda.py) that make rarer classes as frequent as the most common one; the given rows are not in it."""
+    rows = [example.texts for example in examples]
+    labels = [int(example.label) for example in examples]
+    new = augment_rows(rows, labels, config, seed, synonyms)
+    return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]
 
 
 def longest_cut(lengths: np.ndarray, share: float) -> tuple[np.ndarray, int]:

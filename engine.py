@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bert import DropoutMasks
-from datasets import Rows, RowStream
-from evaluation import BetweenBatches, Precision, evaluate, mean_score
+from datasets import BetweenBatches, Rows, RowStream
+from evaluation import Precision, evaluate, mean_score
 from model import TaskModel
 from optimizer import AdamW
 from pcgrad import Sum, TaskGradients, Treatment, cosines, removed_shares

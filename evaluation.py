@@ -21,17 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import FeatureRows, Rows, TokenizedRows
+from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
 from finished_run import DevRows
 from model import MultitaskBert, TaskModel
 from tasks import TASKS, is_degenerate, scores
 
 Warn = Callable[[str], None]
-BetweenBatches = Callable[[], None]  # called between batches; may raise to stop the evaluation
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -47,28 +42,13 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-@torch.no_grad()
-def _by_batches(
-    compute: Callable[[np.ndarray], Tensor], rows: Rows, batch_size: int, between: BetweenBatches
-) -> Tensor:
-    """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length."""
-    order = rows.by_length()
-    parts = []
-    for start in range(0, len(order), batch_size):
-        between()
-        parts.append(compute(order[start : start + batch_size]).float())
-    result = torch.cat(parts)
-    inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)
-    return result[inverse]
-
-
 def predict_logits(
     model: TaskModel,
     task: str,
     rows: Rows,
     batch_size: int,
     precision: Precision,
-    between: BetweenBatches = _nothing,
+    between: BetweenBatches = no_stop,
 ) -> Tensor:
     """(R, K) logits of all rows of a data set, in its order, on the CPU."""
 
@@ -76,7 +56,7 @@ def predict_logits(
         with precision.autocast():
             return model(task, rows.batch(index))
 
-    return _by_batches(compute, rows, batch_size, between).cpu()
+    return by_batches(compute, rows, batch_size, between).cpu()
 
 
 def compute_features(
@@ -85,7 +65,7 @@ def compute_features(
     rows: TokenizedRows,
     batch_size: int,
     precision: Precision,
-    between: BetweenBatches = _nothing,
+    between: BetweenBatches = no_stop,
 ) -> FeatureRows:
     """The pooled features of all rows, from the encoder as it is and without dropout: a frozen encoder's, for good."""
 
@@ -93,7 +73,7 @@ def compute_features(
         with precision.autocast():
             return model.pooled(task, rows.batch(index))
 
-    return FeatureRows(_by_batches(compute, rows, batch_size, between), rows.labels)
+    return FeatureRows(by_batches(compute, rows, batch_size, between), rows.labels)
 
 
 def predict_all(
@@ -101,7 +81,7 @@ def predict_all(
     rows_of: Mapping[str, Rows],
     batch_size: int,
     precision: Precision,
-    between: BetweenBatches = _nothing,
+    between: BetweenBatches = no_stop,
 ) -> dict[str, Tensor]:
     """Of each task the logits (R, K) of its rows, as `predict_logits` gives them."""
     return {task: predict_logits(model, task, rows, batch_size, precision, between) for task, rows in rows_of.items()}
@@ -124,7 +104,7 @@ def evaluate(
     batch_size: int,
     precision: Precision,
     warn: Warn,
-    between: BetweenBatches = _nothing,
+    between: BetweenBatches = no_stop,
 ) -> dict[str, dict[str, float]]:
     """Metrics of each task on its dev rows."""
     return metrics_of(predict_all(model, dev_rows, batch_size, precision, between), dev_rows, warn)

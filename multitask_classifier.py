@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -24,18 +24,7 @@ import torch
 from bert import BertConfig, CheckpointError, find_checkpoint, read_config
 from config import Config, FlagError, from_dict, parse
 from console import Console, duration
-from datasets import (
-    SPLITS,
-    DataError,
-    Rows,
-    TokenizedRows,
-    Tokenizer,
-    augment,
-    data_folder,
-    longest_cut,
-    read_examples,
-)
-from eda import EdaConfig, EdaError, WordNet
+from datasets import SPLITS, DataError, Rows, Tokenizer
 from engine import ConflictSummary, Metrics, StageSettings, Stopped, Trainer, TrainingError
 from evaluation import (
     Precision,
@@ -63,119 +52,14 @@ from model import (
 from pal import PalConfig
 from pcgrad import Sum, make_treatment
 from regularizers import BregmanProximal, Regularizer, Smoothness
+from run_data import Data, load_data
 from run_record import MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_json, write_trainer
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import SmartConfig
-from tasks import TASKS, Task
-from token_cache import TokenCache, TokenFile, Warn, tokenize_file
 
 USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# -------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Data:
-    """The rows of a run by task; test files may be absent. files: what config.json records of each file."""
-
-    train: dict[str, TokenizedRows] = field(default_factory=dict)
-    dev: dict[str, TokenizedRows] = field(default_factory=dict)
-    test: dict[str, TokenizedRows] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def token_loader(
-    config: Config, tokenizer: Tokenizer, warn: Warn
-) -> Callable[[Path, Task, bool, torch.device], TokenFile]:
-    """How data files become token ids: through the cache beside the run's directory, unless that is switched off."""
-    if config.cache != "off":
-        folder = Path(config.cache) if config.cache else Path(config.out).parent / ".cache"
-        return TokenCache(folder, tokenizer, warn).load
-    return lambda path, task, labelled, device: tokenize_file(
-        read_examples(path, task, labelled), task, tokenizer, device
-    )
-
-
-def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Data:
-    """Reads, checks, augments, tokenizes and filters the files of the chosen tasks."""
-    folder = data_folder(config.data)
-    data = Data()
-    load = token_loader(config, tokenizer, data.notes.append)
-    for task in (TASKS[name] for name in config.tasks):
-        hashes: dict[str, np.ndarray] = {}
-        for split in SPLITS:
-            path = folder / task.file_name(split)
-            if (split == "test" and not path.exists()) or (split == "train" and config.option == "test"):
-                continue
-            if split == "train" and config.augment == "eda" and task.output.num_classes is not None:
-                file, num_added = _augmented(config, path, task, data, tokenizer, device)
-            else:
-                file, num_added = load(path, task, split != "test", device), 0
-            num_rows = len(file.rows) - num_added
-            data.files[path.name] = {"rows": num_rows, "skipped": list(file.skipped), "sha256": file.sha256}
-            if num_added:
-                data.files[path.name]["augmented_rows"] = num_added
-            if file.skipped:
-                lines = ", ".join(f"{path}:{line}" for line in file.skipped[:20])
-                more = f" and {len(file.skipped) - 20} more" if len(file.skipped) > 20 else ""
-                data.notes.append(f"skipped {len(file.skipped)} rows without a label: {lines}{more}")
-            hashes[split] = file.text_hashes[:num_rows]
-            getattr(data, split)[task.name] = (
-                _filtered(config, file.rows, path, data) if split == "train" else file.rows
-            )
-        data.notes.extend(_leak_warning(config, task, hashes))
-    return data
-
-
-def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) -> list[str]:
-    """A line where rows of the dev file stand in the training file too: their scores are worth nothing."""
-    if "train" not in hashes:
-        return []
-    num_leaked = int(np.isin(hashes["dev"], hashes["train"]).sum())
-    if num_leaked == 0:
-        return []
-    return [
-        f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
-        f"`python datasets.py {config.data}` names them"
-    ]
-
-
-def _augmented(
-    config: Config, path: Path, task: Task, data: Data, tokenizer: Tokenizer, device: torch.device
-) -> tuple[TokenFile, int]:
-    """The training file with its rarer classes filled up, and how many rows were added.
-
-    Files of a scale have no classes and stay as they are.
-    """
-    file = read_examples(path, task, labelled=True)
-    try:
-        synonyms = WordNet(Path(config.wordnet) if config.wordnet else None)
-        alpha = config.eda_alpha
-        eda = EdaConfig(
-            alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=config.eda_deletion_prob
-        )
-        augmented = augment(file, eda, derive_seed(config.seed, "eda", task.name), synonyms)
-    except EdaError as error:
-        raise DataError(str(error)) from None
-    num_added = len(augmented.examples) - len(file.examples)
-    data.notes.append(f"{path.name}: added {num_added} edited rows (EDA)")
-    return tokenize_file(augmented, task, tokenizer, device), num_added
-
-
-def _filtered(config: Config, rows: TokenizedRows, path: Path, data: Data) -> TokenizedRows:
-    if config.drop_longest == 0:
-        return rows
-    kept, longest = longest_cut(rows.tokens.lengths, config.drop_longest)
-    num_dropped = len(rows) - len(kept)
-    data.notes.append(
-        f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens"
-    )
-    data.files[path.name].update(dropped_longest=num_dropped, longest_tokens=longest)
-    return rows.select(kept)
 
 
 # ------------------------------------------------------------------------------------------------------- model
@@ -482,7 +366,7 @@ class Run:
         main_stages = [stage.name for stage in self.stages if stage.is_frozen == self.stages[-1].is_frozen]
         epochs = {name: self.best_epochs[name] for name in main_stages}
         training = round(sum(self.seconds.get(stage.name, 0) for stage in self.stages), 3)
-        results = {
+        results: dict[str, Any] = {
             "dev": {**dev, "mean": mean_score(dev)},
             "best_epoch": next(iter(epochs.values()), None) if len(epochs) < 2 else epochs,
             "parameters": parameter_counts(self.model),

@@ -37,7 +37,9 @@ class TokenFile:
 
 def tokenize_file(file: DataFile, task: Task, tokenizer: Tokenizer, device: torch.device) -> TokenFile:
     """The rows of a file that was read, without any cache."""
-    return TokenFile(tokenize(task, file, tokenizer, device), text_hashes(file), file.skipped, file.sha256)
+    return TokenFile(
+        tokenize(task, file.examples, tokenizer, device), text_hashes(file.examples), file.skipped, file.sha256
+    )
 
 
 class TokenCache:

@@ -80,7 +80,7 @@ def read_rows(folder: Path, checkpoint: Path) -> dict[str, TokenizedRows]:
     rows = {}
     for task in TASKS.values():
         file = read_examples(folder / task.file_name("train"), task, labelled=True)
-        rows[task.name] = tokenize(task, file, tokenizer, torch.device("cpu"))
+        rows[task.name] = tokenize(task, file.examples, tokenizer, torch.device("cpu"))
     return rows
 
 

@@ -141,7 +141,7 @@ def sample_rows(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
         if not path.is_file():
             pytest.skip(f"{path} is not there")
         file = read_examples(path, task, labelled=True)
-        rows = tokenize(task, file, Tokenizer(folder, 128), torch.device("cpu")).tokens
+        rows = tokenize(task, file.examples, Tokenizer(folder, 128), torch.device("cpu")).tokens
         for row, start in list(enumerate(np.cumsum(rows.lengths) - rows.lengths))[::40]:
             ids.append(rows.ids[start : start + rows.lengths[row]].tolist())
             types.append([int(i >= rows.firsts[row]) for i in range(rows.lengths[row])])

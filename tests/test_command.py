@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import engine
 import multitask_classifier
+import run_data
 import token_cache
 from helpers import WORDS, write_data
 from tasks import TASKS
@@ -410,9 +411,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command, str
 @pytest.fixture
 def _small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Synonyms without WordNet's files."""
-    monkeypatch.setattr(
-        multitask_classifier, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ()
-    )
+    monkeypatch.setattr(run_data, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
 
 
 @pytest.mark.usefixtures("_small_wordnet")

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"tasks", "bert", "schedulers", "pcgrad", "smart", "eda", "run_record", "seeding", "console", "tsv", "optimizer"}
+GROUND = {
+    "tasks",
+    "bert",
+    "schedulers",
+    "pcgrad",
+    "smart",
+    "eda",
+    "run_record",
+    "seeding",
+    "console",
+    "tsv",
+    "optimizer",
+}
 BELOW_MODEL = GROUND | {"pal", "datasets"}
 BELOW_EVALUATION = BELOW_MODEL | {"model"}
 BELOW_ENGINE = BELOW_EVALUATION | {"evaluation", "regularizers"}
@@ -31,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"tasks", "run_record", "console", "finished_run", "error_analysis", "comparison", "plots"},
     "regularizers": BELOW_EVALUATION,
     "engine": BELOW_ENGINE,
-    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "token_cache", "finished_run", "plots"},
+    "run_data": GROUND | {"config", "datasets", "token_cache"},
+    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "run_data", "finished_run", "plots"},
 }
 HEAVY = ("transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "nltk", "tensorboard")
 

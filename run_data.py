@@ -1,0 +1,128 @@
+"""The data of a run: files read through the cache, training rows filtered and augmented, what was found told."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import Config
+from datasets import (
+    SPLITS,
+    DataError,
+    Example,
+    TokenizedRows,
+    Tokenizer,
+    data_folder,
+    edited_examples,
+    longest_cut,
+    read_examples,
+    tokenize,
+)
+from eda import EdaConfig, EdaError, WordNet
+from seeding import derive_seed
+from tasks import TASKS, Task
+from token_cache import TokenCache, TokenFile, Warn, tokenize_file
+
+NUM_NAMED = 20  # rows without a label that are named one by one
+
+Load = Callable[[Path, Task, bool, torch.device], TokenFile]  # path, task, whether it has labels, device
+
+
+@dataclass
+class Data:
+    """The rows of a run by task; test files may be absent. files: what config.json records of each file."""
+
+    train: dict[str, TokenizedRows] = field(default_factory=dict)
+    dev: dict[str, TokenizedRows] = field(default_factory=dict)
+    test: dict[str, TokenizedRows] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Data:
+    """The rows of the chosen tasks. Raises DataError for a file that cannot be used."""
+    folder = data_folder(config.data)
+    data = Data()
+    load = token_loader(config, tokenizer, data.notes.append)
+    for task in (TASKS[name] for name in config.tasks):
+        hashes: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            path = folder / task.file_name(split)
+            if (split == "test" and not path.exists()) or (split == "train" and config.option == "test"):
+                continue
+            file = load(path, task, split != "test", device)
+            hashes[split] = file.text_hashes
+            data.files[path.name] = {"rows": len(file.rows), "skipped": list(file.skipped), "sha256": file.sha256}
+            data.notes.extend(_skipped_note(path, file.skipped))
+            rows = file.rows if split != "train" else _training_rows(config, path, file.rows, tokenizer, data)
+            getattr(data, split)[task.name] = rows
+        data.notes.extend(_leak_warning(config, task, hashes))
+    return data
+
+
+def token_loader(config: Config, tokenizer: Tokenizer, warn: Warn) -> Load:
+    """How data files become token ids: through the cache beside the run's directory, unless that is switched off."""
+    if config.cache != "off":
+        folder = Path(config.cache) if config.cache else Path(config.out).parent / ".cache"
+        return TokenCache(folder, tokenizer, warn).load
+    return lambda path, task, labelled, device: tokenize_file(
+        read_examples(path, task, labelled), task, tokenizer, device
+    )
+
+
+def _skipped_note(path: Path, skipped: Sequence[int]) -> list[str]:
+    if not skipped:
+        return []
+    lines = ", ".join(f"{path}:{line}" for line in skipped[:NUM_NAMED])
+    more = f" and {len(skipped) - NUM_NAMED} more" if len(skipped) > NUM_NAMED else ""
+    return [f"skipped {len(skipped)} rows without a label: {lines}{more}"]
+
+
+def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) -> list[str]:
+    """A line where rows of the dev file stand in the training file too: their scores are worth nothing."""
+    if "train" not in hashes:
+        return []
+    num_leaked = int(np.isin(hashes["dev"], hashes["train"]).sum())
+    if num_leaked == 0:
+        return []
+    return [
+        f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
+        f"`python datasets.py {config.data}` names them"
+    ]
+
+
+def _training_rows(config: Config, path: Path, rows: TokenizedRows, tokenizer: Tokenizer, data: Data) -> TokenizedRows:
+    """The rows to train on: without the longest, then with edited rows, so that classes end up equal in number."""
+    kept = np.arange(len(rows))
+    if config.drop_longest:
+        kept, longest = longest_cut(rows.tokens.lengths, config.drop_longest)
+        num_dropped = len(rows) - len(kept)
+        rows = rows.select(kept)
+        data.notes.append(
+            f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens"
+        )
+        data.files[path.name].update(dropped_longest=num_dropped, longest_tokens=longest)
+    if config.augment == "eda" and rows.task.output.num_classes is not None:
+        added = _edited(config, path, rows.task, kept)
+        data.notes.append(f"{path.name}: added {len(added)} edited rows (EDA)")
+        data.files[path.name]["augmented_rows"] = len(added)
+        rows = rows.followed_by(tokenize(rows.task, added, tokenizer, rows.device))
+    return rows
+
+
+def _edited(config: Config, path: Path, task: Task, kept: np.ndarray) -> list[Example]:
+    """The rows that fill rarer classes up to the most common one among the rows that were kept."""
+    examples = read_examples(path, task, labelled=True).examples
+    alpha = config.eda_alpha
+    try:
+        eda = EdaConfig(
+            alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=config.eda_deletion_prob
+        )
+        synonyms = WordNet(Path(config.wordnet) if config.wordnet else None)
+        seed = derive_seed(config.seed, "eda", task.name)
+        return edited_examples([examples[row] for row in kept], eda, seed, synonyms)
+    except EdaError as error:
+        raise DataError(str(error)) from None
