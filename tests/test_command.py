@@ -115,7 +115,7 @@ def test_a_run_leaves_everything_in_its_directory(
     run(command(out, "--pcgrad --scheduler pal --tensorboard"))
     shown = capsys.readouterr()
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "results.json", "best", "last", "predictions", "tensorboard"
+        "config.json", "metrics.jsonl", "results.json", "best", "last", "predictions", "plots", "tensorboard"
     }  # fmt: skip
     for folder in ("best", "last"):
         assert {"model.safetensors", "config.json", "vocab.txt"} <= {path.name for path in (out / folder).iterdir()}
