@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finished_run import MEAN, DevRows, FinishedRun
-from run_record import RunError
+from run_record import CONFIG, RunError, read_json
 from tasks import TASKS
 
 NUM_RESAMPLES = 2000
@@ -93,7 +93,18 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         from config import Config
 
         defaults = {item.name: item.default for item in fields(Config)}
-    return [{name: run.config.get(name, defaults.get(name)) for name in names} for run in runs]
+    flags = [{name: run.config.get(name, defaults.get(name)) for name in names} for run in runs]
+    return [{**of, "checkpoint": _start(run)} if of.get("checkpoint") else of for of, run in zip(flags, runs, strict=True)]
+
+
+def _start(run: FinishedRun) -> str:
+    """The checkpoint that a run started from; those of runs that differ in the seed alone, as their names say, are one."""
+    path = Path(run.config["checkpoint"])
+    try:
+        seed = read_json(path / CONFIG)["seed"]
+    except (RunError, KeyError, TypeError):
+        return str(path)
+    return str(path).replace(f"seed{seed}", "seed*")
 
 
 def _shown(flags: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:
