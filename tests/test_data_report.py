@@ -56,6 +56,7 @@ def test_the_report_holds_what_stands_in_the_files(folder: Path, tokenizer: Toke
         "1 row, 1 with another label; lines 3 = 2",
     ):
         assert expected in text, f"{expected!r} not in\n{text}"
+    assert text.count("longer than the model takes") == 1
     assert "para" not in text
 
 

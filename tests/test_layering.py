@@ -95,3 +95,26 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
+
+
+def test_making_a_model_and_a_step_import_no_compiler_and_draw_no_random_numbers() -> None:
+    """torch imports its compiler, two seconds of work, for modules on the meta device and for its own optimizers."""
+    script = """
+import sys, torch
+from bert import BertConfig, empty_bert
+from model import Layout, MultitaskBert
+from optimizer import AdamW
+from pal import PalConfig
+before = torch.random.get_rng_state()
+config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+layout = Layout(("sst",), 1, PalConfig("attention", 4, 2, 1))
+model = MultitaskBert(empty_bert(config), layout, torch.Generator())
+parameters = dict(model.named_parameters())
+for parameter in parameters.values():
+    parameter.grad = torch.zeros_like(parameter)
+AdamW(parameters, 0.1).step(1e-3)
+assert torch.random.get_rng_state().equal(before), "a generator was touched"
+assert "torch._dynamo" not in sys.modules, "torch's compiler was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -43,7 +43,7 @@ def test_a_quote_that_is_open_at_the_end_is_found() -> None:
 
 
 def test_a_text_with_tabs_and_line_ends_is_no_open_quote() -> None:
-    cells = ["0", "id", "one\ttwo\nthree\tfour\n", "1"]
+    cells = ["0", "id", "one\ttwo\t\t\nthree\tfour\n", "1"]
     assert not has_swallowed_rows(cells)
     assert list(numbered_rows(PATH, as_csv([cells]), DataError)) == [(1, cells)]
 
