@@ -22,6 +22,7 @@ from tasks import TASKS
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.05  # a smaller p is called a difference
+ROUNDING = 1e-12  # scores that lie no further apart are equal
 COUNTS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
 # What config.json holds besides settings, and the settings that do not change what is learned.
@@ -47,8 +48,10 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Its runs' directories."""
-        return ", ".join(run.path.name for run in self.runs)
+        """What tells it apart: the flags that differ, or else its runs' directories."""
+        return ", ".join(f"{flag} {value}" for flag, value in self.flags.items()) or ", ".join(
+            run.path.name for run in self.runs
+        )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,6 +83,8 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
         seen[repeat] += 1
     differing = [name for name in flags[0] if len({repr(of[name]) for of in flags}) > 1]
     shown = [dict(zip(differing, cells, strict=True)) for cells in _shown(flags, differing)]
+    if len(set(data)) > 1:
+        shown = [{"data": name, **of} for name, of in zip(data, shown, strict=True)]
     settings = [Setting(tuple(runs[i] for i in group), shown[group[0]], data[group[0]]) for group in groups.values()]
     return sorted(settings, key=lambda s: (s.data, -len(s.tasks), s.tasks, -float(s.scores(MEAN).mean())))
 
@@ -94,17 +99,20 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
         defaults = {item.name: item.default for item in fields(Config)}
     flags = [{name: run.config.get(name, defaults.get(name)) for name in names} for run in runs]
-    return [{**of, "checkpoint": _start(run)} if of.get("checkpoint") else of for of, run in zip(flags, runs, strict=True)]
+    return [{**of, **_start(run)} if of.get("checkpoint") else of for of, run in zip(flags, runs, strict=True)]
 
 
-def _start(run: FinishedRun) -> str:
-    """The checkpoint that a run started from; those of runs that differ in the seed alone, as their names say, are one."""
+def _start(run: FinishedRun) -> dict[str, str]:
+    """The checkpoint that a run started from, whatever its flag of the model says.
+
+    Checkpoints of runs that differ in the seed alone, as their names say, are one.
+    """
     path = Path(run.config["checkpoint"])
     try:
         seed = read_json(path / CONFIG)["seed"]
     except (RunError, KeyError, TypeError):
-        return str(path)
-    return str(path).replace(f"seed{seed}", "seed*")
+        return {"model": "", "checkpoint": str(path)}
+    return {"model": "", "checkpoint": str(path).replace(f"seed{seed}", "seed*")}
 
 
 def _shown(flags: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -179,7 +187,7 @@ class Difference:
     def verdict(self) -> str:
         if math.isnan(self.p):
             return "untested"
-        if self.value == self.low == self.high == 0:
+        if max(abs(self.value), abs(self.low), abs(self.high)) < ROUNDING:
             return "no difference"
         return "different" if self.p < LEVEL else "within noise"
 
@@ -201,11 +209,9 @@ def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> 
     counts = f"n = {len(a)}" if is_paired else f"n = {len(a)} and {len(b)}"
     test = f"paired t, {counts}" if is_paired else f"Welch's t, {counts}"
     spreads = [np.ptp(a - b)] if is_paired else [np.ptp(a), np.ptp(b)]
-    if max(spreads) < 1e-12:
-        is_equal = abs(value) < 1e-12
-        return (
-            Difference(0.0, 0.0, 0.0, 1.0, test) if is_equal else Difference(value, math.nan, math.nan, math.nan, test)
-        )
+    if max(spreads) < ROUNDING:
+        p, bound = (1.0, 0.0) if abs(value) < ROUNDING else (math.nan, math.nan)
+        return Difference(value, bound, bound, p, test)
     with warnings.catch_warnings(action="ignore"):
         result = ttest_rel(a, b) if is_paired else ttest_ind(a, b, equal_var=False)
     interval = result.confidence_interval(1 - LEVEL)

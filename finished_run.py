@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MEAN = "mean"  # the score beside those of the tasks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FinishedRun:
     """A run directory with results. config, results: the contents of its files of those names."""
 
@@ -49,7 +49,7 @@ class FinishedRun:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(self.config["tasks"])
+        return tuple(task for task in TASKS if task in self.config["tasks"])
 
     def score(self, name: str) -> float:
         """The metric that counts of a task, or the mean over tasks."""
@@ -92,7 +92,12 @@ class FinishedRun:
         neither is there or one is damaged.
         """
         path = self.path / "predictions" / DevRows.file_name(task)
-        return DevRows.read(path) if path.is_file() else self._rows_of_predictions(task)
+        rows = DevRows.read(path) if path.is_file() else self._rows_of_predictions(task)
+        classes = range(TASKS[task].output.num_classes or 0)
+        shape = rows.probabilities.shape if rows.probabilities is not None else (len(rows.ids), len(classes))
+        if classes and not (np.isin([rows.labels, rows.predictions], classes).all() and shape[1] == len(classes)):
+            raise RunError(f"{path}: not the dev rows of {task}, expected classes 0 to {len(classes) - 1}")
+        return rows
 
     def _rows_of_predictions(self, task: str) -> "DevRows":
         path = self.path / "predictions" / f"{task}-dev-output.csv"
@@ -162,6 +167,8 @@ class DevRows:
             if header[:3] != ["id", "label", "prediction"] or not rows:
                 raise ValueError(f"header {header[:3]} over {len(rows)} rows")
             numbers = np.array([row[1:] for row in rows], dtype=np.float64)
+            if not np.isfinite(numbers).all():
+                raise ValueError("a number is not finite")
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"{path}: not readable as dev rows ({error})") from None
         probabilities = numbers[:, 2:] if len(header) > 3 else None

@@ -8,6 +8,7 @@ Shape letters: T tasks, C classes.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)))
 MARKERS = "os^DvPX"
 PANEL = (3.9, 3.1)  # inches
 DPI = 150
-SMOOTHED_SHARE = 0.02  # of a stage's steps, in a moving mean
+LOSS_WINDOW, COSINE_WINDOW = 0.02, 0.05  # of a stage's steps, in a moving mean
+NUM_PALE = 600  # single values in a line: more make a wall of it
 NUM_CURVES = 7  # settings in one picture of curves
 
 
@@ -77,6 +79,7 @@ def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     entries: dict[str, Any] = {}
     for axis in axes:
         entries.update({label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)})
+    entries = dict(sorted(entries.items(), key=lambda entry: entry[0].startswith("best")))
     per_row = max(1, int(figure.get_figwidth() * 14 / (max(map(len, entries), default=1) + 7)))
     columns = min(len(entries), per_row)
     figure.legend(
@@ -94,13 +97,16 @@ def by_stage(records: Records, key: str) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values within a window around each place, NaN where there are none."""
-    kernel = np.ones(2 * (window // 2) + 1)
+    """The mean of the finite values among the `window` values around each place, NaN where there are none.
+
+    An even window takes one value more. Towards the ends the window is cut off.
+    """
+    half, places = window // 2, np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     finite = np.isfinite(values)
-    # Both sums on padded arrays: "same" would turn to the kernel's length where that is the longer one.
-    half = len(kernel) // 2
-    total = np.convolve(np.pad(np.where(finite, values, 0.0), half), kernel, "valid")
-    count = np.convolve(np.pad(finite.astype(float), half), kernel, "valid")
+    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    total, count = totals[last] - totals[first], counts[last] - counts[first]
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
@@ -119,11 +125,14 @@ def _tasks(records: Records, key: str) -> list[str]:
     return sorted(_names(records, key), key=_task_number)
 
 
-def _draw_smoothed(axis: Axes, steps: np.ndarray, values: np.ndarray, style: Mapping[str, Any], label: str) -> None:
-    """A pale line of all values and a strong one of their moving mean; the axis shows the strong one whole."""
-    window = max(1, round(SMOOTHED_SHARE * len(values)))
+def _draw_smoothed(
+    axis: Axes, steps: np.ndarray, values: np.ndarray, share: float, style: Mapping[str, Any], label: str
+) -> None:
+    """A strong line of the moving mean over a share of the values, and single values as a pale one."""
+    window = max(1, round(share * len(values)))
     if window > 1:
-        axis.plot(steps, values, color=style["color"], linewidth=0.5, alpha=0.2, zorder=1)
+        some = slice(None, None, -(-len(values) // NUM_PALE))
+        axis.plot(steps[some], values[some], color=style["color"], linewidth=0.5, alpha=0.2, zorder=1)
     axis.plot(steps, moving_mean(values, window), **style, label=label, zorder=2)
 
 
@@ -164,12 +173,12 @@ def draw_losses(records: Records) -> Figure:
     figure, axes = _panels([f"{stage}: {task}" for stage, task in pairs], columns)
     for axis, (stage, task) in zip(axes, pairs, strict=True):
         steps, values = _numbers(stages[stage], "losses", task)
-        _draw_smoothed(axis, steps, values, _style(_task_number(task)) | {"linestyle": "-"}, task)
+        _draw_smoothed(axis, steps, values, LOSS_WINDOW, _style(_task_number(task)) | {"linestyle": "-"}, task)
         is_scale = TASKS[task].output.num_classes is None
         axis.set_ylabel("training loss (squared error)" if is_scale else "training loss (nats)", fontsize=9)
         _limit_to_lines(axis)
-    share = f"{SMOOTHED_SHARE:.0%}"
-    figure.supxlabel(f"optimizer step (pale: each step; line: moving mean over {share} of the steps)", fontsize=9)
+    window = f"moving mean over {LOSS_WINDOW:.0%} of the steps"
+    figure.supxlabel(f"optimizer step (pale: single steps; line: {window})", fontsize=9)
     return figure
 
 
@@ -211,6 +220,7 @@ def draw_shares(records: Records) -> Figure:
             number = _task_number(task)
             axis.plot(epochs, shares, **_style(number), **_marker(number), label=task)
         axis.set_xlabel("epoch")
+        axis.set_xlim(0.5, max(epochs) + 0.5)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("share of the draws (%)")
@@ -227,13 +237,14 @@ def draw_cosines(records: Records) -> Figure:
     _draw_cosine_means(figure, left, {pair: _numbers(treated, "cosines", pair)[1] for pair in pairs})
     for number, pair in enumerate(pairs):
         # The tasks have the first colours; pairs of tasks are something else and have others.
-        style = _style(number + 3) | _marker(number) | {"linestyle": "-", "markevery": 0.1}
-        _draw_smoothed(right, *_numbers(treated, "cosines", pair), style, pair)
-    right.axhline(0, color="black", linewidth=0.8)
+        steps, values = _numbers(treated, "cosines", pair)
+        style = _style(number + 3) | _marker(number) | {"linestyle": "-", "markevery": max(1, len(steps) // 8)}
+        _draw_smoothed(right, steps, values, COSINE_WINDOW, style, pair)
+    right.axhline(0, color="0.4", linewidth=0.8)
     lines = [line for line in right.lines if not str(line.get_label()).startswith("_")]
     spread = np.nanmax(np.abs(np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines] + [[0.05]])))
     right.set_ylim(-1.4 * spread, 1.4 * spread)
-    right.set_xlabel(f"optimizer step (pale: each step; line: moving mean over {SMOOTHED_SHARE:.0%})", fontsize=9)
+    right.set_xlabel(f"optimizer step\n(pale: single steps; line: moving mean over {COSINE_WINDOW:.0%})", fontsize=9)
     right.set_ylabel("cosine")
     right.legend(fontsize=8, loc="upper center", ncols=3)
     return figure
@@ -313,21 +324,26 @@ def draw_scale(task: Task, rows: DevRows) -> Figure:
 
 def draw_comparison(settings: Sequence[Setting]) -> Figure:
     """Scores of each setting: the mean over its seeds with the standard deviation, and each seed as a small point."""
+    from matplotlib.ticker import MaxNLocator
+
     names = [*(task for task in TASKS if any(task in s.tasks for s in settings)), MEAN]
     metrics = [f"{name} {TASKS[name].output.selection_metric}" if name in TASKS else name for name in names]
-    figure = _new_figure(2.1 * len(names) + 2.4, 0.3 * len(settings) + 1.4)
+    labels = [textwrap.fill(shorten(setting.name, 90), 36) for setting in settings]
+    num_lines = sum(1 + text.count("\n") for text in labels)
+    figure = _new_figure(2.1 * len(names) + 2.6, 0.14 * num_lines + 0.2 * len(settings) + 1.2)
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axis, name, title in zip(axes, names, metrics, strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", color="0.9", linewidth=0.6)
         axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.set_xlabel("score on the dev file", fontsize=8)
+        axis.margins(x=0.12)
+        color = "black" if name == MEAN else COLORS[_task_number(name)]
         for place, setting in enumerate(settings):
             if name == MEAN or name in setting.tasks:
-                _draw_setting(
-                    axis, place, setting.scores(name), "black" if name == MEAN else COLORS[_task_number(name)]
-                )
-    axes[0].set_yticks(range(len(settings)), [shorten(label(setting), 44) for setting in settings])
+                _draw_setting(axis, place, setting.scores(name), color)
+    axes[0].set_yticks(range(len(settings)), labels)
     axes[0].set_ylim(len(settings) - 0.5, -0.5)
     return figure
 
@@ -348,7 +364,7 @@ def draw_curves(settings: Sequence[Setting]) -> Figure:
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         means = [np.mean([curve[step] for curve in curves]) for step in steps]
         if steps:
-            axis.plot(steps, means, **_style(number), **_marker(number), label=shorten(label(setting), 60))
+            axis.plot(steps, means, **_style(number), **_marker(number), label=shorten(setting.name, 60))
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("mean score on the dev files")
     _legend_below(figure, [axis])
@@ -360,11 +376,6 @@ def _last_curve(records: Records) -> dict[int, float]:
     stages = list(by_stage(records, "dev").values())
     points = {r["step"]: r["dev"].get(MEAN) for r in stages[-1]} if stages else {}
     return {step: float(value) for step, value in points.items() if value is not None}
-
-
-def label(setting: Setting) -> str:
-    """What tells a setting apart: the flags that differ, or else its runs."""
-    return ", ".join(f"{name} {value}" for name, value in setting.flags.items()) or setting.name
 
 
 def shorten(text: str, length: int) -> str:
@@ -399,6 +410,11 @@ def figures(run: FinishedRun) -> Iterator[tuple[str, Figure]]:
             except RunError:
                 continue  # the report of the run says why there are none
             yield f"{TASKS[task].label_column}-{task}.png", draw_scale(TASKS[task], rows)
+
+
+def written_plots(run: FinishedRun) -> list[Path]:
+    """The pictures in the run's directory, in the order in which they were drawn."""
+    return sorted((run.path / FOLDER).glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def write_plots(run: FinishedRun) -> list[Path]:

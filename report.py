@@ -1,26 +1,22 @@
 """Reports on runs that have ended: `python evaluation.py RUN` on one, `python evaluation.py runs/*` on several.
 
-A report is a list of sections, which are printed as text or markdown, or become one HTML page with the pictures in it.
+The other modules find numbers; this one chooses what of them is shown, and how.
 """
 
 import argparse
-import base64
-import csv
-import html
 import io
 import math
 import os
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from comparison import Comparison, Difference, Setting, best_of, compare, settings_of
+from comparison import LEVEL, NUM_RESAMPLES, Comparison, Difference, Setting, best_of, compare, settings_of
 from console import duration
+from document import Picture, Section, Table, to_csv, to_html, to_markdown, to_text
 from error_analysis import Part, agreement, by_class, by_length, most_wrong, num_words
 from finished_run import MEAN, DevRows, FinishedRun
 from run_record import RunError
@@ -28,175 +24,7 @@ from tasks import TASKS
 
 NUM_WRONG = 5  # rows listed of each task
 NUM_PICTURED = 4  # settings with plots of a run on the page
-WIDTH = 120  # columns of text
 LONGEST_TEXT = 300  # characters shown of a row
-
-
-# ---------------------------------------------------------------------------------------------------- a document
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text. marked: (row, column) of cells that stand out. Texts to be read may stand in the last column."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    marked: frozenset[tuple[int, int]] = frozenset()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file's content. Shown on pages only."""
-
-    name: str
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Section:
-    """A title over paragraphs, tables and pictures."""
-
-    title: str
-    blocks: tuple[str | Table | Picture, ...]
-
-
-def to_text(sections: Sequence[Section]) -> str:
-    """For a terminal: columns aligned, marked cells with a star."""
-    lines: list[str] = []
-    for section in sections:
-        lines += [section.title, "-" * len(section.title)]
-        for block in section.blocks:
-            if not isinstance(block, Picture):
-                lines += [*(_table_lines(block) if isinstance(block, Table) else _wrapped(block)), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _wrapped(text: str) -> list[str]:
-    return [part for line in text.split("\n") for part in textwrap.wrap(line, WIDTH) or [""]]
-
-
-def _table_lines(table: Table) -> Iterator[str]:
-    cells = [
-        [_printable(cell) + ("*" if (i, j) in table.marked else "") for j, cell in enumerate(row)]
-        for i, row in enumerate(table.rows)
-    ]
-    starred = {j for _, j in table.marked}
-    cells = [[c if c.endswith("*") or j not in starred else c + " " for j, c in enumerate(row)] for row in cells]
-    widths = [max(len(row[j]) for row in [list(table.columns), *cells]) for j in range(len(table.columns))]
-    left = [not all(_is_number(row[j]) for row in cells) for j in range(len(widths))]
-    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    for row in [list(table.columns), *cells]:
-        padded = [
-            cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(row, widths, left, strict=True)
-        ]
-        line = "  ".join(padded).rstrip()
-        if len(line) > WIDTH and indent < WIDTH // 2 and left[-1]:
-            start = "  ".join(padded[:-1]) + "  "
-            yield from textwrap.wrap(row[-1], WIDTH, initial_indent=start, subsequent_indent=" " * indent)
-        else:
-            yield line
-
-
-def _is_number(cell: str) -> bool:
-    return not cell.strip(" -") or cell.strip().lstrip("<+-")[:1].isdigit()
-
-
-def _printable(text: str) -> str:
-    """The text without line ends and control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def to_markdown(sections: Sequence[Section]) -> str:
-    """Tables as GitHub's markdown has them, marked cells bold."""
-    lines: list[str] = []
-    for section in sections:
-        lines += [f"## {section.title}", ""]
-        for block in section.blocks:
-            if isinstance(block, Table):
-                rows = [
-                    [f"**{_escaped(c)}**" if (i, j) in block.marked else _escaped(c) for j, c in enumerate(row)]
-                    for i, row in enumerate(block.rows)
-                ]
-                body = [list(block.columns), ["---"] * len(block.columns), *rows]
-                lines += [*("| " + " | ".join(row) + " |" for row in body), ""]
-            elif isinstance(block, str):
-                lines += [*(line + "  " for line in block.split("\n")), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _escaped(cell: str) -> str:
-    return "".join("\\" + c if c in "\\|*_`<>[]#" else c for c in _printable(cell))
-
-
-def to_csv(table: Table) -> str:
-    """One table as comma-separated values, nothing marked."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([table.columns, *table.rows])
-    return file.getvalue()
-
-
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1200px; margin: 0 auto;
-       padding: 0 16px 48px; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2em 0 .6em; border-bottom: 1px solid #ccc; }
-p { max-width: 75ch; overflow-wrap: anywhere; }
-.box { overflow-x: auto; margin: 0 0 1.2em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93em; }
-th, td { padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-th { white-space: nowrap; border-bottom: 2px solid #888; }
-td { white-space: nowrap; } td.text { white-space: normal; min-width: 16em; } .number { text-align: right; }
-.marked { font-weight: 700; background: #e6f1f8; }
-img { max-width: 100%; min-width: min(520px, 160vw); height: auto; }
-figure { margin: 0 0 1em; } figcaption { font-size: .85em; color: #555; }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One page that needs nothing else: styles and pictures are in it. Wide tables scroll within their box."""
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        parts += [_html_block(block) for block in section.blocks]
-    body = "\n".join(parts)
-    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
-
-
-def _html_block(block: str | Table | Picture) -> str:
-    if isinstance(block, str):
-        return f"<p>{html.escape(block).replace(chr(10), '<br>')}</p>"
-    if isinstance(block, Picture):
-        name, data = html.escape(block.name, quote=True), base64.b64encode(block.png).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="{name}">'
-        return f'<figure class="box">{image}<figcaption>{name}</figcaption></figure>'
-    numeric = {j for j in range(len(block.columns)) if all(_is_number(row[j]) for row in block.rows)}
-    rows = ["".join(f"<th{_classes(j in numeric)}>{html.escape(c)}</th>" for j, c in enumerate(block.columns))]
-    for i, row in enumerate(block.rows):
-        rows.append(
-            "".join(
-                f"<td{_classes(j in numeric, (i, j) in block.marked, len(c) > 60)}>{html.escape(c)}</td>"
-                for j, c in enumerate(row)
-            )
-        )
-    return f'<div class="box"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
-
-
-def _classes(is_number: bool, is_marked: bool = False, is_long: bool = False) -> str:
-    names = [n for n, is_on in (("number", is_number), ("marked", is_marked), ("text", is_long)) if is_on]
-    return f' class="{" ".join(names)}"' if names else ""
 
 
 # ------------------------------------------------------------------------------------------------------- one run
@@ -227,7 +55,7 @@ def _scores_section(run: FinishedRun) -> Section:
     best = results.get("best_epoch")
     text = (
         f"{config['option']} of {source} on {config['data']}, seed {config['seed']}\n"
-        f"training {duration(results['seconds']['training'])}, {results['parameters']['total'] / 1e6:.1f} M parameters"
+        f"training {duration(results['seconds']['training'])}, {_size(results['parameters']['total'])} parameters"
         + (f", best epoch {_epochs(best)}" if best else "")
     )
     return Section(f"Run {run.path}", (text, table))
@@ -277,7 +105,8 @@ def _errors_section(run: FinishedRun, name: str) -> Section:
         for w in wrong
     )
     if cells:
-        blocks += ["Wrong and surest of it:", Table(("row", "true", "predicted", certainty, "text"), cells)]
+        blocks += ["Largest errors:" if certainty == "error" else "Wrong and surest of it:"]
+        blocks += [Table(("row", "true", "predicted", certainty, "text"), cells)]
     elif rows.probabilities is None and task.output.num_classes is not None:
         blocks.append(
             "The run left no probabilities, so its surest errors are not known; "
@@ -301,23 +130,34 @@ def _parts_table(what: str, parts: Sequence[Part]) -> Table:
 
 def settings_table(settings: Sequence[Setting]) -> Table:
     """A line for each setting: the flags that differ, scores with standard deviations over seeds, time, parameters."""
-    tasks = [task for task in TASKS if any(task in setting.tasks for setting in settings)]
-    names = [*tasks, MEAN]
-    titles = [f"{task} {TASKS[task].output.selection_metric}" for task in tasks]
-    flags = list(settings[0].flags)
-    has_data = len({setting.data for setting in settings}) > 1
-    columns = ("runs", "n", *(["data"] if has_data else []), *flags, *titles, MEAN, "training", "parameters")
+    names = _score_names(settings)
+    columns = ("runs", "n", *settings[0].flags, *map(_score_title, names), "training", "parameters")
     rows = []
     for setting in settings:
-        cells = [_scores_cell(setting, name) for name in names]
-        seconds = float(np.mean([run.results["seconds"]["training"] for run in setting.runs]))
-        size = f"{setting.runs[0].results['parameters']['total'] / 1e6:.1f} M"
-        own = [setting.data] if has_data else []
-        shown = [setting.name, str(len(setting.runs)), *own, *setting.flags.values(), *cells, duration(seconds), size]
-        rows.append(tuple(shown))
+        scores = [_scores_cell(setting, name) for name in names]
+        size = _size(setting.runs[0].results["parameters"]["total"])
+        start = [_runs_name(setting), str(len(setting.runs)), *setting.flags.values()]
+        rows.append((*start, *scores, duration(_training_seconds(setting)), size))
     first = len(columns) - 2 - len(names)
     marked = {(row, first + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     return Table(columns, tuple(rows), frozenset(marked))
+
+
+def _score_names(settings: Sequence[Setting]) -> list[str]:
+    return [*(task for task in TASKS if any(task in setting.tasks for setting in settings)), MEAN]
+
+
+def _score_title(name: str) -> str:
+    return name if name == MEAN else f"{name} {TASKS[name].output.selection_metric}"
+
+
+def _runs_name(setting: Setting) -> str:
+    names = [run.path.name for run in setting.runs]
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _training_seconds(setting: Setting) -> float:
+    return float(np.mean([run.results["seconds"]["training"] for run in setting.runs]))
 
 
 def _scores_cell(setting: Setting, name: str) -> str:
@@ -329,22 +169,24 @@ def _scores_cell(setting: Setting, name: str) -> str:
 
 def numbers_table(settings: Sequence[Setting]) -> Table:
     """The same for other programs: every number in a cell of its own, in full."""
-    names = [*(task for task in TASKS if any(task in setting.tasks for setting in settings)), MEAN]
-    titles = [f"{name} {part}" for name in names for part in (MEAN, "sd")]
-    columns = ("runs", "seeds", "n", "data", *settings[0].flags, *titles, "training_seconds", "parameters")
+    names = _score_names(settings)
+    titles = [title + end for title in map(_score_title, names) for end in ("", " sd")]
+    columns = ("runs", "seeds", "n", *settings[0].flags, *titles, "training_seconds", "parameters")
     rows = []
     for setting in settings:
-        cells: list[str] = []
-        for name in names:
-            values = setting.scores(name) if name in (*setting.tasks, MEAN) else np.array([])
-            cells += [repr(float(values.mean())) if len(values) else ""]
-            cells += [repr(float(values.std(ddof=1))) if len(values) > 1 else ""]
-        seconds = float(np.mean([run.results["seconds"]["training"] for run in setting.runs]))
-        size = str(setting.runs[0].results["parameters"]["total"])
         start = [" ".join(str(run.path) for run in setting.runs), " ".join(map(str, setting.seeds))]
-        shown = [*start, str(len(setting.runs)), setting.data, *setting.flags.values(), *cells, f"{seconds:.3f}", size]
-        rows.append(tuple(shown))
+        scores = [cell for name in names for cell in _full_numbers(setting, name)]
+        end = [f"{_training_seconds(setting):.3f}", str(setting.runs[0].results["parameters"]["total"])]
+        rows.append((*start, str(len(setting.runs)), *setting.flags.values(), *scores, *end))
     return Table(columns, tuple(rows))
+
+
+def _full_numbers(setting: Setting, name: str) -> tuple[str, str]:
+    """Mean and standard deviation over seeds; empty where there is none."""
+    if name not in (*setting.tasks, MEAN):
+        return "", ""
+    values = setting.scores(name)
+    return repr(float(values.mean())), repr(float(values.std(ddof=1))) if len(values) > 1 else ""
 
 
 def comparison_sections(runs: Sequence[FinishedRun]) -> list[Section]:
@@ -370,24 +212,30 @@ def comparison_sections(runs: Sequence[FinishedRun]) -> list[Section]:
 
 
 def _difference_blocks(comparisons: Sequence[Comparison], notes: Sequence[str]) -> tuple[str | Table, ...]:
-    rows = tuple(
-        (c.other.name, c.name, f"{c.value:+.3f}", *_interval(c.over_seeds), *_interval(c.over_rows), c.verdict)
-        for c in comparisons
-    )
-    columns = ("setting", "score", "difference", "95% over seeds", "p", "95% over dev rows", "p", "in words")
-    best = ", ".join(dict.fromkeys(f"{c.best.name} ({c.best.data})" for c in comparisons))
-    tests = ", ".join(dict.fromkeys(c.over_seeds.test for c in comparisons if c.over_seeds))
+    rows = []
+    for c in comparisons:
+        tests = (*_interval(c.over_seeds), *_interval(c.over_rows))
+        rows.append((_beside(c.best, c.other), c.name, f"{c.value:+.3f}", c.verdict, *tests))
+    columns = ("setting", "score", "difference", "in words", "95% over seeds", "p", "95% over dev rows", "p")
+    best = "; on other data ".join(dict.fromkeys(f"{_runs_name(c.best)} ({c.best.name})" for c in comparisons))
+    seed_tests = ", ".join(dict.fromkeys(c.over_seeds.test for c in comparisons if c.over_seeds))
     num_others = len({id(c.other) for c in comparisons})
     lines = [
-        f"Each setting minus the best, which is {best}. Over seeds: {tests or 'one seed only, no test'}. "
-        "Over dev rows: paired bootstrap, 2,000 resamples of the rows, the same for all runs."
+        f"Each setting minus the best, which is {best}. Over seeds: {seed_tests or 'one seed only, no test'}. "
+        f"Over dev rows: paired bootstrap, {NUM_RESAMPLES:,} resamples of the rows, the same for all runs."
     ]
     if num_others > 2:
         lines.append(
             f"The best of {num_others + 1} settings tends to look better than it is, and p is not corrected for that: "
-            f"of {len(rows)} tests about {len(rows) * 0.05:.0f} would call two equal settings different."
+            f"of {len(rows)} tests about {len(rows) * LEVEL:.0f} would call two equal settings different."
         )
-    return ("\n".join(lines), Table(columns, rows), *(["\n".join(notes)] if notes else []))
+    return ("\n".join(lines), Table(columns, tuple(rows)), *(["\n".join(notes)] if notes else []))
+
+
+def _beside(best: Setting, other: Setting) -> str:
+    """The flags in which a setting differs from the best, or else its runs."""
+    flags = [f"{flag} {value}" for flag, value in other.flags.items() if value != best.flags[flag]]
+    return ", ".join(flags) or _runs_name(other)
 
 
 def _first_pair(first: Setting, second: Setting) -> tuple[FinishedRun, FinishedRun]:
@@ -419,7 +267,7 @@ def _rows_or_none(run: FinishedRun, task: str) -> DevRows | None:
 
 def comparison_pictures(runs: Sequence[FinishedRun]) -> list[Section]:
     """Pictures of all settings, and the plots that the first run of each of the best settings has in its directory."""
-    from plots import FOLDER, draw_comparison, draw_curves
+    from plots import draw_comparison, draw_curves, written_plots
 
     settings = settings_of(runs)
     pictures = [Picture("scores", _png(draw_comparison(settings)))]
@@ -427,8 +275,7 @@ def comparison_pictures(runs: Sequence[FinishedRun]) -> list[Section]:
         pictures.append(Picture("dev scores over the last stage", _png(draw_curves(settings))))
     sections = [Section("Scores", tuple(pictures))]
     for setting in settings[:NUM_PICTURED]:
-        files = sorted((setting.runs[0].path / FOLDER).glob("*.png"))
-        own = tuple(Picture(path.stem, path.read_bytes()) for path in files)
+        own = tuple(Picture(path.stem, path.read_bytes()) for path in written_plots(setting.runs[0]))
         if own:
             sections.append(Section(f"Run {setting.runs[0].path.name}", own))
     return sections
@@ -449,6 +296,10 @@ def _number(value: Any) -> str:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.1f} k"
 
 
 def _percent(share: float | None) -> str:

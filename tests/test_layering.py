@@ -18,6 +18,7 @@ GROUND = {
     "run_record",
     "seeding",
     "console",
+    "document",
     "tsv",
     "optimizer",
 }
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "error_analysis": {"tasks", "finished_run", "datasets"},
     "comparison": {"tasks", "run_record", "finished_run", "config"},
     "plots": {"tasks", "run_record", "finished_run", "comparison"},
-    "report": {"tasks", "run_record", "console", "finished_run", "error_analysis", "comparison", "plots"},
+    "report": {"tasks", "run_record", "console", "document", "finished_run", "error_analysis", "comparison", "plots"},
     "regularizers": BELOW_EVALUATION,
     "engine": BELOW_ENGINE,
     "run_data": GROUND | {"config", "datasets", "token_cache"},
