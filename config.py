@@ -15,7 +15,10 @@ from pcgrad import TREATMENTS, gramian_weightings
 from schedulers import SCHEDULERS
 from tasks import TASKS
 
-OPTIONS = ("finetune", "pretrain", "individual_pretrain", "test")
+OPTIONS = ("finetune", "pretrain", "individual_pretrain", "test", "predict")
+PREDICT_FLAGS = (
+    "option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp"
+)  # fmt: skip
 DRAWS_WITH_TREATMENT = 16  # with --scheduler pal; the other schedulers draw each task once
 
 
@@ -41,6 +44,20 @@ class Config:
     out: str = flag("", "run directory to make; default runs/<time>-<option>", metavar="DIR")
     resume: str = flag("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = flag("", "run directory or checkpoint folder to start from", metavar="DIR")
+
+    task: str = flag("", "predict: what to predict; sst reads sentences, para and sts pairs", choices=tuple(TASKS))
+    input: str = flag(
+        "-",
+        "predict: file with a sentence or tab-separated pair a line, not quoted; - is standard input",
+        metavar="FILE",
+    )
+    output: str = flag(
+        "-",
+        "predict: file to make; - is standard output. No header; for each line of the input a line: the class and, "
+        "behind a tab, its probability, or for sts the score alone. A broken line, named on standard error, leaves its "
+        "line empty but for the tab, and the exit status is 1",
+        metavar="FILE",
+    )
 
     scheduler: str = flag("pal", "how tasks are drawn", choices=tuple(SCHEDULERS))
     draws_per_step: int = flag(
@@ -229,6 +246,9 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
         others = [name for name in given if name not in ("resume", "device", "threads")]
         problems.extend(f"--{name}: --resume takes it from the run; leave it out" for name in others)
         return problems
+    if config.option == "predict":
+        return _contradictions_of_predict(config, given)
+    needs(["task", "input", "output"], False, "expected only with --option predict")
     if len(chosen) == 2 or (chosen and "treatment" in given and config.treatment != chosen[0]):
         problems.append("--pcgrad, --gradvac, --treatment: they name different treatments, expected one")
     if treatment not in TREATMENTS and treatment not in (known := gramian_weightings()):
@@ -315,4 +335,14 @@ def _contradictions(given: Mapping[str, Any]) -> list[str]:
         problems.append(f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch")
     if "scheduler" in given and len(config.tasks) == 1:
         problems.append(f"--scheduler {config.scheduler}: there is one task to schedule, expected two --tasks or more")
+    return problems
+
+
+def _contradictions_of_predict(config: Config, given: Mapping[str, Any]) -> list[str]:
+    others = [name for name in given if name not in PREDICT_FLAGS]
+    problems = [f"--{name}: --option predict does not use it; leave it out" for name in others]
+    if not config.checkpoint:
+        problems.append("--option predict: expected --checkpoint DIR")
+    if not config.task:
+        problems.append(f"--option predict: expected --task, one of {', '.join(TASKS)}")
     return problems

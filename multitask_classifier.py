@@ -42,8 +42,10 @@ from model import (
     FrozenEncoder,
     Layout,
     MultitaskBert,
+    Predictor,
     TaskModel,
     checkpoint_folder,
+    load,
     load_model,
     parameter_counts,
     read_layout,
@@ -51,6 +53,7 @@ from model import (
 )
 from pal import PalConfig
 from pcgrad import Sum, make_treatment
+from prediction import PredictionError, predict_lines
 from regularizers import BregmanProximal, Regularizer, Smoothness
 from run_data import Data, load_data
 from run_record import MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_json, write_trainer
@@ -58,7 +61,7 @@ from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import SmartConfig
 
-USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError)
+USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError, PredictionError)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,9 +72,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
     width = BertConfig.from_dict(read_config(folder), str(folder / "config.json")).hidden_size
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise FlagError("--device cuda: no CUDA GPU found, expected cpu or auto")
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device)
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     data = config.data if config.data == "sample" else str(Path(config.data).resolve())
     settled = replace(
@@ -86,6 +87,13 @@ def resolve(config: Config) -> tuple[Config, Path]:
         gradvac=config.treatment == "gradvac",
     )
     return settled, folder
+
+
+def resolve_device(name: str) -> str:
+    """ "cpu" or "cuda". Raises FlagError if there is no GPU where one is asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FlagError("--device cuda: no CUDA GPU found, expected cpu or auto")
+    return name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_learning_rate(width: int) -> float:
@@ -522,8 +530,23 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     return run
 
 
+def predict(config: Config) -> int:
+    """`--option predict`: lines in, predictions out, no run. Returns the exit status."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    precision = Precision(torch.device(device), AMP[config.amp])
+
+    def make_predictor() -> Predictor:
+        return load(config.checkpoint, device, config.eval_batch_size, config.max_length, precision.autocast)
+
+    return predict_lines(make_predictor, config.task, config.input, config.output)
+
+
 def execute(config: Config, console: Console) -> int:
     """Runs to the end or to a stop; returns the exit status."""
+    if config.option == "predict":
+        return predict(config)
     stop = StopSignals()
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)

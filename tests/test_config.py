@@ -13,7 +13,7 @@ PUBLIC_FLAGS = """
     option tasks model data out resume checkpoint scheduler draws_per_step pcgrad gradvac gradvac_beta treatment smart
     bregman pal pal_size augment drop_longest head_layers epochs pretrain_epochs steps_per_epoch batch_size
     accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience seed threads
-    device amp
+    device amp task input output
 """
 
 
@@ -177,7 +177,32 @@ def test_a_value_that_no_flag_knows_is_one_line_with_the_flag(line: str) -> None
         ("--pcgrad --tasks sst", "--treatment --tasks"),
         ("--tasks sst --scheduler random", "--scheduler --tasks"),
         ("--patience 2 --eval_every 0", "--patience --eval_every"),
+        ("--task sst", "--task --option predict"),
+        ("--option test --checkpoint x --input y", "--input --option predict"),
+        ("--option pretrain --output y", "--output --option predict"),
+        ("--option predict --task sst", "--option predict --checkpoint"),
+        ("--option predict --checkpoint x", "--option predict --task sst para sts"),
+        *[
+            (f"--option predict --checkpoint x --task sst {flag}", f"{flag.split()[0]} --option predict")
+            for flag in (
+                "--out y",
+                "--data y",
+                "--tasks sst",
+                "--model minilm",
+                "--seed 1",
+                "--epochs 2",
+                "--pcgrad",
+                "--cache off",
+                "--treatment nonsense",
+                "--lr 1e-4",
+                "--head_layers 1",
+                "--pal",
+                "--save_every 3",
+                "--tensorboard",
+            )
+        ],
         ("--resume x --epochs 3", "--epochs --resume"),
+        ("--resume x --option predict", "--option --resume"),
         ("--resume x --out y", "--out --resume"),
     ],
 )
@@ -204,6 +229,8 @@ def test_all_problems_are_reported_at_once() -> None:
         "--smart --bregman --pal --gradvac --granularity layer --accumulation_steps 4 --amp fp16",
         "--tasks sst --smart",
         "--resume x --device cpu --threads 2",
+        "--option predict --checkpoint x --task sts",
+        "--option predict --checkpoint x --task sst --input - --output y --amp --device cpu --max_length 64",
         "--pcgrad --scheduler round_robin --draws_per_step 3",
     ],
 )

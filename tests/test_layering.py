@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": GROUND | {"pal"},
     "model": {"bert", "pal", "tasks", "datasets"},
     "finished_run": {"tasks", "run_record", "datasets"},
+    "prediction": {"tasks", "model"},
     "evaluation": BELOW_EVALUATION | {"finished_run", "report"},  # report: only as its command
     "error_analysis": {"tasks", "finished_run", "datasets"},
     "comparison": {"tasks", "run_record", "finished_run", "config"},
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "regularizers": BELOW_EVALUATION,
     "engine": BELOW_ENGINE,
     "run_data": GROUND | {"config", "datasets", "token_cache"},
-    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "run_data", "finished_run", "plots"},
+    "multitask_classifier": BELOW_ENGINE | {"config", "engine", "run_data", "finished_run", "plots", "prediction"},
 }
 HEAVY = ("transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "nltk", "tensorboard")
 

@@ -381,3 +381,13 @@ def test_a_run_directory_names_its_best_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_folder(tmp_path) == tmp_path / "best"
     with pytest.raises(CheckpointError, match="no such directory, expected a run or a checkpoint folder"):
         checkpoint_folder(tmp_path / "absent")
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_is_read_where_it_is(tmp_path: Path) -> None:
+    for name in ("best.new", "last.new", "best.old", "best.tmp"):
+        (tmp_path / name).mkdir()
+    assert checkpoint_folder(tmp_path) == checkpoint_folder(tmp_path / "best") == tmp_path / "best.new"
+    assert checkpoint_folder(tmp_path / "last") == tmp_path / "last.new"
+    (tmp_path / "best").mkdir()  # resuming goes on from it, too
+    assert checkpoint_folder(tmp_path) == checkpoint_folder(tmp_path / "best") == tmp_path / "best"
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "best.new", "last.new", "best.old", "best.tmp"}

@@ -1,0 +1,533 @@
+"""Predictions for new texts: those of the prediction files, line by line, streamed; broken lines cost no other line."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit, softmax
+
+import model
+import multitask_classifier
+import prediction
+from bert import CheckpointError, PackedTokens, initialize
+from datasets import Batch, Tokenizer, read_examples
+from helpers import WORDS, generator
+from model import Layout, Predictor, load, load_model, save_checkpoint
+from prediction import LINE_BYTES, READ_AHEAD, LineReader, PredictionError, texts_of_line
+from tasks import TASKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """A run takes over Ctrl-C and SIGTERM; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def start_point(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A checkpoint with random heads that predict every class."""
+    folder, bert = tmp_path_factory.mktemp("start"), load_model(tiny, Layout(tuple(TASKS)), generator()).model
+    initialize(bert.heads, 1.0, generator(2))
+    predictor = Predictor(bert, Tokenizer(tiny, 64), torch.device("cpu"), 64)
+    for task in TASKS:
+        middle = np.median(logits_of(predictor, task, random_rows(task, 30)), 0)
+        bias: torch.Tensor = bert.get_parameter(f"heads.{task}.output.bias").data
+        bias.add_(2.5 * (task == "sts") - torch.from_numpy(middle))
+    save_checkpoint(bert, tiny, folder)
+    return folder
+
+
+def train(out: Path, start_point: Path, data: Path, flags: str = "") -> Path:
+    """A run of one step."""
+    line = f"--checkpoint {start_point} --data {data} --out {out} --device cpu --cache off --no-tensorboard "
+    line += f"--epochs 1 --steps_per_epoch 1 --lr 1e-6 {flags}"
+    assert multitask_classifier.main(line.split()) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, start_point: Path, data: Path) -> Path:
+    """The directory of a run."""
+    return train(tmp_path_factory.mktemp("runs") / "run", start_point, data)
+
+
+def dev_rows(data: Path, task: str) -> list[tuple[str, ...]]:
+    file = read_examples(data / TASKS[task].file_name("dev"), TASKS[task], labelled=True)
+    return [example.texts for example in file.examples]
+
+
+def random_rows(task: str, num_rows: int) -> list[tuple[str, ...]]:
+    """Texts of very different lengths."""
+    draw = np.random.default_rng(7)
+    num_texts = len(TASKS[task].text_columns)
+    return [
+        tuple(" ".join(draw.choice(WORDS, draw.integers(1, 25))) for _ in range(num_texts)) for _ in range(num_rows)
+    ]
+
+
+def content(rows: Sequence[tuple[str, ...]]) -> str:
+    return "".join("\t".join(row) + "\n" for row in rows)
+
+
+def arguments(run: Path, task: str, **flags: Any) -> list[str]:
+    given = {"option": "predict", "checkpoint": run, "task": task, "device": "cpu", **flags}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def predicted(run: Path, task: str, text: bytes, folder: Path, status: int = 0, **flags: Any) -> list[str]:
+    """The lines that the command makes of a text."""
+    source, target = folder / "input.txt", folder / "output.tsv"
+    source.write_bytes(text)
+    target.unlink(missing_ok=True)
+    assert multitask_classifier.main(arguments(run, task, input=source, output=target, **flags)) == status
+    lines = target.read_text().split("\n")
+    assert lines.pop() == ""
+    return lines
+
+
+def error_line(command: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that fails and writes nothing."""
+    capsys.readouterr()
+    assert multitask_classifier.main(command) == 2
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert shown.out == "" and line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+# ------------------------------------------------------------------------------------------------- predictions
+
+
+def values_of_file(run: Path, task: str) -> list[str]:
+    lines = (run / "predictions" / f"{task}-dev-output.csv").read_text().splitlines()[1:]
+    return [line.rsplit(" , ", 1)[1].removesuffix(" ") for line in lines]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predictions_are_those_of_the_runs_prediction_file(
+    task: str, trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    rows = dev_rows(data, task)
+    lines = predicted(trained, task, content(rows).encode(), tmp_path)
+    expected = values_of_file(trained, task)
+    assert len(set(expected)) > 1
+    assert [line.split("\t")[0] for line in lines] == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"input.txt", "output.tsv"}
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_probability_is_that_of_the_predicted_answer(task: str, trained: Path, tmp_path: Path) -> None:
+    """Against SciPy on the logits of each row alone."""
+    rows = random_rows(task, 20)
+    lines = [line.split("\t") for line in predicted(trained, task, content(rows).encode(), tmp_path)]
+    alone = logits_of(load(trained, "cpu"), task, rows)
+    if task == "sts":
+        assert [len(line) for line in lines] == [1] * 20
+        assert [float(line[0]) for line in lines] == pytest.approx(alone[:, 0].clip(0, 5), abs=2e-6)
+        return
+    p = softmax(alone, -1) if task == "sst" else np.stack([1 - expit(alone[:, 0]), expit(alone[:, 0])], 1)
+    assert [int(line[0]) for line in lines] == p.argmax(1).tolist()
+    assert len({line[0] for line in lines}) > 1
+    assert [float(line[1]) for line in lines] == pytest.approx(p.max(1), abs=2e-6)
+
+
+def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) -> np.ndarray:
+    """(R, K) logits, each row in a batch of its own, from the model and tokenizer alone."""
+    parts = []
+    with torch.no_grad():
+        for row in rows:
+            tokens = predictor.tokenizer.encode([row])
+            types = [int(i >= tokens.firsts[0]) for i in range(len(tokens.ids))]
+            packed = PackedTokens.from_rows([tokens.ids.tolist()], [types])
+            parts.append(predictor.model(task, Batch([0], torch.zeros(1), tokens=packed)))
+    return np.asarray(torch.cat(parts))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("at_a_time", [1, 7, 4096])
+def test_predictions_come_in_the_order_of_the_input_whatever_the_chunks(
+    at_a_time: int, task: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows(task, 30)
+    whole = predicted(trained, task, content(rows).encode(), tmp_path)
+    for module in (model, prediction):
+        monkeypatch.setattr(module, "TEXTS_AT_A_TIME", at_a_time)
+    parts = predicted(trained, task, content(rows).encode(), tmp_path, eval_batch_size=4)
+    numbers = [np.array([line.split("\t") for line in lines], float) for lines in (whole, parts)]
+    assert len(set(map(tuple, numbers[0]))) > 5
+    np.testing.assert_allclose(numbers[0], numbers[1], atol=5e-6)
+
+
+def test_forward_passes_have_the_given_size_and_begin_with_the_longest_texts(trained: Path, tmp_path: Path) -> None:
+    sizes: list[tuple[int, int]] = []
+    predictor = load(trained, "cpu", batch_size=8)
+    original = predictor.model.forward
+
+    def forward(task: str, batch: Any) -> Any:
+        sizes.append((len(batch), len(batch.tokens.input_ids)))
+        return original(task, batch)
+
+    predictor.model.forward = forward  # type: ignore[method-assign, assignment]
+    predictor.predict("sst", [text for (text,) in random_rows("sst", 30)])
+    assert [rows for rows, _ in sizes] == [8, 8, 8, 6]
+    tokens = [n for _, n in sizes]
+    assert tokens == sorted(tokens, reverse=True) and tokens[0] > 2 * tokens[2]
+
+
+def test_rows_are_cut_as_in_the_run(start_point: Path, data: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", start_point, data, "--max_length 7 --tasks sts")
+    text, expected = content(dev_rows(data, "sts")).encode(), values_of_file(run, "sts")
+    for folder in (run, run / "best", run / "last"):
+        assert predicted(folder, "sts", text, tmp_path) == expected
+    assert predicted(run, "sts", text, tmp_path, max_length=64) != expected
+    assert load(run).predict("sts", [("a film", "a song")])
+
+
+# ---------------------------------------------------------------------------------------------------- in Python
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_python_form_gives_what_the_command_gives(task: str, trained: Path, tmp_path: Path) -> None:
+    rows = random_rows(task, 30)
+    lines = [line.split("\t") for line in predicted(trained, task, content(rows).encode(), tmp_path)]
+    texts = [row[0] for row in rows] if task == "sst" else rows
+    for folder in (trained, str(trained / "best")):
+        found = load(folder, device="cpu").predict(task, texts)
+        if task == "sts":
+            assert [f"{value:.6f}" for value in found] == [line[0] for line in lines]
+        else:
+            assert found == [int(line[0]) for line in lines] and type(found[0]) is int
+            pairs = load(folder, device="cpu").predict(task, texts, probabilities=True)
+            assert [(value, f"{p:.6f}") for value, p in pairs] == [(int(a), b) for a, b in lines]
+
+
+def test_the_python_form_needs_texts_of_the_tasks_form(trained: Path) -> None:
+    predictor = load(trained, "cpu")
+    assert predictor.predict("sst", []) == []
+    cases: list[tuple[str, Any, str]] = [
+        ("sst", "a fine film", "texts is the string 'a fine film', expected a list"),
+        ("sst", ["a film", None], r"texts\[1\] is None, expected a string"),
+        ("sst", [("a", "b")], r"texts\[0\] is \('a', 'b'\), expected a string"),
+        ("sts", ["a film"], r"texts\[0\] is 'a film', expected a pair of strings"),
+        ("sts", [("a", 3)], "expected a pair of strings"),
+        ("sst", ["fine", " "], r"texts\[1\] is ' ', expected some text"),
+        ("mood", ["fine"], "task 'mood': the checkpoint has heads for sst, para, sts"),
+    ]
+    for task, texts, message in cases:
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(task, texts)
+    with pytest.raises(ValueError, match="task 'sts': a score has no probability"):
+        predictor.predict("sts", [("a", "b")], probabilities=True)
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_predicts_and_is_left_as_it_is(
+    start_point: Path, data: Path, tmp_path: Path
+) -> None:
+    run = train(tmp_path / "run", start_point, data, "--tasks sst")
+    texts = [text for (text,) in random_rows("sst", 10)]
+    expected = load(run, "cpu").predict("sst", texts, probabilities=True)
+    (run / "best").rename(run / "best.new")
+    names = sorted(path.name for path in run.iterdir())
+    for folder in (run, run / "best", run / "best.new"):
+        assert load(folder, "cpu").predict("sst", texts, probabilities=True) == expected
+    assert sorted(path.name for path in run.iterdir()) == names
+
+
+# ------------------------------------------------------------------------------------------------- broken lines
+
+
+@pytest.mark.parametrize(
+    ("task", "line", "message"),
+    [
+        ("sst", b"", "the line is empty, expected sentence"),
+        ("sst", b" \t ", "the line is empty, expected sentence"),
+        ("sst", b"a\tfilm", "1 tabs, expected 0: sentence"),
+        ("sst", b"fi\xfflm", "byte 0xff is not valid UTF-8, expected UTF-8"),
+        ("sst", b"a" * (LINE_BYTES + 1), "longer than 1048576 bytes, expected sentence"),
+        ("para", b"a film", "0 tabs, expected 1: sentence1 <tab> sentence2"),
+        ("sts", b"a\tb\tc", "2 tabs, expected 1: sentence1 <tab> sentence2"),
+        ("sts", b"\t", "the line is empty, expected sentence1 <tab> sentence2"),
+    ],
+)
+def test_what_is_wrong_with_a_line(task: str, line: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        texts_of_line(line, TASKS[task])
+
+
+def test_texts_of_a_line() -> None:
+    assert texts_of_line("schön \u2028\x0b\x85 a\r".encode(), TASKS["sst"]) == ("schön \u2028\x0b\x85 a",)
+    assert texts_of_line(b'"a\t b ', TASKS["sts"]) == ('"a', " b ")
+    assert texts_of_line(b"a\t", TASKS["para"]) == ("a", "")
+
+
+@pytest.mark.parametrize("task", ["sts", "para"])
+def test_broken_lines_are_named_and_left_empty_and_the_others_predicted(
+    task: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (model, prediction):
+        monkeypatch.setattr(module, "TEXTS_AT_A_TIME", 3)  # of the chunks one is broken in whole
+    good = random_rows(task, 5)
+    lines = [content([row]).encode().strip() for row in good]
+    broken = [lines[0], b"no tab", lines[1], b"", b"\xff\tx", b"a\tb\tc", lines[2], lines[3], b"", lines[4]]
+    found = predicted(trained, task, b"\n".join(broken), tmp_path, status=1)
+    empty = "" if task == "sts" else "\t"
+    assert [number for number, line in enumerate(found, 1) if line == empty] == [2, 4, 5, 6, 9]
+    messages = capsys.readouterr().err.splitlines()
+    start = f"error: {tmp_path / 'input.txt'}:"
+    assert [message.removeprefix(start).split(":")[0] for message in messages] == ["2", "4", "5", "6", "9"]
+    alone = predicted(trained, task, b"\n".join(lines), tmp_path)
+    numbers = [np.array([line.split("\t") for line in of if line.strip()], float) for of in (found, alone)]
+    np.testing.assert_allclose(numbers[0], numbers[1], atol=5e-6)
+
+
+def test_line_ends_of_windows_a_byte_order_mark_and_a_missing_last_line_feed_change_nothing(
+    trained: Path, tmp_path: Path
+) -> None:
+    text = content(random_rows("sst", 5)).encode()
+    expected = predicted(trained, "sst", text, tmp_path)
+    assert predicted(trained, "sst", b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"), tmp_path) == expected
+    assert predicted(trained, "sst", text.removesuffix(b"\n"), tmp_path) == expected
+
+
+def test_empty_input_gives_empty_output(trained: Path, tmp_path: Path) -> None:
+    assert predicted(trained, "sst", b"", tmp_path) == []
+
+
+# -------------------------------------------------------------------------------------------------------- input
+
+
+def reader_of(text: bytes, folder: Path) -> LineReader:
+    (folder / "input").write_bytes(text)
+    return LineReader(io.FileIO(folder / "input"), "input")
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 1 << 16])
+@pytest.mark.parametrize("at_a_time", [1, 2, 100])
+@pytest.mark.parametrize("text", [b"", b"\n", b"a", b"a\nbb\n", b"\n\na\n\nbcd", b"\n\n\n"])
+def test_lines_are_those_of_the_file(
+    text: bytes, block: int, at_a_time: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "BLOCK_BYTES", block)
+    monkeypatch.setattr(prediction, "TEXTS_AT_A_TIME", at_a_time)
+    chunks = list(reader_of(text, tmp_path).chunks())
+    assert [line + b"\n" for chunk in chunks for line in chunk] == list(io.BytesIO(text + b"\n" * (text[-1:] > b"\n")))
+    assert all(len(chunk) == at_a_time for chunk in chunks[:-1])
+
+
+def test_a_line_without_end_is_cut_and_the_lines_behind_it_are_whole(tmp_path: Path) -> None:
+    lines = [line for chunk in reader_of(b"a" * (3 * LINE_BYTES) + b"\nb\n", tmp_path).chunks() for line in chunk]
+    assert LINE_BYTES < len(lines[0]) < 2 * LINE_BYTES and lines[1:] == [b"b"]
+
+
+def test_chunks_of_long_lines_hold_fewer_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "CHUNK_BYTES", 1 << 17)
+    chunks = list(reader_of(b"".join(b"a" * 1000 + b"\n" for _ in range(1000)), tmp_path).chunks())
+    assert [len(line) for chunk in chunks for line in chunk] == [1000] * 1000
+    assert len(chunks) > 4 and max(map(len, chunks)) <= 150
+
+
+def test_the_file_is_read_ahead_but_not_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "BLOCK_BYTES", 100)
+    (tmp_path / "input").write_bytes(b"word\n" * 100_000)
+    file = io.FileIO(tmp_path / "input")
+    LineReader(file, "input")
+    deadline = time.monotonic() + 10
+    while file.tell() < READ_AHEAD * 100 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert READ_AHEAD * 100 <= file.tell() <= (READ_AHEAD + 2) * 100
+
+
+def test_a_line_from_a_pipe_does_not_wait_for_the_next_and_lines_that_come_together_stay_together() -> None:
+    descriptor, writer = os.pipe()
+    chunks = LineReader(io.FileIO(descriptor), "pipe").chunks()
+    for sent, expected in ((b"a\nb\nc", [b"a", b"b"]), (b"d\n", [b"cd"]), (b"e\n", [b"e"])):
+        os.write(writer, sent)
+        started = time.monotonic()
+        assert next(chunks) == expected
+        assert time.monotonic() - started < 5
+    threading.Timer(0.02, os.write, (writer, b"g\n")).start()
+    os.write(writer, b"f\n")
+    assert next(chunks) == [b"f", b"g"]
+    os.close(writer)
+    assert next(chunks, None) is None
+
+
+def test_a_steady_trickle_is_not_collected_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line every 20 ms: the gaps are shorter than the patience, yet a chunk closes."""
+    descriptor, writer = os.pipe()
+    stop = threading.Event()
+
+    def trickle() -> None:
+        while not stop.wait(0.02):
+            os.write(writer, b"a\n")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    chunk = next(LineReader(io.FileIO(descriptor), "pipe").chunks())
+    stop.set()
+    thread.join()
+    os.close(writer)
+    assert 1 <= len(chunk) < 100
+
+
+def test_an_input_that_cannot_be_read_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = error_line(arguments(trained, "sst", input=tmp_path / "absent"), capsys)
+    assert line == f"--input {tmp_path}/absent: No such file or directory, expected a file with a text a line"
+    assert "Is a directory" in error_line(arguments(trained, "sst", input=tmp_path), capsys)
+
+
+def test_reading_that_fails_later_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(descriptor: int, size: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "read", read)
+    with pytest.raises(PredictionError, match="input: Input/output error"):
+        list(reader_of(b"a\n", tmp_path).chunks())
+
+
+@pytest.mark.parametrize("kind", ["plain encoder", "other tasks", "absent"])
+def test_a_checkpoint_without_the_head_is_refused(
+    kind: str, tiny: Path, start_point: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = {"plain encoder": tiny, "other tasks": tmp_path / "run", "absent": tmp_path / "absent"}[kind]
+    if kind == "other tasks":
+        train(folder, start_point, data, "--tasks sst sts")
+    (tmp_path / "input.txt").write_text("a\tb\n")
+    line = error_line(arguments(folder, "para", input=tmp_path / "input.txt", output=tmp_path / "out"), capsys)
+    words = {"plain encoder": "without heads", "other tasks": "--task para: the checkpoint has heads for sst, sts only"}
+    assert words.get(kind, "no such directory") in line
+    assert not (tmp_path / "out").exists()
+    if kind == "plain encoder":
+        with pytest.raises(CheckpointError, match="without heads"):
+            load(tiny)
+
+
+# ------------------------------------------------------------------------------------------------------- output
+
+
+def test_an_existing_output_is_refused_before_the_model_is_loaded(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multitask_classifier, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("out", "link"):
+        line = error_line(arguments(trained, "sst", input=__file__, output=tmp_path / name), capsys)
+        assert line == f"--output {tmp_path / name}: exists already, expected a new file"
+    assert (tmp_path / "out").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def watched(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something happens when the second chunk is predicted."""
+    monkeypatch.setattr(prediction, "TEXTS_AT_A_TIME", 2)
+    original, calls = Predictor.predictions, []
+
+    def predictions(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            action()
+        return original(*args)
+
+    monkeypatch.setattr(Predictor, "predictions", predictions)
+
+
+def test_an_output_that_appears_meanwhile_is_not_overwritten(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "input", tmp_path / "out"
+    source.write_text("a film\n" * 6)
+    watched(lambda: (target.write_text("other"), None)[1], monkeypatch)
+    assert "out: exists now" in error_line(arguments(trained, "sst", input=source, output=target), capsys)
+    assert target.read_text() == "other" and {path.name for path in tmp_path.iterdir()} == {"input", "out"}
+
+
+def test_an_interrupted_command_leaves_no_file_and_no_traceback(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "input", tmp_path / "out"
+    source.write_text("a film\n" * 6)
+    seen: list[str] = []
+
+    def interrupt() -> None:
+        seen.extend(path.name for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    watched(interrupt, monkeypatch)
+    capsys.readouterr()
+    assert multitask_classifier.main(arguments(trained, "sst", input=source, output=target)) == 130
+    assert capsys.readouterr() == ("", "stopped at once\n")
+    assert set(seen) == {"input", "out.tmp"}  # until it is whole it has another name
+    assert {path.name for path in tmp_path.iterdir()} == {"input"}
+
+
+def test_an_output_that_cannot_be_made_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "absent" / "out"
+    line = error_line(arguments(trained, "sst", input=__file__, output=target), capsys)
+    assert line == f"--output {target}: No such file or directory"
+
+
+def start(run: Path, task: str, **options: Any) -> subprocess.Popen[str]:
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, str(ROOT / "multitask_classifier.py"), *arguments(run, task, threads=1)]
+    return subprocess.Popen(command, text=True, **streams)
+
+
+def test_a_pipe_is_answered_line_by_line_and_a_reader_that_leaves_ends_the_command_quietly(trained: Path) -> None:
+    process = start(trained, "sst")
+    assert process.stdin and process.stdout and process.stderr
+    for text in ("a fine film\n", "dull\n"):
+        process.stdin.write(text)
+        process.stdin.flush()
+        value, probability = process.stdout.readline().rstrip("\n").split("\t")
+        assert [(int(value), f"{float(probability):.4f}")] == [
+            (v, f"{p:.4f}") for v, p in load(trained, "cpu").predict("sst", [text], probabilities=True)
+        ]
+    process.stdout.close()
+    process.stdin.write("a song\n")
+    process.stdin.flush()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == ""
+
+
+def test_ctrl_c_ends_a_command_that_waits_for_input(trained: Path) -> None:
+    process = start(trained, "para")
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write("a\tb\n")
+    process.stdin.flush()
+    assert process.stdout.readline().count("\t") == 1
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(60), process.stderr.read()) == (130, "stopped at once\n")
+
+
+def test_a_full_disk_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    (tmp_path / "input").write_text("a film\n")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        line = error_line(arguments(trained, "sst", input=tmp_path / "input"), capsys)
+    assert line == "--output -: No space left on device"
