@@ -1,0 +1,137 @@
+"""The frozen stage: features computed once and heads trained on them, against running the encoder every epoch.
+
+    python -m benchmarks.frozen_stage [--data DIR] [--rounds N] [--threads N]
+
+Both train the same heads on the same batches of 32 rows, over a random subset of 2,000 training rows. With features the
+whole stage of 25 epochs is timed, the features included. Without, one epoch is timed and counted 25 times: every epoch
+does the same work. The encoder is ours in both, without dropout and without gradients, so that only keeping the
+features is compared.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import workload
+from benchmarks.harness import Benchmark, Check, Line, Options, Report, Step, Summary, alternate, ratios, run
+from bert import DropoutMasks
+from datasets import Batch, Rows
+from engine import Trainer
+from evaluation import compute_features
+from model import FrozenEncoder, MultitaskBert, TaskModel
+
+KEPT, RUNNING = "features computed once", "encoder run every epoch"
+EPOCHS = 25
+NUM_ROWS, QUICK_ROWS = 2000, 60
+EVAL_BATCH_SIZE = 64
+
+
+class RunningEncoder:
+    """The heads of a model whose frozen encoder runs for every batch."""
+
+    def __init__(self, model: MultitaskBert) -> None:
+        self.model = model
+
+    def __call__(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        with torch.no_grad():
+            pooled = self.model.pooled(task, batch)
+        return self.model.predict(task, pooled, masks)
+
+
+class Setup:
+    """The checkpoint and the rows. A run of a stage begins with new heads, the same every time."""
+
+    def __init__(self, options: Options) -> None:
+        checkpoint = workload.Checkpoint.find(options.model)
+        rows = checkpoint.rows(options.data, "train")
+        self.rows = workload.subset(rows, QUICK_ROWS if options.quick else NUM_ROWS)
+        self.model = checkpoint.model(tuple(rows))
+        self.heads = {name: value.clone() for name, value in self.model.heads.state_dict().items()}
+        self.steps_per_epoch = -(-sum(map(len, self.rows.values())) // workload.BATCH_SIZE)
+        self.epochs = 3 if options.quick else EPOCHS
+
+    def train(self, seen: TaskModel, rows: Mapping[str, Rows], epochs: int) -> None:
+        """Trains new heads."""
+        self.model.heads.load_state_dict(self.heads)
+        trainer = self._trainer(seen, rows)
+        for step in range(epochs * self.steps_per_epoch):
+            trainer.take_step(1, step)
+
+    def _trainer(self, seen: TaskModel, rows: Mapping[str, Rows]) -> Trainer:
+        of_tasks = {task: self.model.task_parameters(task) for task in rows}
+        return workload.make_trainer(seen, {}, of_tasks, rows)
+
+    def with_features(self, epochs: int) -> None:
+        features = {
+            task: compute_features(self.model, task, of, EVAL_BATCH_SIZE, workload.CPU)
+            for task, of in self.rows.items()
+        }
+        self.train(FrozenEncoder(self.model), features, epochs)
+
+    def without(self, epochs: int) -> None:
+        self.train(RunningEncoder(self.model), self.rows, epochs)
+
+    def difference_after_an_epoch(self) -> float:
+        """How far the heads of the two ways lie apart, in norms of what they have learned."""
+        learned = []
+        for train in (self.with_features, self.without):
+            train(1)
+            heads = self.model.heads.state_dict()
+            learned.append(torch.cat([(heads[name] - self.heads[name]).flatten() for name in heads]))
+        return float((learned[0] - learned[1]).norm() / learned[1].norm())
+
+
+def variants(options: Options) -> Mapping[str, Callable[[], Step]]:
+    setup = Setup(options)
+    return {
+        KEPT: lambda: lambda number: setup.with_features(1),
+        RUNNING: lambda: lambda number: setup.without(1),
+    }
+
+
+def measure(options: Options) -> Report:
+    setup = Setup(options)
+    difference = setup.difference_after_an_epoch()
+    kinds: dict[str, Step] = {
+        KEPT: lambda number: setup.with_features(setup.epochs),
+        "one": lambda number: setup.with_features(1),
+        RUNNING: lambda number: setup.without(1),
+    }
+    seconds = alternate(kinds, options.rounds, warm_up=0)
+    whole = [of * setup.epochs for of in seconds[RUNNING]]
+    memory = {name: BENCHMARK.memory(name, options) for name in (KEPT, RUNNING)}
+    lines = [
+        Line(f"{KEPT}, {setup.epochs} epochs", seconds[KEPT], memory=memory[KEPT]),
+        Line(f"{KEPT}, 1 epoch", seconds["one"], ratio=Summary.of(ratios(seconds["one"], seconds[KEPT]))),
+        Line(
+            f"{RUNNING}, {setup.epochs} epochs (one measured)",
+            whole,
+            ratio=Summary.of(ratios(whole, seconds[KEPT])),
+            memory=memory[RUNNING],
+        ),
+    ]
+    checks = [Check("difference of the heads after an epoch, in what they learned", difference, 1e-2, must_hold=True)]
+    settings = {
+        "rounds": options.rounds,
+        "epochs": setup.epochs,
+        "batch_size": workload.BATCH_SIZE,
+        "rows": workload.row_counts(setup.rows),
+    }
+    num_rows = sum(map(len, setup.rows.values()))
+    title = f"seconds of the frozen stage over {num_rows} rows; ratios to the first line"
+    return Report(title, lines, checks, (), settings)
+
+
+BENCHMARK = Benchmark("frozen_stage", measure, variants, rounds=5)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(BENCHMARK, __doc__ or "", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The ordinary way: transformers' BERT on padded batches, and the loop around it that its documentation teaches.
+
+transformers is imported where a model is made, so that ours can be measured in a process without it.
+
+Shape letters: B rows, L longest row of a batch, D hidden, K outputs.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bert import to_huggingface
+from datasets import TokenizedRows
+from evaluation import Precision
+from model import MultitaskBert
+from tasks import TASKS, task_loss
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """input_ids, token_type_ids, attention_mask: (B, L), each row padded to the longest; labels: (B,)."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "cpu") -> PaddedBatch:
+    """The rows of these numbers as one rectangle."""
+    lengths = rows.tokens.lengths[numbers].astype(np.int64)[:, None]  # (B, 1)
+    place = np.arange(int(lengths.max()))
+    is_real = place < lengths
+    ids = np.where(is_real, rows.tokens.ids[rows.offsets[numbers][:, None] + np.minimum(place, lengths - 1)], 0)
+    types = is_real & (place >= rows.tokens.firsts[numbers][:, None])
+    first, second, third = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (ids, types, is_real))
+    return PaddedBatch(first, second, third, torch.from_numpy(rows.labels[numbers]).to(device))
+
+
+class PaddedBert(nn.Module):
+    """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output)."""
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module], dropout_prob: float) -> None:
+        """heads: ours, whose weights are copied."""
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout_prob)
+        self.heads = nn.ModuleDict({task: _copied_output(head) for task, head in heads.items()})
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path, like: MultitaskBert) -> "PaddedBert":
+        """The encoder as transformers reads it from a checkpoint folder, with heads like ours."""
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            encoder = transformers.BertModel.from_pretrained(
+                folder, attn_implementation="sdpa", local_files_only=True, dtype=torch.float32
+            )
+        return cls(encoder, _heads(like), like.encoder.config.hidden_dropout_prob)
+
+    @classmethod
+    def from_model(cls, model: MultitaskBert) -> "PaddedBert":
+        """With the weights of a model of ours."""
+        import transformers
+
+        settings: dict[str, Any] = {**model.encoder.config.to_dict(), "attn_implementation": "sdpa"}
+        config = transformers.BertConfig(**settings)
+        encoder = transformers.BertModel(config)
+        encoder.load_state_dict(to_huggingface(model.encoder))
+        return cls(encoder, _heads(model), config.hidden_dropout_prob)
+
+    def pooled(self, batch: PaddedBatch) -> Tensor:
+        """(B, D) pooler output."""
+        output = self.encoder(
+            input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, attention_mask=batch.attention_mask
+        )
+        return output.pooler_output  # type: ignore[no-any-return]
+
+    def forward(self, task: str, batch: PaddedBatch) -> Tensor:
+        """Logits (B, K) of a task."""
+        return self.predict(task, self.pooled(batch))
+
+    def predict(self, task: str, pooled: Tensor) -> Tensor:
+        return self.heads[task](self.dropout(pooled))  # type: ignore[no-any-return]
+
+
+def _heads(model: MultitaskBert) -> Mapping[str, nn.Module]:
+    return dict(model.heads.items())
+
+
+def _copied_output(head: Any) -> nn.Linear:
+    linear = nn.Linear(head.output.in_features, head.output.out_features)
+    linear.load_state_dict(head.output.state_dict())
+    return linear
+
+
+class OrdinaryLoop:
+    """The loop as it is mostly written: AdamW as torch gives it, clipping to 1, a linear schedule, dropout on.
+
+    The rows are token ids already; a step pads them.
+    """
+
+    def __init__(
+        self,
+        model: PaddedBert,
+        rows: Mapping[str, TokenizedRows],
+        precision: Precision,
+        fused: bool = False,
+    ) -> None:
+        """fused: AdamW by torch's fused kernel, which is not its default."""
+        self.model = model.to(precision.device).train()
+        self.rows, self.precision = rows, precision
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01, fused=fused or None)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / 10**6)
+
+    def take_step(self, task: str, numbers: np.ndarray) -> float:
+        """One optimizer step on rows of a task; returns the loss."""
+        loss = self.loss(task, numbers)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def loss(self, task: str, numbers: np.ndarray) -> Tensor:
+        """Mean loss of rows of a task, a scalar."""
+        batch = pad(self.rows[task], numbers, self.precision.device)
+        with self.precision.autocast():
+            logits = self.model(task, batch)
+        return task_loss(TASKS[task], logits, batch.labels)
+
+
+@torch.inference_mode()
+def predict_logits(model: PaddedBert, task: str, rows: TokenizedRows, batch_size: int, precision: Precision) -> Tensor:
+    """(R, K) logits of all rows, in batches in the order of the file, padded."""
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        batch = pad(rows, np.arange(start, min(start + batch_size, len(rows))), precision.device)
+        with precision.autocast():
+            parts.append(model(task, batch).float())
+    return torch.cat(parts).cpu()
+
+
+def length_grouped_order(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """(R,) row numbers as transformers' group_by_length orders them.
+
+    A random order is cut into pieces of 50 batches (fewer where the data set is small: a quarter of it, at least one
+    batch), and each piece is sorted, its longest rows first.
+    """
+    piece = batch_size * max(1, min(len(lengths) // (batch_size * 4), 50))
+    order = generator.permutation(len(lengths))
+    pieces = [order[start : start + piece] for start in range(0, len(order), piece)]
+    return np.concatenate([of[np.argsort(-lengths[of], kind="stable")] for of in pieces])
+
+
+def length_grouped_batches(lengths: np.ndarray, batch_size: int, num_batches: int) -> list[np.ndarray]:
+    """Some of the batches that length grouping makes of a data set, evenly spread from the longest to the shortest.
+
+    An epoch has batches of all lengths: a few that stand for it must too.
+    """
+    order = length_grouped_order(lengths, batch_size, np.random.default_rng(0))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = sorted((b for b in batches if len(b) == batch_size), key=lambda b: int(lengths[b].sum())) or batches
+    ranks = (np.arange(num_batches) + 0.5) * len(batches) / num_batches
+    chosen = [batches[int(rank)] for rank in ranks]
+    return [chosen[i] for i in np.random.default_rng(1).permutation(num_batches)]
