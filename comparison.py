@@ -112,7 +112,7 @@ def _start(run: FinishedRun) -> dict[str, str]:
         seed = read_json(path / CONFIG)["seed"]
     except (RunError, KeyError, TypeError):
         return {"model": "", "checkpoint": str(path)}
-    return {"model": "", "checkpoint": str(path).replace(f"seed{seed}", "seed*")}
+    return {"model": "", "checkpoint": str(path.with_name(path.name.replace(f"seed{seed}", "seed*")))}
 
 
 def _shown(flags: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -167,8 +167,8 @@ class DevRows:
             if header[:3] != ["id", "label", "prediction"] or not rows:
                 raise ValueError(f"header {header[:3]} over {len(rows)} rows")
             numbers = np.array([row[1:] for row in rows], dtype=np.float64)
-            if not np.isfinite(numbers).all():
-                raise ValueError("a number is not finite")
+            if numbers.shape != (len(rows), len(header) - 1) or not np.isfinite(numbers).all():
+                raise ValueError("a number is missing or not finite")
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"{path}: not readable as dev rows ({error})") from None
         probabilities = numbers[:, 2:] if len(header) > 3 else None

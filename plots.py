@@ -201,7 +201,7 @@ def draw_learning_rate(records: Records) -> Figure:
         axis.set_xlabel("optimizer step")
         axis.set_ylim(bottom=0)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axes[0].set_ylabel("learning rate")
+        axis.set_ylabel("learning rate")
     return figure
 
 
@@ -221,7 +221,7 @@ def draw_shares(records: Records) -> Figure:
             axis.plot(epochs, shares, **_style(number), **_marker(number), label=task)
         axis.set_xlabel("epoch")
         axis.set_xlim(0.5, max(epochs) + 0.5)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("share of the draws (%)")
     _legend_below(figure, axes)

@@ -1,5 +1,6 @@
 """One thread: the models of the tests are too small to share out, and results must not depend on the machine."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with CS224N's files, a handful of rows each."""
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def treated_run(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a short run under PCGrad, made by the command. Not to be changed."""
+    import multitask_classifier
+
+    out = tmp_path_factory.mktemp("treated") / "run"
+    flags = "--pcgrad --scheduler pal --epochs 2 --pretrain_epochs 2 --steps_per_epoch 3 --batch_size 4 --cache off"
+    arguments = [*flags.split(), "--device", "cpu", "--model", str(tiny), "--data", str(data), "--out", str(out)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert multitask_classifier.main(arguments) == 0
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return out

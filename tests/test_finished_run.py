@@ -1,0 +1,190 @@
+"""Reading back what a run left: whole runs, damaged ones, and dev rows against prediction files and results."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finished_run import DevRows, FinishedRun
+from made_runs import labels_of, noisy, training_records, write_dev_files, write_run
+from run_record import RunError, parse_records
+from tasks import TASKS, scores
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    data = write_dev_files(tmp_path / "data")
+    predictions = {task: noisy(data, task, 0.3, 1) for task in TASKS}
+    return write_run(tmp_path / "run", data, predictions, training_records())
+
+
+# -------------------------------------------------------------------------------------------- what the command left
+
+
+def test_the_dev_rows_of_a_run_give_its_scores_and_its_prediction_files(treated_run: Path) -> None:
+    run = FinishedRun.read(treated_run)
+    assert run.tasks == ("sst", "para", "sts")
+    for task in run.tasks:
+        rows = run.dev_rows(task)
+        found = scores(TASKS[task], rows.predictions, rows.labels)
+        assert found == pytest.approx(run.results["dev"][task], abs=1e-6)
+        lines = (treated_run / "predictions" / f"{task}-dev-output.csv").read_text().splitlines()[1:]
+        assert [line.split(" , ")[0] for line in lines] == list(rows.ids)
+        np.testing.assert_allclose([float(line.split(" , ")[1]) for line in lines], rows.predictions, atol=1e-6)
+        np.testing.assert_allclose([e.label for e in run.dev_examples(task)], rows.labels, atol=1e-6)
+
+
+def test_the_probabilities_of_a_run_sum_to_one_and_are_largest_for_the_prediction(treated_run: Path) -> None:
+    run = FinishedRun.read(treated_run)
+    for task, num_classes in (("sst", 5), ("para", 2)):
+        rows = run.dev_rows(task)
+        assert rows.probabilities is not None and rows.probabilities.shape == (8, num_classes)
+        np.testing.assert_allclose(rows.probabilities.sum(1), 1, atol=1e-6)
+        assert np.array_equal(rows.probabilities.argmax(1), rows.predictions)
+    assert run.dev_rows("sts").probabilities is None
+
+
+def test_without_its_file_of_dev_rows_a_run_has_its_predictions_and_the_labels_of_the_data(
+    treated_run: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(treated_run, tmp_path / "copy", ignore=shutil.ignore_patterns("best", "last"))
+    whole = FinishedRun.read(copy)
+    expected = {task: whole.dev_rows(task) for task in whole.tasks}
+    for path in (copy / "predictions").glob("*-dev-rows.csv"):
+        path.unlink()
+    for task, rows in expected.items():
+        found = FinishedRun.read(copy).dev_rows(task)
+        assert found.ids == rows.ids and found.probabilities is None
+        np.testing.assert_allclose(found.labels, rows.labels, atol=1e-6)
+        np.testing.assert_allclose(found.predictions, rows.predictions, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- made-up runs
+
+
+def test_a_score_is_the_metric_that_counts(made: Path) -> None:
+    run = FinishedRun.read(made)
+    dev = json.loads((made / "results.json").read_text())["dev"]
+    assert [run.score(task) for task in ("sst", "para", "sts", "mean")] == [
+        dev["sst"]["accuracy"], dev["para"]["accuracy"], dev["sts"]["pearson"], dev["mean"]
+    ]  # fmt: skip
+
+
+def change(name: str, edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(run: Path) -> None:
+        values = json.loads((run / name).read_text())
+        edit(values)
+        (run / name).write_text(json.dumps(values))
+
+    return apply
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).write_text(text) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), "run: no run directory, expected one with config.json"),
+        (lambda run: (run / "results.json").unlink(), "run: the run has not ended, --resume .*run continues it"),
+        (write("config.json", "[]"), "config.json: no 'option' in it, expected the settings of a run"),
+        (change("config.json", lambda c: c.pop("seed")), "config.json: no 'seed' in it"),
+        (write("config.json", '{"option": "fi'), "config.json: not readable as JSON"),
+        (write("results.json", '{"dev": {'), "results.json: not readable as JSON"),
+        (write("results.json", "[]"), "results.json: not a mapping, expected the results of a run"),
+        (change("results.json", lambda r: r["dev"].pop("sts")), "results.json: 'sts' is missing, expected"),
+        (change("results.json", lambda r: r["dev"].update(mean=None)), "results.json: dev mean is None, expected"),
+        (change("results.json", lambda r: r["seconds"].clear()), "results.json: 'training' is missing"),
+        (change("config.json", lambda c: c["tasks"].append("nli")), "results.json: task 'nli' is unknown"),
+        (change("config.json", lambda c: c.update(tasks=[])), "results.json: there are no tasks"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_is_no_whole_run_is_one_line(damage: Callable[[Path], None], message: str, made: Path) -> None:
+    damage(made)
+    with pytest.raises(RunError, match=message) as error:
+        FinishedRun.read(made)
+    assert "\n" not in str(error.value)
+
+
+def test_texts_are_refused_where_the_data_file_has_changed_and_labels_are_not(made: Path) -> None:
+    run = FinishedRun.read(made)
+    path = Path(run.config["data"]) / "sts-dev.csv"
+    labels = labels_of(path.parent, "sts")
+    path.write_text(path.read_text().replace("word1", "word2", 1))
+    with pytest.raises(RunError, match=r"sts-dev\.csv: the file has changed since the run"):
+        run.dev_examples("sts")
+    assert np.array_equal(run.dev_rows("sts").labels, labels)
+    path.unlink()
+    with pytest.raises(RunError, match=r"sts-dev\.csv: No such file"):
+        run.dev_examples("sts")
+    shutil.rmtree(path.parent)
+    with pytest.raises(RunError, match="no such directory"):
+        run.dev_examples("sts")
+
+
+def test_predictions_of_other_rows_are_refused(made: Path) -> None:
+    (made / "predictions" / "sts-dev-rows.csv").unlink()
+    path = made / "predictions" / "sts-dev-output.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    with pytest.raises(RunError, match=r"sts-dev-output\.csv: its rows are not those of .*sts-dev\.csv"):
+        FinishedRun.read(made).dev_rows("sts")
+    path.write_text("id \t Predicted \nsts0 , much \n")
+    with pytest.raises(RunError, match=r"sts-dev-output\.csv: not readable as predictions"):
+        FinishedRun.read(made).dev_rows("sts")
+
+
+# --------------------------------------------------------------------------------------------------------- dev rows
+
+
+def test_dev_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    ids = ('a, "b"', "c , d", "plain", "line\nend")
+    rows = DevRows(
+        ids, np.array([0.0, 1.0, 4.0, 2.0]), np.arange(4.0), draw.dirichlet(np.ones(5), 4).astype(np.float32)
+    )
+    rows.write(tmp_path / "rows.csv")
+    found = DevRows.read(tmp_path / "rows.csv")
+    assert found.ids == ids and found.probabilities is not None and rows.probabilities is not None
+    assert np.array_equal(found.labels, rows.labels) and np.array_equal(found.predictions, rows.predictions)
+    np.testing.assert_allclose(found.probabilities, rows.probabilities, rtol=1e-7)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.csv"]
+    assert (tmp_path / "rows.csv").read_text().startswith("id,label,prediction,probability_0,probability_1,")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "id,label,prediction\n", "name,label\na,1\n", "id,label,prediction\na,1\n", "id,label,prediction\na,1,x\n",
+     "id,label,prediction\na,1,nan\n", "id,label,prediction\na,1,2\nb,1\n", "\ufffd\x00"],
+)  # fmt: skip
+def test_damaged_dev_rows_are_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(RunError, match=r"rows.csv: not readable as dev rows \("):
+        DevRows.read(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("row", ["a,7,1,0.5,0.5", "a,1,0.5,0.5,0.5", "a,1,1,0.2,0.3,0.5"])
+def test_dev_rows_of_another_task_are_refused(row: str, made: Path) -> None:
+    header = ",".join(["id", "label", "prediction", *(f"probability_{k}" for k in range(row.count(",") - 2))])
+    (made / "predictions" / "para-dev-rows.csv").write_text(f"{header}\n{row}\n")
+    with pytest.raises(RunError, match=r"para-dev-rows\.csv: not the dev rows of para, expected classes 0 to 1"):
+        FinishedRun.read(made).dev_rows("para")
+
+
+# --------------------------------------------------------------------------------------------------------------- log
+
+
+def test_a_line_that_is_no_record_is_passed_over() -> None:
+    whole = b'{"stage": "finetune", "epoch": 1, "step": 1, "losses": {"sst": null}}\n'
+    records = parse_records(whole + b"\n[1]\nnull\n\xff\n" + whole + b'{"stage": "finetune", "epo')
+    assert [record["losses"] for record in records] == [{"sst": None}] * 2
+
+
+def test_a_run_without_a_log_has_no_records(made: Path) -> None:
+    assert len(FinishedRun.read(made).records()) == 84
+    (made / "metrics.jsonl").unlink()
+    assert FinishedRun.read(made).records() == []
