@@ -563,6 +563,9 @@ def execute(config: Config, console: Console) -> int:
         assert run is not None
         console.say(f"stopped; to go on: python multitask_classifier.py --resume {run.directory.path}")
         return 128 + stop.number
+    finally:
+        if run is not None:
+            run.directory.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

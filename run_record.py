@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +183,7 @@ class RunDirectory:
         self.path = path
         self.best, self.last = path / "best", path / "last"
         self.predictions = path / "predictions"
+        self._release: Callable[[], Any] = lambda: None
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
@@ -194,8 +196,10 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise RunError(f"--out {path}: cannot be made ({error.strerror})") from None
+        run = cls(path)
+        run._hold()
         write_json(path / CONFIG, config)
-        return cls(path)
+        return run
 
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
@@ -205,9 +209,30 @@ class RunDirectory:
         if (path / RESULTS).is_file():
             raise RunError(f"--resume {path}: the run has ended, its results are in {path / RESULTS}")
         run = cls(path)
+        run._hold()
         for folder in (run.best, run.last):
             recover_folder(folder)
         return run
+
+    def _hold(self) -> None:
+        """Keeps other processes from running in the directory. Raises RunError if one does."""
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._release = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release()
+            raise RunError(f"--resume {self.path}: another process is running it, expected a stopped run") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        """Lets other processes resume the run."""
+        self._release()
 
     def config(self) -> dict[str, Any]:
         return dict(read_json(self.path / CONFIG))

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ def test_only_a_run_that_has_not_ended_can_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no run directory, expected one with config\.json"):
         RunDirectory.existing(tmp_path)
     run = RunDirectory.create(tmp_path / "run", {"seed": 5})
+    run.close()
     assert RunDirectory.existing(run.path).config() == {"seed": 5}
     run.write_results({"mean": 0.5})
     with pytest.raises(RunError, match=r"the run has ended, its results are in .*results\.json"):
@@ -88,6 +91,7 @@ def test_resuming_takes_up_checkpoints_whose_replacement_was_cut_off(tmp_path: P
     for name in ("best", "last"):
         (run.path / f"{name}.new").mkdir()
         (run.path / f"{name}.new" / "weights").write_text(name)
+    run.close()
     again = RunDirectory.existing(run.path)
     assert contents(again.best) == {"weights": b"best"} and contents(again.last) == {"weights": b"last"}
 
@@ -325,3 +329,19 @@ def test_a_damaged_trainer_state_is_one_line(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):
         read_trainer(tmp_path)
+
+
+def test_a_run_that_is_running_is_not_resumed_by_another_process(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {})
+    script = f"import pathlib, run_record; run_record.RunDirectory.existing(pathlib.Path({str(run.path)!r}))"
+    root = Path(__file__).resolve().parent.parent
+
+    def resume() -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stderr
+
+    assert "another process is running it, expected a stopped run" in resume()
+    run.close()
+    assert resume() == ""
+    del run
+    assert resume() == ""
