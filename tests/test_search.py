@@ -1,0 +1,590 @@
+"""The search over hyper-parameters: what it searches, prunes, survives and reports.
+
+Most trials are a script that behaves as a run does and takes milliseconds; one test has real runs and kills the search.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy
+
+from config import Config, parse
+from sweeps import search
+from sweeps.search import SPACE, DevMeans, Space, last_line
+
+ROOT = Path(__file__).resolve().parent.parent
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+# A run: a mean an epoch, then its end. What run number n does stands in plan.json under n, else under "*".
+FAKE_RUN = """
+import json, os, signal, sys, time
+resumed = "--resume" in sys.argv
+folder = sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1]
+plans = json.load(open(os.path.dirname(os.path.abspath(__file__)) + "/plan.json"))
+plan = plans.get(folder.rsplit("-", 1)[1], plans.get("*", {}))
+def stop(*_):
+    print("stopped", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+if not resumed:
+    os.mkdir(folder)
+    json.dump({"argv": sys.argv[1:]}, open(folder + "/config.json", "w"))
+log = folder + "/metrics.jsonl"
+done = open(log).read().count("dev") if os.path.exists(log) else 0
+with open(log, "a") as file:
+    for epoch, mean in enumerate(plan.get("means", [0.5]), 1):
+        if epoch > done:
+            record = {"stage": "finetune", "epoch": epoch, "step": epoch, "dev": {"mean": mean}}
+            print(json.dumps(record), file=file, flush=True)
+        time.sleep(plan.get("pause", 0))
+if "error" in plan:
+    print("error: " + plan["error"], file=sys.stderr)
+    sys.exit(plan["status"])
+json.dump({"dev": {"mean": max(plan.get("means", [0.5]))}, "argv": sys.argv[1:]}, open(folder + "/results.json", "w"))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """A search takes over SIGTERM; pytest gets it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hasty_database() -> Iterator[None]:
+    """SQLite does not wait for the disk."""
+
+    def configure(connection: sqlite3.Connection, record: Any) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA journal_mode = MEMORY")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", configure)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", configure)
+
+
+class Fake:
+    """A search of fake runs."""
+
+    def __init__(self, folder: Path, tiny: Path, empty_database: Path) -> None:
+        self.folder, self.out, self.empty_database = folder, folder / "out", empty_database
+        self.script = folder / "run.py"
+        self.script.write_text(FAKE_RUN)
+        self.fixed = ["--model", str(tiny), "--epochs", "5"]
+        self.plan()
+
+    def plan(self, plans: dict[Any, dict[str, Any]] | None = None) -> None:
+        (self.folder / "plan.json").write_text(json.dumps({str(k): v for k, v in (plans or {}).items()}))
+
+    def run(self, trials: int, *more: str, fixed: list[str] | None = None) -> int:
+        if not self.out.exists() and not more:
+            self.out.mkdir()
+            shutil.copyfile(self.empty_database, self.out / "study.db")  # tables take a while to make
+        own = ["--trials", str(trials), "--out", str(self.out), *more]
+        return search.main([*own, "--", *(self.fixed if fixed is None else fixed)])
+
+    def trials(self, storage: str = "", study: str = "search") -> list[optuna.trial.FrozenTrial]:
+        found = optuna.load_study(study_name=study, storage=storage or f"sqlite:///{self.out / 'study.db'}")
+        return found.trials
+
+    def states(self) -> list[str]:
+        return [trial.state.name for trial in self.trials()]
+
+
+@pytest.fixture(scope="module")
+def empty_database(_hasty_database: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Optuna's tables."""
+    path = tmp_path_factory.mktemp("database") / "empty.db"
+    optuna.storages.RDBStorage(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def fake(tmp_path: Path, tiny: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    made = Fake(tmp_path, tiny, empty_database)
+    monkeypatch.setattr(search, "COMMAND", (sys.executable, "-S", str(made.script)))
+    monkeypatch.setattr(search, "POLL_SECONDS", 0.01)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- search space
+
+
+def names(space: Space) -> set[str]:
+    return {item.name for item in space.parameters}
+
+
+def space_of(line: str, tiny: Path) -> Space:
+    return Space.under([*(() if "--checkpoint" in line else ("--model", str(tiny))), *line.split()])
+
+
+def sampled(space: Space, number: int) -> list[dict[str, Any]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    return [space.suggest(study.ask()) for _ in range(number)]
+
+
+def test_whatever_is_suggested_is_accepted_by_the_command(tiny: Path) -> None:
+    lines = [
+        "", "--pcgrad", "--gradvac", "--smart", "--tasks sst", "--tasks sst sts --scheduler random",
+        "--draws_per_step 2", "--pal --train pal", "--pretrain_lr 0.01", "--treatment UPGrad", "--draws_per_step 3",
+        "--granularity layer --pcgrad", "--option finetune --no-smart --lr 1e-4",
+    ]  # fmt: skip
+    for line in lines:
+        space = space_of(line, tiny)
+        for values in [space.default_values(), *sampled(space, 10)]:
+            config = parse([*space.fixed, *space.flags(values)])
+            for name, value in values.items():
+                assert getattr(config, name) == value or (name == "lr" and value == space.settings.lr), (line, values)
+
+
+def test_every_value_of_the_space_is_reached_and_none_does_nothing(tiny: Path) -> None:
+    space = space_of("", tiny)
+    found = sampled(space, 200)
+    assert names(space) == {item.name for item in SPACE} == {name for values in found for name in values}
+    for item in SPACE:
+        values = {of[item.name] for of in found if item.name in of}
+        if item.choices:
+            assert values == set(item.choices)
+        else:
+            default = getattr(space.settings, item.name)
+            low, high = (bound * (default if item.relative else 1) for bound in item.bounds)
+            assert (
+                low * 0.99 <= min(values) < low + 0.2 * (high - low)
+                and low + 0.7 * (high - low) < max(values) <= high * 1.01
+            )
+    assert all(("gradvac_beta" in of) == (of["treatment"] == "gradvac") for of in found)
+    assert all(("smart_weight" in of) == of["smart"] for of in found)
+
+
+def test_every_default_lies_in_the_space() -> None:
+    defaults = Config()
+    for item in SPACE:
+        default = getattr(defaults, item.name)
+        if item.choices:
+            assert default in item.choices
+        else:
+            low, high = item.bounds
+            assert low <= (1.0 if item.relative else default) <= high
+
+
+def test_the_learning_rate_is_searched_around_the_models_default(tiny: Path) -> None:
+    (rate,) = (item for item in SPACE if item.name == "lr")
+    assert [round(bound * 8e-5, 6) for bound in rate.bounds] == [2e-5, 3e-4]  # 8e-5 is the embedded model's
+    assert space_of("", tiny).default_values()["lr"] == pytest.approx(8e-5 * (384 / 32) ** 1.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("line", "gone"),
+    [
+        ("--lr 1e-4", "lr"),
+        ("--pcgrad", "treatment gradvac_beta"),
+        ("--gradvac", "treatment"),
+        ("--gradvac --gradvac_beta 0.1", "treatment gradvac_beta"),
+        ("--treatment sum", "treatment gradvac_beta"),
+        ("--tasks sst", "scheduler treatment gradvac_beta"),
+        ("--smart", "smart"),
+        ("--no-smart", "smart smart_weight"),
+        ("--draws_per_step 2", "treatment gradvac_beta"),
+        ("--checkpoint {tiny}", "pretrain_epochs"),
+        ("--batch_size 8 --warmup 0 --weight_decay 0", "batch_size warmup weight_decay"),
+    ],
+)
+def test_fixed_flags_and_what_they_contradict_leave_the_search(line: str, gone: str, tiny: Path) -> None:
+    space = space_of(line.format(tiny=tiny), tiny)
+    assert names(space) == {item.name for item in SPACE} - set(gone.split())
+
+
+def test_a_choice_that_fixed_flags_refuse_is_gone_and_the_others_stay(tiny: Path) -> None:
+    (epochs,) = (item for item in space_of("--pretrain_lr 0.1", tiny).parameters if item.name == "pretrain_epochs")
+    assert epochs.choices == (3, 10)
+
+
+# ------------------------------------------------------------------------------------------------------- trials
+
+
+def flags_of(out: Path, number: int) -> str:
+    return shlex.join(json.loads((out / f"trial-{number}" / "config.json").read_text())["argv"])
+
+
+def test_the_first_trial_has_the_defaults_and_the_end_shows_the_best_command(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.plan({0: {"means": [0.4, 0.6]}, 2: {"means": [0.7, 0.65]}, "*": {"means": [0.3]}})
+    assert fake.run(4) == 0
+    shown = capsys.readouterr().out
+    fixed = shlex.join(fake.fixed)
+    assert flags_of(fake.out, 0) == f"{fixed} --out {fake.out}/trial-0"
+    assert [trial.value for trial in fake.trials()] == [0.6, 0.3, 0.7, 0.3]
+    best = flags_of(fake.out, 2).removesuffix(f" --out {fake.out}/trial-2")
+    assert best != fixed and "--" in best
+    assert f"best: trial 2, mean 0.7000\n    python multitask_classifier.py {best}\n" in shown
+    assert "no trial beat the defaults" not in shown
+    rows = [line.split(maxsplit=3) for line in shown.split("flags\n")[1].split("\n\n")[0].splitlines()]
+    means = ("0.6000", "0.3000", "0.7000", "0.3000")
+    assert [row[:3] for row in rows] == [[str(n), "complete", mean] for n, mean in enumerate(means)]
+    assert rows[0][3] == "the defaults" and f"{fixed} {rows[2][3]}" == best
+    assert sorted(path.name for path in fake.out.glob("trial-*")) == [
+        f"trial-{n}{end}" for n in range(4) for end in ("", ".log")
+    ]
+
+
+def test_a_search_that_gains_nothing_says_so(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.plan({"*": {"means": [0.6]}})
+    assert fake.run(2) == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith("no trial beat the defaults\n")
+    assert f"best: trial 0, mean 0.6000\n    python multitask_classifier.py {shlex.join(fake.fixed)}\n" in shown
+
+
+def test_the_same_seed_searches_the_same_and_another_does_not(fake: Fake) -> None:
+    found = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        fake.out = fake.folder / name
+        assert fake.run(3, "--seed", str(seed)) == 0
+        found.append([trial.params for trial in fake.trials()])
+    assert found[0] == found[1] and found[0][0] == found[2][0]
+    assert len({str(params) for params in [*found[0], *found[2]]}) == 5
+
+
+def test_a_search_goes_on_to_the_number_of_trials_in_all_and_draws_no_trial_twice(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fake.run(2) == 0 and fake.run(3) == 0 and len(fake.trials()) == 3
+    assert len({str(trial.params) for trial in fake.trials()}) == 3
+    capsys.readouterr()
+    assert fake.run(3) == 0 and len(fake.trials()) == 3
+    assert "best: trial" in capsys.readouterr().out
+
+
+def test_a_hopeless_trial_is_stopped_after_an_epoch_below_the_median(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three good trials, then one that is worse from the second epoch on; the first epoch never decides."""
+    monkeypatch.setattr(search, "TRIALS_BEFORE_PRUNING", 3)
+    bad = {"means": [0.1, 0.2, 0.2, 0.2, 0.2], "pause": 0.3}
+    fake.plan({3: bad, "*": {"means": [0.5, 0.6, 0.7, 0.7, 0.7]}})
+    assert fake.run(4) == 0
+    trial = fake.trials()[3]
+    assert (trial.state.name, trial.value, trial.last_step) == ("PRUNED", 0.2, 2)
+    assert "trial 3: ended early, mean 0.2000 after epoch 2" in capsys.readouterr().out
+    assert (fake.out / "trial-3.log").read_text() == "stopped\n"
+    assert not (fake.out / "trial-3" / "results.json").exists()
+    assert fake.trials()[0].intermediate_values == {1: 0.5, 2: 0.6, 3: 0.7, 4: 0.7, 5: 0.7}
+
+
+def test_no_trial_is_stopped_in_its_last_epoch(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "TRIALS_BEFORE_PRUNING", 1)
+    fake.plan({1: {"means": [0.1, 0.1], "pause": 0.2}, "*": {"means": [0.5, 0.6]}})
+    fixed = [part if part != "5" else "2" for part in fake.fixed]
+    assert fake.run(2, fixed=fixed) == 0
+    assert [(trial.state.name, trial.value) for trial in fake.trials()] == [("COMPLETE", 0.6), ("COMPLETE", 0.1)]
+
+
+def test_a_failing_trial_is_recorded_with_its_last_line_and_the_search_goes_on(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.plan({1: {"status": 1, "error": "finetune step 3: the loss of sst is nan"}})
+    assert fake.run(3) == 0
+    assert fake.states() == ["COMPLETE", "FAIL", "COMPLETE"]
+    message = "exit status 1: finetune step 3: the loss of sst is nan"
+    assert fake.trials()[1].user_attrs["error"] == message
+    shown = capsys.readouterr().out
+    assert f"trial 1: failed, {message}" in shown and f"({message})" in shown.split("flags\n")[1]
+
+
+def test_defaults_that_fail_end_the_search_and_are_tried_again_by_the_next(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.plan({0: {"status": 2, "error": "--data x: no such directory"}})
+    assert fake.run(3) == 1
+    expected = "error: trial 0, with the default flags, failed: exit status 2: --data x: no such directory\n"
+    assert capsys.readouterr().err == expected
+    assert fake.states() == ["FAIL"]
+    assert fake.run(2) == 0
+    assert fake.states() == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert fake.trials()[1].user_attrs["defaults"] and fake.trials()[1].params == fake.trials()[0].params
+    assert flags_of(fake.out, 1).endswith(f"--epochs 5 --out {fake.out}/trial-1")
+
+
+def test_dev_means_are_read_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    means = DevMeans(path)
+    assert means.new() == []
+
+    def line(stage: str, epoch: int, mean: float) -> str:
+        return json.dumps({"stage": stage, "epoch": epoch, "step": 1, "dev": {"mean": mean}}) + "\n"
+
+    whole = (
+        line("pretrain", 1, 0.1)
+        + '{"stage": "finetune", "epoch": 1, "step": 1, "loss": 2}\n'
+        + line("finetune", 1, 0.4)
+    )
+    path.write_text(whole + line("finetune", 2, 0.5)[:20])
+    assert means.new() == [(1, 0.4)] and means.new() == []
+    path.write_text(whole + line("finetune", 2, 0.5) + line("finetune", 3, 0.6))
+    assert means.new() == [(2, 0.5), (3, 0.6)]
+    path.write_text(whole + line("finetune", 2, 0.5))  # a resumed run has cut off what followed its checkpoint
+    assert means.new() == []
+    path.write_text(whole + line("finetune", 2, 0.5) + line("finetune", 3, 0.6) + line("finetune", 4, 0.7))
+    assert means.new() == [(4, 0.7)]
+
+
+def test_the_last_line_of_a_log_is_its_error(tmp_path: Path) -> None:
+    for text, line in (("a\nerror: b\n\nc\n", "b"), ("a\nValueError: c\n", "ValueError: c"), ("", "no output")):
+        (tmp_path / "log").write_text(text)
+        assert last_line(tmp_path / "log") == line
+
+
+# -------------------------------------------------------------------------------------------- stopped and killed
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert condition(), process.communicate()
+
+
+def has_epoch(folder: Path) -> bool:
+    log = folder / "metrics.jsonl"
+    return log.exists() and '"dev"' in log.read_text()
+
+
+@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_the_run_cleanly_and_the_same_command_resumes_it(
+    what: signal.Signals, fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.plan({1: {"means": [0.2, 0.9], "pause": 30}, 2: {"means": [0.2, 0.9]}})
+    original = DevMeans.new
+
+    def new(means: DevMeans) -> list[tuple[int, float]]:
+        found = original(means)
+        if found == [(1, 0.2)]:
+            os.kill(os.getpid(), what)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DevMeans, "new", new)
+        assert fake.run(2) == 130
+    arguments = shlex.join(["--trials", "2", "--out", str(fake.out), "--", *fake.fixed])
+    assert capsys.readouterr().out.endswith(f"stopped; to go on: python sweeps/search.py {arguments}\n")
+    assert (fake.out / "trial-1.log").read_text() == "stopped\n"
+    assert fake.run(2) == 0
+    check_taken_up(fake, capsys.readouterr().out)
+
+
+def check_taken_up(fake: Fake, shown: str) -> None:
+    """Trial 1 was cut off after an epoch; trial 2 has its flags and went on with its run."""
+    assert fake.states() == ["COMPLETE", "FAIL", "COMPLETE"]
+    trials = fake.trials()
+    assert trials[1].params == trials[2].params and trials[2].intermediate_values == {1: 0.2, 2: 0.9}
+    assert "error" not in trials[1].user_attrs
+    assert "trial 2: goes on with the run of trial 1, which was killed" in shown
+    assert not (fake.out / "trial-1").exists()
+    results = json.loads((fake.out / "trial-2" / "results.json").read_text())
+    assert results["argv"] == ["--resume", str(fake.out / "trial-2")]
+    assert f"--out {fake.out}/trial-1" in flags_of(fake.out, 2)
+
+
+def kill_in_trial_1(fake: Fake, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    """A search ends as one that is killed does, before it calls that function for trial 1."""
+
+    class Killed(BaseException):
+        pass
+
+    original = getattr(search, before)
+
+    def cut(*args: Any) -> Any:
+        if any("trial-1" in str(arg) for arg in args):
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, before, cut)
+        with pytest.raises(Killed):
+            fake.run(3)
+
+
+def test_a_trial_killed_before_its_run_began_is_replaced(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_in_trial_1(fake, monkeypatch, "start_run")
+    assert fake.states() == ["COMPLETE", "RUNNING"]
+    assert fake.run(2) == 0
+    assert fake.states() == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert fake.trials()[1].params == fake.trials()[2].params
+    assert f"--out {fake.out}/trial-2" in flags_of(fake.out, 2)
+
+
+def test_a_directory_in_which_no_run_can_go_on_is_kept_under_another_name(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_in_trial_1(fake, monkeypatch, "start_run")
+    (fake.out / "trial-1").mkdir()
+    (fake.out / "trial-1" / "half").write_text("mine")
+    assert fake.run(2) == 0
+    assert (fake.out / "trial-1-killed" / "half").read_text() == "mine"
+    assert not (fake.out / "trial-1").exists() and (fake.out / "trial-2" / "results.json").exists()
+
+
+def test_a_run_that_had_ended_when_the_search_was_killed_counts(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.plan({1: {"means": [0.8]}})
+    kill_in_trial_1(fake, monkeypatch, "last_line")
+    assert fake.states() == ["COMPLETE", "RUNNING"] and (fake.out / "trial-1" / "results.json").exists()
+    assert fake.run(2) == 0
+    assert [trial.value for trial in fake.trials()] == [0.5, 0.8]
+
+
+def test_killed_defaults_are_still_the_defaults(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "start_run", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            fake.run(2)
+    assert fake.run(2) == 0
+    assert fake.states() == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert [bool(trial.user_attrs.get("defaults")) for trial in fake.trials()] == [True, True, False]
+
+
+def test_a_trial_of_another_machine_is_left_alone(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = f"sqlite:///{fake.folder / 'shared.db'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "node", lambda: "elsewhere")
+        patch.setattr(search, "last_line", lambda log: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            fake.run(2, "--storage", storage)
+    fake.out = fake.folder / "here"
+    assert fake.run(2, "--storage", storage) == 0
+    assert [trial.state.name for trial in fake.trials(storage)] == ["RUNNING", "COMPLETE", "COMPLETE"]
+    assert not any(trial.user_attrs.get("defaults") for trial in fake.trials(storage)[1:])
+
+
+def test_only_one_search_runs_in_a_directory(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.out.mkdir()
+    held = search.hold(fake.out)
+    assert held is not None
+    assert fake.run(1) == 2
+    assert "another search is running in it" in capsys.readouterr().err
+    os.close(held)
+    assert fake.run(1) == 0
+
+
+def test_a_run_that_outlived_its_search_is_waited_for(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fake.folder / "trial-7"
+    folder.mkdir()
+    code = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); time.sleep(0.4)"
+    process = subprocess.Popen([sys.executable, "-S", "-c", code, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    search.wait_until_free(folder)
+    assert process.wait(10) == 0
+    assert capsys.readouterr().out == "trial-7: waiting for its run, which has outlived the last search\n"
+
+
+def test_a_killed_search_ends_its_run_and_the_same_command_finishes_the_search(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real runs: the search is killed in its first trial, whose run writes its checkpoint and is resumed."""
+    out = tmp_path / "out"
+    fixed = f"--model {tiny} --data {data} --device cpu --threads 1 --no-tensorboard --cache off --pretrain_epochs 0 "
+    fixed += "--epochs 2 --steps_per_epoch 60 --batch_size 4"
+    arguments = ["--trials", "1", "--out", str(out), "--", *fixed.split()]
+    process = subprocess.Popen([sys.executable, str(ROOT / "sweeps" / "search.py"), *arguments], stdout=subprocess.PIPE)
+    wait_for(lambda: (out / "trial-0" / "metrics.jsonl").exists(), process)
+    process.kill()
+    process.communicate()
+    if sys.platform != "linux":
+        pytest.skip("the run outlives the search")
+    search.wait_until_free(out / "trial-0")
+    assert not (out / "trial-0" / "results.json").exists()
+    assert (out / "trial-0.log").read_text().splitlines()[-1].startswith("stopped; to go on")
+    assert search.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "trial 1: goes on with the run of trial 0" in shown and "best: trial 1" in shown
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{out / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    results = json.loads((out / "trial-1" / "results.json").read_text())
+    assert study.trials[1].value == results["dev"]["mean"]
+    assert list(study.trials[1].intermediate_values) == [1, 2]
+    config = json.loads((out / "trial-1" / "config.json").read_text())
+    assert (config["weight_decay"], config["warmup"], config["drop_longest"]) == (0.01, 0.1, 0.0)
+    assert config["lr"] == study.trials[1].params["lr"]
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("own", "fixed", "message"),
+    [
+        ("--trials 0", "", "--trials 0: expected 1 or more"),
+        ("--trials x", "", "--trials: invalid int value: 'x'"),
+        ("--lr 1", "", "unrecognized arguments: --lr 1; flags of multitask_classifier.py stand behind --"),
+        ("", "--out x", "--out: expected no such flag behind --"),
+        ("", "--resume x", "--resume: expected no such flag behind --"),
+        ("", "--option pretrain", "--option pretrain: a search fine-tunes"),
+        ("", "--warmup 3", "--warmup 3.0: expected a number from 0 to below 1"),
+        ("", "--model /nowhere/at/all", "--model /nowhere/at/all: no such directory"),
+        ("--storage nonsense", "", "--storage nonsense: cannot be used"),
+        ("--storage sqlite:////nowhere/x.db", "", "--storage sqlite:////nowhere/x.db: cannot be used"),
+        ("--out /dev/null/x", "", "--out /dev/null/x: cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line(
+    own: str, fixed: str, message: str, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = fixed.split() if "--model" in fixed else [*fake.fixed, *fixed.split()]
+    assert fake.run(1, *own.split(), fixed=given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_without_optuna_the_line_says_what_to_install(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fake.run(1) == 2
+    assert capsys.readouterr().err == f"error: optuna is not installed, expected `pip install {search.OPTUNA}`\n"
+    assert f"\n{search.OPTUNA}\n" in (ROOT / "requirements.txt").read_text()
+
+
+def test_other_fixed_flags_are_another_search(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fake.run(1) == 0
+    other = [*fake.fixed, "--weight_decay", "0.1"]
+    assert fake.run(2, fixed=other) == 2
+    assert f"--study search: was begun with `{shlex.join(fake.fixed)}` behind --" in capsys.readouterr().err
+    assert fake.run(2, "--study", "other", fixed=other) == 2
+    assert "trial-0 in it is another search's, expected another directory" in capsys.readouterr().err
+    assert fake.states() == ["COMPLETE"]
+
+
+def test_another_search_space_is_another_search(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fake.run(1) == 0
+    monkeypatch.setattr(search, "SPACE", SPACE[1:])
+    assert fake.run(2) == 2
+    assert "was begun with another search space" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_database_is_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.out.mkdir()
+    (fake.out / "study.db").write_text("no database, but long enough to be taken for one " * 20)
+    assert fake.run(1) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be used" in line
+    with pytest.raises(sqlite3.DatabaseError):
+        sqlite3.connect(fake.out / "study.db").execute("select * from studies")
