@@ -22,6 +22,7 @@ from torch import Tensor
 
 import engine
 import multitask_classifier
+import plots
 import run_data
 import token_cache
 from helpers import WORDS, write_data
@@ -31,6 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # ----------------------------------------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer to draw than these runs take; test_plots.py has those of a run."""
+    monkeypatch.setattr(plots, "write_plots", lambda run: [])
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +122,7 @@ def test_a_run_leaves_everything_in_its_directory(
     run(command(out, "--pcgrad --scheduler pal --tensorboard"))
     shown = capsys.readouterr()
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "results.json", "best", "last", "predictions", "plots", "tensorboard"
+        "config.json", "metrics.jsonl", "results.json", "best", "last", "predictions", "tensorboard"
     }  # fmt: skip
     for folder in ("best", "last"):
         assert {"model.safetensors", "config.json", "vocab.txt"} <= {path.name for path in (out / folder).iterdir()}

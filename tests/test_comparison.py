@@ -330,6 +330,11 @@ def test_tasks_in_common_are_compared_and_means_of_equal_tasks_only(files: Path,
     assert all(names(c.best) == ["all"] for c in comparisons)
 
 
+def test_the_order_in_which_tasks_were_named_does_not_keep_means_apart(files: Path) -> None:
+    runs = [made(files, "a", tasks=("sst", "sts")), made(files, "b", tasks=("sts", "sst"), seed=1)]
+    assert [c.name for c in compare(settings_of(runs))[0]] == ["sst", "sts", "mean"]
+
+
 def test_what_cannot_be_tested_over_dev_rows_is_named_and_tested_over_seeds(files: Path) -> None:
     runs = [made(files, f"r{lr}{s}", 0.3, seed=s, lr=float(lr)) for lr in (1, 2) for s in range(2)]
     (runs[0].path / "predictions" / "sst-dev-rows.csv").write_text("broken")

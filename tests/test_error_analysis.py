@@ -33,7 +33,7 @@ def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
 
 
 def test_errors_on_a_scale_are_those_of_the_rows_in_the_band() -> None:
-    rows = DevRows(SST.ids, np.concatenate([[0.0, 5.0], STS.labels[2:]]), STS.predictions, None)
+    rows = DevRows(SST.ids, np.concatenate([[0.0, 5.0], np.round(2 * STS.labels[2:]) / 2]), STS.predictions, None)
     parts = by_class(TASKS["sts"], rows)
     assert [part.name for part in parts] == [f"{k} to {k + 1}" for k in range(5)]
     for k, part in enumerate(parts):
