@@ -116,7 +116,7 @@ class Config:
     eval_batch_size: int = flag(64, "rows of one forward pass in evaluation", ">= 1")
     eval_every: int = flag(1, "epochs between evaluations; 0: after the last only", ">= 0")
     save_every: int = flag(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
-    lr: float = flag(0.0, "peak learning rate of fine-tuning; 0: by the model's width, see the start of a run", ">= 0")
+    lr: float = flag(0.0, "peak learning rate of fine-tuning; 0: by the model's width and the draws of a step", ">= 0")
     pretrain_lr: float = flag(1e-3, "peak learning rate of the frozen stage", "> 0")
     warmup: float = flag(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
     weight_decay: float = flag(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")

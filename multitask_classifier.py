@@ -81,7 +81,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         out=str(Path(out)),
         data=data,
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
-        lr=config.lr or default_learning_rate(width),
+        lr=config.lr or default_learning_rate(width, config.draws),
         draws_per_step=config.draws,
         pcgrad=config.treatment == "pcgrad",
         gradvac=config.treatment == "gradvac",
@@ -96,9 +96,12 @@ def resolve_device(name: str) -> str:
     return name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def default_learning_rate(width: int) -> float:
-    """Peak learning rate of fine-tuning by the hidden size: 8e-5 for 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
-    return float(f"{8e-5 * (384 / width) ** 1.5:.2g}")
+def default_learning_rate(width: int, draws: int) -> float:
+    """Peak learning rate of fine-tuning: 8e-5 for a hidden size of 384, 2.8e-5 for 768, 1.8e-5 for 1024.
+
+    It grows with the square root of the draws of a step, as is usual for Adam and larger batches.
+    """
+    return float(f"{8e-5 * (384 / width) ** 1.5 * draws**0.5:.2g}")
 
 
 def free_name(folder: Path, name: str) -> Path:

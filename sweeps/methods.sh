@@ -9,14 +9,15 @@
 # have 16 times as many optimizer steps as those that combine 16 draws. See common.sh for the other settings.
 source "$(dirname "$0")/common.sh"
 EPOCHS=${EPOCHS:-3} DRAWS=${DRAWS:-50} BATCH=${BATCH:-32}
+common=(--batch_size "$BATCH" --epochs "$EPOCHS" ${LR:+--lr "$LR"})
 
 heads=$OUT/heads-seed@SEED@
 single() { # NAME FLAGS...: one draw a step
-    is_chosen "$1" && run "$1" --checkpoint "$heads" --batch_size "$BATCH" --epochs "$EPOCHS" \
+    is_chosen "$1" && run "$1" --checkpoint "$heads" "${common[@]}" \
         --steps_per_epoch $((16 * DRAWS)) "${@:2}"
 }
 combined() { # NAME FLAGS...: 16 draws a step
-    is_chosen "$1" && run "$1" --checkpoint "$heads" --batch_size "$BATCH" --epochs "$EPOCHS" \
+    is_chosen "$1" && run "$1" --checkpoint "$heads" "${common[@]}" \
         --steps_per_epoch "$DRAWS" --draws_per_step 16 "${@:2}"
 }
 
@@ -42,10 +43,10 @@ fi
 
 # The late adapters: half of the draws fine-tune the whole model, the other half only adapters that are added to it.
 if is_chosen late_adapters; then
-    run late_adapters-first --checkpoint "$heads" --batch_size "$BATCH" --epochs "$EPOCHS" \
+    run late_adapters-first --checkpoint "$heads" "${common[@]}" \
         --steps_per_epoch $((8 * DRAWS)) --scheduler pal
     settle
-    run late_adapters --checkpoint "$OUT/late_adapters-first-seed@SEED@" --batch_size "$BATCH" --epochs "$EPOCHS" \
+    run late_adapters --checkpoint "$OUT/late_adapters-first-seed@SEED@" "${common[@]}" \
         --steps_per_epoch $((8 * DRAWS)) --scheduler pal --pal --train pal --lr "${ADAPTER_LR:-5e-4}"
 fi
 finish

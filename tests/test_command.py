@@ -435,6 +435,21 @@ def test_what_is_no_matter_of_training_changes_nothing(flag: str, command: Comma
     assert differing(outcomes(command, BASE), outcomes(command, f"{BASE} {flag}")) == set()
 
 
+@pytest.mark.parametrize(
+    ("width", "draws", "expected"), [(384, 1, 8e-5), (768, 1, 2.8e-5), (1024, 1, 1.8e-5), (384, 16, 3.2e-4)]
+)
+def test_the_default_learning_rate_follows_width_and_draws(width: int, draws: int, expected: float) -> None:
+    assert multitask_classifier.default_learning_rate(width, draws) == pytest.approx(expected)
+
+
+def test_a_step_of_more_draws_has_a_higher_default_rate(command: Command, tmp_path: Path) -> None:
+    rates = []
+    for draws in (1, 4):
+        run(command(tmp_path / str(draws), f"--pretrain_epochs 0 --draws_per_step {draws}"))
+        rates.append(json.loads((tmp_path / str(draws) / "config.json").read_text())["lr"])
+    assert rates[1] == pytest.approx(2 * rates[0], rel=0.05)
+
+
 def test_the_two_short_flags_are_their_treatments(command: Command, outcomes: Any) -> None:
     for name in ("pcgrad", "gradvac"):
         short, long = outcomes(command, f"{BASE} --{name}"), outcomes(command, f"{BASE} --treatment {name}")
