@@ -358,17 +358,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"left out: {problem}", file=sys.stderr)
         if not runs:
             raise RunError("no run to report on, expected at least one directory of a run that has ended")
-        if args.csv:
-            print(to_csv(numbers_table(settings_of(runs))), end="")
         if args.html is not None or not args.csv:
             sections = run_sections(runs[0], draw_plots(runs[0])) if len(runs) == 1 else comparison_sections(runs)
-        if not args.csv:
-            print(to_markdown(sections) if args.markdown else to_text(sections), end="")
         if args.html is not None:
             write_page(args.html, runs, sections, problems)
+        if args.csv:
+            shown = to_csv(numbers_table(settings_of(runs)))
+        else:
+            shown = to_markdown(sections) if args.markdown else to_text(sections)
+        print(shown, end="", flush=True)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -286,6 +286,15 @@ def test_the_command_compares_runs_without_torch(files: Path) -> None:
     assert "numpy" in imported and not imported & {"torch", "matplotlib", "transformers"}
 
 
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(files: Path) -> None:
+    command = [sys.executable, "evaluation.py", str(made(files, "a", lr=1.0)), str(made(files, "b", lr=2.0))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
+
+
 def test_pictures_are_only_read_for_a_page(treated_run: Path) -> None:
     (*_, last) = run_sections(FinishedRun.read(treated_run), sorted((treated_run / "plots").iterdir()))
     assert len([block for block in last.blocks if not isinstance(block, str)]) == 7
