@@ -301,7 +301,7 @@ class Search:
         self.tell(trial, folder, is_pruned, f"exit status {process.returncode}: {last_line(log)}")
 
     def is_hopeless(self, trial: "Trial", epoch: int, mean: float) -> bool:
-        """Tells the study of an epoch; returns whether the trial is to stop. One with the defaults, or in its last epoch, ends."""
+        """Tells the study of an epoch; returns whether to stop the trial, but never the defaults or a last epoch."""
         trial.report(mean, epoch)
         is_last = epoch == self.space.settings.epochs
         return not is_last and not is_default(trial) and trial.should_prune()

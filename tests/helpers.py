@@ -16,9 +16,8 @@ from model import Layout, MultitaskBert
 from pal import PalConfig
 from tasks import TASKS, Classes, Score
 
-WORDS = (
-    "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow".split()
-)
+TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
+WORDS = TEXT.split()
 STD = 0.2  # ten times BERT's: differences between the rows of a batch must be well above rounding
 
 

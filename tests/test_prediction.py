@@ -197,7 +197,10 @@ def test_rows_are_cut_as_in_the_run(start_point: Path, data: Path, tmp_path: Pat
     for folder in (run, run / "best", run / "last"):
         assert predicted(folder, "sts", text, tmp_path) == expected
     assert predicted(run, "sts", text, tmp_path, max_length=64) != expected
-    assert load(run).predict("sts", [("a film", "a song")])
+    (tmp_path / "moved").mkdir()  # beside a config.json that is no run's
+    (tmp_path / "moved" / "config.json").write_text('{"max_length": 20}')
+    (run / "best").rename(tmp_path / "moved" / "checkpoint")
+    assert load(tmp_path / "moved" / "checkpoint").tokenizer.max_length == 64
 
 
 # ---------------------------------------------------------------------------------------------------- in Python
@@ -304,6 +307,7 @@ def test_line_ends_of_windows_a_byte_order_mark_and_a_missing_last_line_feed_cha
     expected = predicted(trained, "sst", text, tmp_path)
     assert predicted(trained, "sst", b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"), tmp_path) == expected
     assert predicted(trained, "sst", text.removesuffix(b"\n"), tmp_path) == expected
+    assert predicted(trained, "sst", b"\xef\xbb\xbf\n" + text, tmp_path, status=1)[0] == "\t"  # a mark is no text
 
 
 def test_empty_input_gives_empty_output(trained: Path, tmp_path: Path) -> None:
@@ -326,6 +330,7 @@ def test_lines_are_those_of_the_file(
 ) -> None:
     monkeypatch.setattr(prediction, "BLOCK_BYTES", block)
     monkeypatch.setattr(prediction, "TEXTS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(prediction, "PATIENCE", 0)
     chunks = list(reader_of(text, tmp_path).chunks())
     assert [line + b"\n" for chunk in chunks for line in chunk] == list(io.BytesIO(text + b"\n" * (text[-1:] > b"\n")))
     assert all(len(chunk) == at_a_time for chunk in chunks[:-1])
@@ -491,7 +496,8 @@ def test_an_output_that_cannot_be_made_is_one_line(
 def start(run: Path, task: str, **options: Any) -> subprocess.Popen[str]:
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     command = [sys.executable, str(ROOT / "multitask_classifier.py"), *arguments(run, task, threads=1)]
-    return subprocess.Popen(command, text=True, **streams)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, text=True, env=environment, **streams)
 
 
 def test_a_pipe_is_answered_line_by_line_and_a_reader_that_leaves_ends_the_command_quietly(trained: Path) -> None:
