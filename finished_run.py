@@ -155,7 +155,7 @@ class DevRows:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["id", "label", "prediction", *(f"probability_{k}" for k in range(num_classes))])
             for name, *values in zip(self.ids, *columns, strict=True):
-                writer.writerow([name, *(f"{value:.8g}" for value in values)])
+                writer.writerow([name, *(f"{value:.9g}" for value in values)])
         os.replace(beside, path)
 
     @classmethod
