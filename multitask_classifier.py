@@ -428,8 +428,12 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self.number = signal.SIGINT
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self) -> None:
+        """Gives the signals back to those who had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -567,6 +571,7 @@ def execute(config: Config, console: Console) -> int:
         console.say(f"stopped; to go on: python multitask_classifier.py --resume {run.directory.path}")
         return 128 + stop.number
     finally:
+        stop.restore()
         if run is not None:
             run.directory.close()
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer to draw than these runs take; test_plots.py has those of a run."""
     monkeypatch.setattr(plots, "write_plots", lambda run: [])
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    """The command takes over Ctrl-C and SIGTERM; pytest gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 Command = Callable[..., list[str]]
@@ -113,6 +104,13 @@ def error_line(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> 
 
 
 # ------------------------------------------------------------------------------------------------ run directory
+
+
+def test_signals_are_given_back_at_the_end_of_a_run(command: Command, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(command(tmp_path / "run", "--option pretrain --tasks sst"))
+    assert multitask_classifier.main(command(tmp_path / "run", "--option pretrain --tasks sst")) == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_run_leaves_everything_in_its_directory(
