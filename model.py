@@ -151,6 +151,13 @@ class MultitaskBert(nn.Module):
             parts[f"adapters.{task}"] = self.adapters[task]
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
+    def sparse_embedding_gradient(self, wanted: bool) -> None:
+        """Whether the word embeddings' gradient is added to `grad` row by row, not as a matrix of the whole vocabulary.
+
+        `grad` must be there then, as it is for parameters that a `TaskGradients` points to.
+        """
+        self.encoder.word_embeddings.sparse = wanted
+
     def segment_sizes(self) -> list[int]:
         """How many tensors of `shared_parameters` belong to the embeddings, to each layer and to the pooler."""
         names = [name.removeprefix("encoder.") for name in self.shared_parameters()]

@@ -282,6 +282,9 @@ class Run:
         trained = {id(p) for own in (shared, *of_tasks.values()) for p in own.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        model.sparse_embedding_gradient(
+            bool(shared) and self.precision.device.type == "cpu"
+        )  # a GPU adds faster as it is
         sizes = model.segment_sizes() if config.granularity == "layer" else [len(shared)]
         treatment = (
             Sum()

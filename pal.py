@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bert import AttentionLayout, BertConfig, DropoutMasks, Uninitialized, initialize, packed_attention
+from dense import Linear
 
 KINDS = ("attention", "low_rank")
 PAPER_HEAD_SIZE = 17  # 204 wide with 12 heads beside BERT-base's 768 with 12
@@ -67,10 +68,10 @@ class ProjectedAttention(nn.Module):
         self.dropout_prob = encoder.attention_probs_dropout_prob
         hidden, size = encoder.hidden_size, config.size
         num_projections = 1 if config.kind == "attention" else config.num_layers
-        self.down = nn.ModuleList(nn.Linear(hidden, size) for _ in range(num_projections))  # V_E
-        self.up = nn.ModuleList(nn.Linear(size, hidden) for _ in range(num_projections))  # V_D
+        self.down = nn.ModuleList(Linear(hidden, size) for _ in range(num_projections))  # V_E
+        self.up = nn.ModuleList(Linear(size, hidden) for _ in range(num_projections))  # V_D
         num_attentions = config.num_layers if config.kind == "attention" else 0
-        self.qkv = nn.ModuleList(nn.Linear(size, 3 * size) for _ in range(num_attentions))
+        self.qkv = nn.ModuleList(Linear(size, 3 * size) for _ in range(num_attentions))
 
     def initialize(self, std: float, generator: torch.Generator) -> None:
         """Only V_D starts at zero: the term is exactly zero at first, and V_D has a gradient from the first step."""

@@ -261,6 +261,7 @@ def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         return {"pearson": 0.0, "spearman": 0.0}
     from scipy.stats import pearsonr, spearmanr
 
+    predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
     return {
         "pearson": float(pearsonr(predictions, labels).statistic),
         "spearman": float(spearmanr(predictions, labels).statistic),

@@ -81,11 +81,10 @@ def variants(options: Options) -> Mapping[str, Callable[[], Step]]:
 def measure(options: Options) -> Report:
     setup = Setup(options)
     batches = setup.batch_lengths()
-    limit = MatmulLimit(setup.checkpoint.config, max(int(of.sum()) for of in batches), training=False)
+    limit = MatmulLimit(setup.checkpoint.config, batches, training=False)
     kinds = {OURS: setup.ours(), PADDED: setup.padded(), LIMIT: lambda number: limit.run(*batches)}
     seconds = alternate(kinds, options.rounds, warm_up=1)
-    everything = np.concatenate(batches)
-    least = [limit.seconds(everything, of) for of in seconds[LIMIT]]
+    least = [limit.seconds(batches, of) for of in seconds[LIMIT]]
     num_rows = sum(workload.row_counts(setup.rows).values())
     rates = {name: [num_rows / of for of in seconds[name]] for name in (OURS, PADDED)}
     lines = [

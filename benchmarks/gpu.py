@@ -201,8 +201,7 @@ class Setup:
         return lambda number: [step(number * steps + i) for i in range(steps)]
 
     def limit(self, lengths: Sequence[np.ndarray], training: bool) -> MatmulLimit:
-        most = max(int(of.sum()) for of in lengths)
-        return MatmulLimit(self.size.config, most, training, self.device, torch.bfloat16)
+        return MatmulLimit(self.size.config, lengths, training, self.device, torch.bfloat16)
 
     def evaluation(self) -> list[Line]:
         """Rows per second of predictions, without dropout and gradients."""
@@ -226,7 +225,7 @@ class Setup:
         watched = {name: self._watched(name, step, memory) for name, step in kinds.items()}
         seconds = alternate(watched, self.rounds, synchronize=self.synchronize)
         per_round = [np.concatenate(self._of_round(lengths, i)) for i in range(self.rounds)]
-        least = [limit.seconds(of, measured) for of, measured in zip(per_round, seconds[LIMIT], strict=True)]
+        least = [limit.seconds([of], measured) for of, measured in zip(per_round, seconds[LIMIT], strict=True)]
         rates = {n: [len(of) / s for of, s in zip(per_round, seconds[n], strict=True)] for n in (OURS, PADDED)}
         return [
             Line(

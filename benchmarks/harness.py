@@ -28,6 +28,7 @@ from torch import Tensor
 
 from bert import EMBEDDED_MODEL, BertConfig, CheckpointError, matmul_flops
 from datasets import SAMPLE, DataError
+from dense import padded_rows, product, uses_onednn
 from run_record import RunError, finite, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,12 +148,13 @@ class MatmulLimit:
     def __init__(
         self,
         config: BertConfig,
-        max_tokens: int,
+        passes: Sequence[np.ndarray],
         training: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """max_tokens: of the largest pass. training: the products of the backward pass too."""
+        """passes: of each pass that will be run the lengths (B,) of its rows. training: the products of the backward
+        pass too."""
         self.config, self.training = config, training
         size = config.hidden_size
         shapes = [(3 * size, size), (size, size), (config.intermediate_size, size), (size, config.intermediate_size)]
@@ -164,35 +166,51 @@ class MatmulLimit:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         self._weights = [random(*shape) for shape in shapes]
-        self._inputs, self._gradients, self._results = (random(max_tokens * widest) for _ in range(3))
+        most = max(self._places(lengths) for lengths in passes)
+        self._inputs, self._gradients, self._results = (random(most * widest) for _ in range(3))
         self._weight_gradient = random(max(weight.numel() for weight in self._weights))
+        self.run(*{self._places(lengths): lengths for lengths in passes}.values())  # no kernel is made in a timed run
 
     def run(self, *passes: np.ndarray) -> None:
         """The products of passes over rows of these lengths."""
         *dense, pooler = self._weights
         for lengths in passes:
             for weight in dense:
-                self._products(weight, int(lengths.sum()))
+                self._products(weight, self._places(lengths))
             self._products(pooler, len(lengths))
+
+    def _places(self, lengths: np.ndarray) -> int:
+        """Rows of the encoder's matrices: the tokens of these rows, and what the encoder pads them with."""
+        num_tokens = int(lengths.sum())
+        return num_tokens + padded_rows(self._weights[0][:1].expand(num_tokens, -1))
 
     def _products(self, weight: Tensor, num_places: int) -> None:
         width_out, width_in = weight.shape
         inputs, result_in = (_leading(of, num_places, width_in) for of in (self._inputs, self._results))
         gradients, result_out = (_leading(of, num_places, width_out) for of in (self._gradients, self._results))
+        if uses_onednn(inputs):
+            self._onednn_products(inputs, weight, gradients)
+            return
         torch.mm(inputs, weight.t(), out=result_out)
         if self.training:
             torch.mm(gradients, weight, out=result_in)
             torch.mm(gradients.t(), inputs, out=_leading(self._weight_gradient, width_out, width_in))
 
-    def seconds(self, lengths: np.ndarray, measured: float) -> float:
-        """Seconds of all products of a pass, attention's included, at the rate at which `run` did its part.
+    def _onednn_products(self, inputs: Tensor, weight: Tensor, gradients: Tensor) -> None:
+        """The same by the library that the encoder uses. The transposed factor lies in memory as oneDNN reads it."""
+        product(inputs, weight)
+        if self.training:
+            product(gradients, weight.t())
+            product(_leading(self._gradients, len(weight), len(inputs)), inputs.t())
 
-        measured: seconds of `run` on these lengths.
+    def seconds(self, passes: Sequence[np.ndarray], measured: float) -> float:
+        """Seconds of all products of these passes over real tokens, attention's too, at the rate that `run` reached.
+
+        measured: seconds of `run` on these passes.
         """
-        size, num_layers = self.config.hidden_size, self.config.num_hidden_layers
-        attention = num_layers * 4 * size * int((lengths.astype(np.int64) ** 2).sum())
-        whole = forward_flops(self.config, lengths)
-        return measured * whole / (whole - attention)
+        *dense, pooler = (weight.numel() for weight in self._weights)
+        done = sum(2 * self._places(lengths) * sum(dense) + 2 * len(lengths) * pooler for lengths in passes)
+        return measured * sum(forward_flops(self.config, lengths) for lengths in passes) / done
 
 
 def _leading(buffer: Tensor, rows: int, columns: int) -> Tensor:

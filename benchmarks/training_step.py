@@ -90,7 +90,7 @@ def measure(options: Options) -> Report:
     counted = range(WARM_UP, setup.num_steps)
     lengths = [workload.lengths_of(setup.rows, setup.draws(step)) for step in range(setup.num_steps)]
     grouped = setup.grouped_draws()
-    limit = MatmulLimit(setup.checkpoint.config, max(int(of_step.sum()) for of_step in lengths))
+    limit = MatmulLimit(setup.checkpoint.config, lengths)
     loop = setup.loop()
     kinds: dict[str, Step] = {
         OURS: setup.ours(),
@@ -99,7 +99,7 @@ def measure(options: Options) -> Report:
         LIMIT: lambda step: limit.run(lengths[step]),
     }
     seconds = alternate(kinds, options.rounds)
-    least = [limit.seconds(lengths[step], of) for step, of in zip(counted, seconds[LIMIT], strict=True)]
+    least = [limit.seconds([lengths[step]], of) for step, of in zip(counted, seconds[LIMIT], strict=True)]
     shares = {name: Summary.of(ratios(least, seconds[name])).median for name in (OURS, PADDED)}
     seen = [lengths[step] for step in counted]
     seen_grouped = [workload.lengths_of(setup.rows, [grouped[step]]) for step in counted]

@@ -122,6 +122,7 @@ def make_trainer(
 
 def full_trainer(model: MultitaskBert, rows: Mapping[str, Rows], **options: Any) -> Trainer:
     """A trainer of the whole model; options: those of `make_trainer`."""
+    model.sparse_embedding_gradient(options.get("precision", CPU).device.type == "cpu")
     of_tasks = {task: model.task_parameters(task) for task in rows}
     return make_trainer(model, model.shared_parameters(), of_tasks, rows, **options)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import dense
 import engine
 import model as model_module
 from benchmarks import __main__ as everything
@@ -164,19 +165,48 @@ def test_flops_are_those_that_torch_counts_in_transformers_encoder(checkpoint: w
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_matmul_limit_runs_the_products_of_the_dense_layers(training: bool) -> None:
+def test_the_matmul_limit_runs_the_products_of_the_dense_layers(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_onednn", lambda: None)  # the counter knows torch's own products
     config, lengths = tiny_config(), np.array([5, 2, 9])
     whole = harness.training_flops(config, lengths) if training else harness.forward_flops(config, lengths)
     per_pair = (12 if training else 4) * config.hidden_size * config.num_hidden_layers
     attention = per_pair * int((lengths**2).sum())
-    limit = MatmulLimit(config, max_tokens=16, training=training)
+    limit = MatmulLimit(config, [lengths], training=training)
     with FlopCounterMode(display=False) as counter:
         limit.run(lengths)
     assert counter.get_total_flops() == whole - attention
-    assert limit.seconds(lengths, 2.0) == pytest.approx(2.0 * whole / (whole - attention))
+    assert limit.seconds([lengths], 2.0) == pytest.approx(2.0 * whole / (whole - attention))
     with FlopCounterMode(display=False) as counter:
         limit.run(lengths, lengths)
     assert counter.get_total_flops() == 2 * (whole - attention)
+    assert limit.seconds([lengths, lengths], 2.0) == pytest.approx(2.0 * whole / (whole - attention))
+
+
+@pytest.mark.skipif(dense._onednn() is None, reason="no AVX-512, or a torch without oneDNN")
+@pytest.mark.parametrize("training", [False, True])
+def test_the_matmul_limit_runs_the_padded_products_that_the_encoder_runs(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By oneDNN: the operations of every call are counted, and the limit is for the real tokens only."""
+    config, lengths = tiny_config(), np.array([5, 2, 9, 60])
+    limit = MatmulLimit(config, [lengths], training=training)
+    done = 0
+
+    def counted(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        done += 2 * inputs.shape[0] * inputs.shape[1] * weight.shape[0]
+        return torch.empty(0)
+
+    monkeypatch.setattr(harness, "product", counted)
+    limit.run(lengths)
+    whole = harness.training_flops(config, lengths) if training else harness.forward_flops(config, lengths)
+    attention = (12 if training else 4) * config.hidden_size * config.num_hidden_layers * int((lengths**2).sum())
+    size = config.hidden_size
+    pooler = (3 if training else 1) * 2 * len(lengths) * size**2
+    assert done - pooler == (whole - attention - pooler) * 128 / 76
+    assert limit.seconds([lengths], 2.0) == pytest.approx(2.0 * whole / done)
 
 
 def test_peak_memory_is_the_process_s_own() -> None:
@@ -463,6 +493,7 @@ def test_training_step_compares_by_the_same_rows_and_by_the_row(
         return {name: [seconds.get(name, 0.5)] * rounds for name in kinds}
 
     monkeypatch.setattr(training_step, "alternate", alternate)
+    monkeypatch.setattr(dense, "_onednn", lambda: None)  # no padding
     options = Options(data, str(tiny), rounds=3, quick=True, out=None)
     report = training_step.measure(options)
     ours, padded, grouped = report.lines
@@ -671,8 +702,9 @@ def test_the_gpu_script_counts_real_rows_and_tokens(monkeypatch: pytest.MonkeyPa
     first = [workload.lengths_of(rows, draws(step)) for step in range(setup.num_steps)]
     expected = np.concatenate(first[2 * harness.WARM_UP : 2 * harness.WARM_UP + 2])
     assert np.concatenate(setup._of_round(first, 0)).tolist() == expected.tolist()
+    limit = setup.limit(first, training=True)
     with FlopCounterMode(display=False) as counter:
-        setup.limit(first, training=True).run(*first[4:6])
+        limit.run(*first[4:6])
     whole = harness.training_flops(size.config, expected)
     assert ours.matmul_share == pytest.approx(whole / counter.get_total_flops(), rel=0.05)
 

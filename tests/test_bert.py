@@ -269,7 +269,8 @@ class PlayedBack:
         assert prob == p
         padded = torch.ones_like(values)
         if values.dim() == 3:  # (B, L, D)
-            for row, part in enumerate(mask.split(self.lengths.tolist())):
+            of_rows = mask[: self.lengths.sum()]  # behind them, zeros that belong to no row
+            for row, part in enumerate(of_rows.split(self.lengths.tolist())):
                 padded[row, : len(part)] = part
             return values * padded
         start = 0
