@@ -261,25 +261,24 @@ class DropoutMasks:
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        self.seed = seed
-        self._generator = torch.Generator(device).manual_seed(seed)
+        """seed: not negative."""
+        self.seed, self.device = seed, torch.device(device)
+        self._bits = np.random.SFC64(seed)
+        self._generator = None if self.device.type == "cpu" else torch.Generator(device).manual_seed(seed)
 
     def again(self) -> "DropoutMasks":
         """Masks that repeat this object's from its first on: two passes with the same draw can be compared."""
-        return DropoutMasks(self.seed, self._generator.device)
+        return DropoutMasks(self.seed, self.device)
 
     def draw(self, shape: Sequence[int], prob: float, dtype: torch.dtype) -> Tensor:
         """A mask of a shape. prob: probability of dropping an element, from 0 to below 1."""
-        device = self._generator.device
-        if device.type != "cpu":
-            mask = torch.empty(tuple(shape), dtype=dtype, device=device)
+        mask = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        if self._generator is not None:
             return mask.bernoulli_(1 - prob, generator=self._generator).div_(1 - prob)
-        size = int(np.prod(shape))
-        words = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=self._generator)
+        words = torch.from_numpy(self._bits.random_raw((mask.numel() + 3) // 4).view(np.int16))
         threshold = round(prob * 2**16)
-        mask = torch.empty(tuple(shape))
-        torch.ge(words.view(torch.int16)[:size].view(tuple(shape)), threshold - 2**15, out=mask)
-        return mask.mul_(2**16 / (2**16 - threshold)).to(dtype)
+        torch.ge(words[: mask.numel()].view(mask.shape), threshold - 2**15, out=mask)
+        return mask.mul_(2**16 / (2**16 - threshold))
 
     def apply(self, hidden_states: Tensor, prob: float) -> Tensor:
         """hidden_states with dropout."""

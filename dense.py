@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ROWS_MULTIPLE = 64  # see `padded_rows`
+ROWS_MULTIPLE = 32  # see `padded_rows`
 
 
 @cache

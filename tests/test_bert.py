@@ -295,7 +295,7 @@ def test_dropout_stands_where_transformers_has_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.nn.functional, "dropout", played)
     theirs = padded_outputs(reference, ids, types)
     assert played.left == []
-    assert_close(ours, theirs)
+    assert_close(ours, theirs, 2e-5)
     for outputs in (ours, theirs):
         (outputs[0].square().sum() + outputs[1].sum()).backward()
     wanted = {name: p.grad for name, p in reference.named_parameters()}
