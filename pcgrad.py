@@ -268,6 +268,7 @@ class TaskGradients:
             bounds.append(sum(counts[first : first + size]))
             first += size
         self._segments = self.rows.split(bounds, dim=1)
+        self._chunk = 2**20 if like.device.type == "cpu" else max(1, sum(counts))  # what stays in a processor's cache
 
     def zero(self) -> None:
         self.rows.zero_()
@@ -290,9 +291,10 @@ class TaskGradients:
         """
         first, *others = rows
         for segment, weight in zip(self._segments, weights.tolist(), strict=True):
-            segment[first].mul_(weight[0])
-            for row, factor in zip(others, weight[1:], strict=True):
-                segment[first].add_(segment[row], alpha=factor)
+            for part in segment.split(self._chunk, dim=1):
+                part[first].mul_(weight[0])
+                for row, factor in zip(others, weight[1:], strict=True):
+                    part[first].add_(part[row], alpha=factor)
         self.point_to(first)
 
 

@@ -24,6 +24,7 @@ from benchmarks.harness import (
     Step,
     Summary,
     alternate,
+    left_out,
     ratios,
     run,
 )
@@ -103,7 +104,11 @@ def measure(options: Options) -> Report:
     checks = [Check("largest difference of two logits for one row", difference, 1e-4, must_hold=True)]
     settings = {"rounds": options.rounds, "batch_size": BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
     gain = Summary.of(ratios(rates[OURS], rates[PADDED]))
-    notes = [f"ours predicts {gain.median:.2f} times as many rows a second ({gain.smallest:.2f} to {gain.largest:.2f})"]
+    assert lines[0].matmul_share is not None
+    notes = [
+        left_out(setup.checkpoint.config, batches, lines[0].matmul_share),
+        f"ours predicts {gain.median:.2f} times as many rows a second ({gain.smallest:.2f} to {gain.largest:.2f})",
+    ]
     return Report("rows predicted in a second, all dev files; ratios to ours", lines, checks, notes, settings)
 
 

@@ -28,6 +28,7 @@ from benchmarks.harness import (
     Step,
     Summary,
     alternate,
+    left_out,
     ratio_of_totals,
     ratios,
     run,
@@ -119,6 +120,7 @@ def measure(options: Options) -> Report:
         + spread(asdict(by_token)),
         f"a random batch padded to its longest row has {significant(padding.median)} times its real tokens; "
         f"the median batch has {Summary.of(sizes(seen, np.sum)).median:.0f} real tokens",
+        left_out(setup.checkpoint.config, seen, shares[OURS]),
     ]
     settings = {"rounds": options.rounds, "batch_size": workload.BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
     return Report("seconds of an optimizer step on 32 rows; ratios to ours", lines, (), notes, settings)

@@ -102,7 +102,7 @@ def packed_outputs(
     encoder: bert.Bert, tokens: PackedTokens, masks: DropoutMasks | None = None
 ) -> tuple[Tensor, Tensor]:
     hidden_states = encoder(tokens, masks)
-    return hidden_states, encoder.pool(hidden_states, tokens)
+    return hidden_states, encoder.pool(hidden_states[tokens.first_tokens])
 
 
 def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float = 1e-5) -> None:
@@ -240,6 +240,26 @@ def test_a_perturbation_is_added_before_the_first_layer_norm() -> None:
     assert not torch.allclose(encoder(tokens, perturbation=shift), encoder(tokens), atol=1e-2)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4], [1], [7]])
+@pytest.mark.parametrize("overrides", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_the_pooled_output_is_that_of_all_hidden_states(overrides: dict[str, Any], lengths: list[int]) -> None:
+    """In value and gradients, though the last layer is computed for the first tokens only."""
+    encoder = tiny_encoder(**overrides)
+    tokens = PackedTokens.from_rows(*mixed_rows(lengths, encoder.config))
+    whole = encoder.pool(encoder(tokens)[tokens.first_tokens])
+    whole.square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    encoder.zero_grad()
+    pooled = encoder.pooled(tokens)
+    pooled.square().sum().backward()
+    assert_close([pooled], [whole])
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and expected[name] is not None, name
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=2e-5, msg=name)
+    with torch.no_grad():
+        assert_close([encoder.pooled(tokens)], [whole])
+
+
 # ------------------------------------------------------------------------------------------------------ dropout
 
 
@@ -269,35 +289,51 @@ class PlayedBack:
         assert prob == p
         padded = torch.ones_like(values)
         if values.dim() == 3:  # (B, L, D)
-            of_rows = mask[: self.lengths.sum()]  # behind them, zeros that belong to no row
-            for row, part in enumerate(of_rows.split(self.lengths.tolist())):
-                padded[row, : len(part)] = part
-            return values * padded
-        start = 0
-        for rows in group_by_length(self.lengths):  # (B, H, L, L)
-            length = int(self.lengths[rows].max())
-            size = len(rows) * self.num_heads * length**2
-            padded[rows, :, :length, :length] = mask[start : start + size].view(-1, self.num_heads, length, length)
-            start += size
-        assert start == len(mask)
+            self._play_hidden(mask, padded)
+        else:  # (B, H, L, L)
+            self._play_attention(mask, padded)
         return values * padded
 
+    def _play_hidden(self, mask: Tensor, padded: Tensor) -> None:
+        if len(mask) == len(self.lengths) < self.lengths.sum():  # of the first tokens only
+            padded[:, 0] = mask
+            return
+        of_rows = mask[: self.lengths.sum()]  # behind them, zeros that belong to no row
+        for row, part in enumerate(of_rows.split(self.lengths.tolist())):
+            padded[row, : len(part)] = part
 
-def test_dropout_stands_where_transformers_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _play_attention(self, mask: Tensor, padded: Tensor) -> None:
+        groups = [(rows, int(self.lengths[rows].max())) for rows in group_by_length(self.lengths)]
+        first_only = len(mask) == sum(len(rows) * length for rows, length in groups) * self.num_heads
+        start = 0
+        for rows, length in groups:
+            num_queries = 1 if first_only else length
+            size = len(rows) * self.num_heads * num_queries * length
+            shape = (-1, self.num_heads, num_queries, length)
+            padded[rows, :, :num_queries, :length] = mask[start : start + size].view(shape)
+            start += size
+        assert start == len(mask)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_dropout_stands_where_transformers_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_only: bool
+) -> None:
     config = tiny_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.15)
     reference = write_reference(tmp_path, config).train()
     encoder, _ = load_bert(tmp_path, generator())
     ids, types = mixed_rows(LENGTHS, config)
     masks = RecordedMasks(3)
-    ours = packed_outputs(encoder, PackedTokens.from_rows(ids, types), masks)
+    tokens = PackedTokens.from_rows(ids, types)
+    ours = (encoder.pooled(tokens, masks),) if first_only else packed_outputs(encoder, tokens, masks)
     assert [prob for prob, _ in masks.drawn] == [0.3] + [0.15, 0.3, 0.3] * config.num_hidden_layers
     played = PlayedBack(masks, LENGTHS, config.num_attention_heads)
     monkeypatch.setattr(torch.nn.functional, "dropout", played)
-    theirs = padded_outputs(reference, ids, types)
+    theirs = padded_outputs(reference, ids, types)[int(first_only) :]
     assert played.left == []
     assert_close(ours, theirs, 2e-5)
     for outputs in (ours, theirs):
-        (outputs[0].square().sum() + outputs[1].sum()).backward()
+        (outputs[0].square().sum() + outputs[-1].sum()).backward()
     wanted = {name: p.grad for name, p in reference.named_parameters()}
     for name, parameter in encoder.named_parameters():
         names = bert.huggingface_names(name)

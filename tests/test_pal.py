@@ -238,6 +238,19 @@ def test_a_prediction_through_an_adapter_does_not_depend_on_the_other_rows(confi
         assert torch.allclose(model.encoder(alone, adapter=model.adapter("sst")), states, atol=1e-5)
 
 
+@KINDS
+def test_adapters_enter_the_pooled_output_as_they_enter_all_hidden_states(config: PalConfig) -> None:
+    """In value and in the gradients of the adapters."""
+    model = pal_model(config)
+    adapter, tokens = adapter_of(model, "sst"), random_tokens(7, 4)
+    trained(adapter)
+    whole = model.encoder.pool(model.encoder(tokens, adapter=adapter)[tokens.first_tokens])
+    pooled = model.encoder.pooled(tokens, adapter=adapter)
+    torch.testing.assert_close(pooled, whole, rtol=0, atol=1e-5)
+    expected, found = (torch.autograd.grad(of.square().sum(), list(adapter.parameters())) for of in (whole, pooled))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_attention_of_an_adapter_has_the_dropout_of_the_encoder_s_attention() -> None:
     tokens = random_tokens(4, 0)
     states = torch.randn(len(tokens.input_ids), 32, generator=generator())
