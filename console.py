@@ -6,38 +6,44 @@ from typing import Any
 
 
 class Console:
-    """Lines, and a bar for the stage that is running. Without a terminal there are lines only."""
+    """Lines, and a bar for what is running, one below the other where a part of it has its own. Without a terminal
+    there are lines only."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._bars: list[Any] = []  # None without a terminal
 
     def start(self, title: str, total: int, done: int, unit: str = "step") -> None:
-        """Opens the bar of a stage."""
-        self.finish()
+        """Opens a bar, which stays until `finish`."""
+        bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, leave=False)
+            bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, leave=False)
+        self._bars.append(bar)
 
     def advance(self, amount: int = 1, record: Mapping[str, Any] | None = None) -> None:
-        if self._bar is None:
+        """Moves the newest bar."""
+        bar = self._bars[-1]
+        if bar is None:
             return
         if record is not None:
             shown = {"loss": f"{record['loss']:.3f}", "rows/s": f"{record['examples_per_second']:.0f}"}
-            self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(amount)
+            bar.set_postfix(shown, refresh=False)
+        bar.update(amount)
 
     def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        """Closes the newest bar."""
+        bar = self._bars.pop()
+        if bar is not None:
+            bar.close()
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        if self._bar is None:
+        """A line of its own, above the bars where there are some."""
+        bar = self._bars[-1] if self._bars else None
+        if bar is None:
             print(line, flush=True)
         else:
-            self._bar.write(line, file=sys.stdout)
+            bar.write(line, file=sys.stdout)
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -346,6 +347,27 @@ class FeatureRows:
 
     def by_length(self) -> np.ndarray:
         return np.arange(len(self))
+
+
+@dataclass
+class DeferredRows:
+    """Rows that are made when the first batch of them is asked for. labels: (R,), known before."""
+
+    labels: np.ndarray
+    make: Callable[[], Rows]
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return self.make()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
+        return self._rows.batch(rows)
+
+    def by_length(self) -> np.ndarray:
+        return self._rows.by_length()
 
 
 BetweenBatches = Callable[[], None]  # called between batches; may raise to stop

@@ -24,7 +24,7 @@ import torch
 from bert import BertConfig, CheckpointError, find_checkpoint, read_config
 from config import Config, FlagError, from_dict, parse
 from console import Console, duration
-from datasets import SPLITS, DataError, Rows, Tokenizer
+from datasets import SPLITS, DataError, DeferredRows, Rows, TokenizedRows, Tokenizer
 from engine import ConflictSummary, Metrics, StageSettings, Stopped, Trainer, TrainingError
 from evaluation import (
     Precision,
@@ -253,13 +253,13 @@ class Run:
             trainer.run()
         finally:
             self.console.finish()
-        self.seconds[stage.name] = round(self.seconds.get(f"{stage.name}_features", 0) + trainer.progress.seconds, 3)
+        self.seconds[stage.name] = round(trainer.progress.seconds, 3)
         self.best_epochs[stage.name] = trainer.progress.best_epoch
         if trainer.is_treated:
             self.summaries[stage.name] = ConflictSummary(trainer.progress.conflicts).means()
 
     def make_trainer(self, stage: Stage) -> Trainer:
-        """The trainer of a stage; for a frozen one, its features are computed here."""
+        """The trainer of a stage."""
         config, model = self.config, self.model
         train_rows: Mapping[str, Rows] = {task: self.data.train[task] for task in stage.tasks}
         dev_rows: Mapping[str, Rows] = {task: self.data.dev[task] for task in stage.tasks}
@@ -331,22 +331,31 @@ class Run:
         )
 
     def _features(self, stage: Stage) -> tuple[dict[str, Rows], dict[str, Rows]]:
-        started = time.perf_counter()
-        parts = [(split, task) for split in (self.data.train, self.data.dev) for task in stage.tasks]
-        self.console.start("features of the frozen encoder", sum(len(split[task]) for split, task in parts), 0, "row")
-        result: list[dict[str, Rows]] = [{}, {}]
-        for i, (split, task) in enumerate(parts):
-            size = self.config.eval_batch_size
+        """Features of the frozen encoder for training and dev rows, each task's computed when they are first needed."""
 
-            def between(size: int = size) -> None:
+        def later(rows: TokenizedRows) -> Rows:
+            return DeferredRows(rows.labels, lambda: self._compute_features(stage, rows))
+
+        train, dev = ({task: later(of[task]) for task in stage.tasks} for of in (self.data.train, self.data.dev))
+        return train, dev
+
+    def _compute_features(self, stage: Stage, rows: TokenizedRows) -> Rows:
+        size, name = self.config.eval_batch_size, rows.task.name
+
+        def between() -> None:
+            if self.stop_requested:
+                self.save()
                 self.check_stop()
-                self.console.advance(size)
+            self.console.advance(size)
 
-            features = compute_features(self.model, task, split[task], size, self.precision, between)
-            result[i // len(stage.tasks)][task] = features
-        self.console.finish()
-        self.seconds[f"{stage.name}_features"] = round(time.perf_counter() - started, 3)
-        return result[0], result[1]
+        started = time.perf_counter()
+        self.console.start(f"features of the frozen encoder, {name}", len(rows), 0, "row")
+        try:
+            return compute_features(self.model, name, rows, size, self.precision, between)
+        finally:
+            self.console.finish()
+            key = f"{stage.name}_features"
+            self.seconds[key] = round(self.seconds.get(key, 0) + time.perf_counter() - started, 3)
 
     def _regularizers(self, num_steps: int) -> list[Regularizer]:
         config = self.config
@@ -569,7 +578,6 @@ def execute(config: Config, console: Console) -> int:
         run.metrics.close()
         return 0
     except Stopped:
-        console.finish()
         assert run is not None
         console.say(f"stopped; to go on: python multitask_classifier.py --resume {run.directory.path}")
         return 128 + stop.number
@@ -585,12 +593,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return execute(parse(sys.argv[1:] if arguments is None else arguments), console)
     except USER_ERRORS as error:
-        console.finish()
         for line in str(error).split("\n"):
             print(f"error: {line}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
-        console.finish()
         print("stopped at once", file=sys.stderr)
         return 130
 

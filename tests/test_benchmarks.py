@@ -673,7 +673,9 @@ def test_start_up_reports_every_command(
     monkeypatch.setattr(start_up.Setup, "_wait", lambda self, *arguments: commands.append(" ".join(arguments)))
     assert start_up.main(quick(tiny, data)) == 0
     shown = capsys.readouterr().out
-    assert all(kind in shown for kind in (start_up.COLD, start_up.WARM, start_up.ORDINARY, start_up.FLOOR))
+    kinds = (start_up.MAIN, start_up.COLD, start_up.WARM, start_up.ORDINARY, start_up.FLOOR)
+    assert all(kind in shown for kind in kinds)
+    assert any("--option finetune --scheduler pal --pcgrad" in command and "sample" in command for command in commands)
     caches = [command.split("--cache ")[1].split()[0] for command in commands if "--cache" in command]
     assert sorted({Path(cache).name for cache in caches}) == ["cache", "off"]
 

@@ -651,16 +651,18 @@ def test_a_run_killed_twice_still_equals_the_uninterrupted_run(
 @pytest.mark.parametrize(
     ("method", "point", "number", "finished"),
     [
-        ("plain", "step", 2, ("pretrain", 2)),
+        ("plain", "step", 5, ("pretrain", 5)),
         ("gradvac", "step", 11, ("finetune", 5)),
         ("plain", "evaluation", 8, ("finetune", 3)),  # in the evaluation of the first epoch of fine-tuning
         ("plain", "evaluation", 4, ("pretrain", 6)),
         ("plain", "evaluation", 13, ("finetune", 6)),  # in the last evaluation
-        ("plain", "features", 3, None),
+        ("plain", "features", 1, ("pretrain", 0)),
+        ("plain", "features", 2, ("pretrain", 1)),  # of the second step's task
+        ("plain", "features", 5, ("pretrain", 3)),  # of dev rows, in the evaluation of the first epoch
     ],
 )
 def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uninterrupted_run(
-    what: signal.Signals, method: str, point: str, number: int, finished: tuple[str, int] | None, command: Command,
+    what: signal.Signals, method: str, point: str, number: int, finished: tuple[str, int], command: Command,
     whole_runs: Any, signalled: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
     out = tmp_path / "run"
@@ -668,12 +670,9 @@ def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uni
     assert status == 128 + what
     assert shown.splitlines()[-1] == f"stopped; to go on: python multitask_classifier.py --resume {out}"
     assert "Traceback" not in shown
-    if finished is None:
-        assert not (out / "last").exists()
-    else:
-        state = json.loads((out / "last" / "trainer.json").read_text())
-        assert (["pretrain", "finetune"][state["stage"]], state["progress"]["step"]) == finished
-        assert steps(out)[-1] == finished
+    state = json.loads((out / "last" / "trainer.json").read_text())
+    assert (["pretrain", "finetune"][state["stage"]], state["progress"]["step"]) == finished
+    assert steps(out)[-1:] == ([finished] if finished[1] else [])
     run(["--resume", str(out)])
     assert_same_run(out, whole_runs(command, METHODS[method]))
 

@@ -17,6 +17,7 @@ from datasets import (
     SPLITS,
     DataError,
     DataFile,
+    DeferredRows,
     FeatureRows,
     RowStream,
     TokenizedRows,
@@ -392,6 +393,23 @@ def test_rows_by_length_are_all_rows_with_the_longest_first(tmp_path: Path) -> N
     data = pair_rows(tmp_path)
     assert data.tokens.lengths.tolist() == [6, 7, 5]
     assert data.by_length().tolist() == [1, 0, 2]
+
+
+def test_deferred_rows_are_made_once_when_a_batch_is_asked_for() -> None:
+    features, labels = torch.arange(8.0).view(4, 2), np.array([0, 1, 2, 3], np.float32)
+    made = []
+
+    def make() -> FeatureRows:
+        made.append(True)
+        return FeatureRows(features, labels)
+
+    data = DeferredRows(labels, make)
+    assert len(data) == 4 and not made
+    for _ in range(2):
+        batch = data.batch([3, 1])
+        assert batch.features is not None and torch.equal(batch.features, features[[3, 1]])
+        assert batch.labels.tolist() == [3, 1] and data.by_length().tolist() == [0, 1, 2, 3]
+    assert len(made) == 1
 
 
 def test_feature_rows_give_features_and_labels_of_the_rows_asked_for() -> None:
