@@ -112,15 +112,16 @@ def to_csv(table: Table) -> str:
 
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1200px; margin: 0 auto;
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1248px; margin: 0 auto;
        padding: 0 16px 48px; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2em 0 .6em; border-bottom: 1px solid #ccc; }
 p { max-width: 75ch; overflow-wrap: anywhere; }
 .box { overflow-x: auto; margin: 0 0 1.2em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93em; }
-th, td { padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9em; }
+th, td { padding: .3em .5em; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 th { white-space: nowrap; border-bottom: 2px solid #888; }
-td { white-space: nowrap; } td.text { white-space: normal; min-width: 16em; } .number { text-align: right; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 9em; }
+td.text { white-space: normal; min-width: 16em; } .number { text-align: right; }
 .marked { font-weight: 700; background: #e6f1f8; }
 img { max-width: 100%; min-width: min(520px, 160vw); height: auto; }
 figure { margin: 0 0 1em; } figcaption { font-size: .85em; color: #555; }

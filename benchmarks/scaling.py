@@ -194,6 +194,9 @@ def draw_panels(curves: Sequence[Curve], path: Path) -> None:
         for curve, color, marker in zip(of_axis, COLORS, MARKERS, strict=False):
             _draw(panel, curve, color, marker)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
+        sizes = sorted({size for curve in of_axis for size in curve.seconds})
+        panel.set_xticks(sizes, labels=[f"{size:,}" for size in sizes])
+        panel.xaxis.minorticks_off()
         panel.grid(color="0.9", linewidth=0.6)
         panel.legend(fontsize=8)
     beside = path.with_name(path.name + ".tmp")
