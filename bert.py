@@ -558,39 +558,14 @@ class Bert(nn.Module):
         masks: DropoutMasks | None = None,
         adapter: LayerAdapter | None = None,
         perturbation: Tensor | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        """Hidden states (N, D) of the last layer.
+        """Hidden states (N, D) of the last layer, or (B, D) of each row's [CLS] alone.
 
         masks: where dropout's masks come from; None for evaluation. perturbation: (N, D), added to the input embeddings
-        before their LayerNorm. adapter: the task's addition to each layer.
+        before their LayerNorm. adapter: the task's addition to each layer. first_only: only [CLS] is wanted; what else
+        the last layer has of a row is not computed.
         """
-        return self._encode(tokens, masks, adapter, perturbation, first_only=False)[: len(tokens.input_ids)]
-
-    def pooled(
-        self,
-        tokens: PackedTokens,
-        masks: DropoutMasks | None = None,
-        adapter: LayerAdapter | None = None,
-        perturbation: Tensor | None = None,
-    ) -> Tensor:
-        """(B, D) pooled output, a dense layer and tanh over each row's [CLS]; what else the last layer has of a row is
-        not computed. The arguments are those of `forward`.
-        """
-        return self.pool(self._encode(tokens, masks, adapter, perturbation, first_only=True))
-
-    def pool(self, first_states: Tensor) -> Tensor:
-        """(B, D) pooled output from the hidden states (B, D) of the rows' first tokens."""
-        return torch.tanh(self.pooler(first_states))
-
-    def _encode(
-        self,
-        tokens: PackedTokens,
-        masks: DropoutMasks | None,
-        adapter: LayerAdapter | None,
-        perturbation: Tensor | None,
-        first_only: bool,
-    ) -> Tensor:
-        """Hidden states of the last layer: (B, D) of the first tokens only, or (M, D), M >= N, of all."""
         embeddings = self.word_embeddings(tokens.input_ids) + self.position_embeddings(tokens.position_ids)
         embeddings = embeddings + self.token_type_embeddings(tokens.token_type_ids)  # (N, D)
         if perturbation is not None:
@@ -601,7 +576,11 @@ class Bert(nn.Module):
             term = None if adapter is None else adapter(i, hidden_states, tokens.layout, masks)
             wanted = tokens.first_tokens if first_only and i == len(self.layers) - 1 else None
             hidden_states = layer(hidden_states, tokens.layout, masks, term, wanted)
-        return hidden_states
+        return hidden_states if first_only else hidden_states[: len(embeddings)]
+
+    def pool(self, first_states: Tensor) -> Tensor:
+        """(B, D) pooled output, a dense layer and tanh, from the hidden states (B, D) of the rows' [CLS]."""
+        return torch.tanh(self.pooler(first_states))
 
 
 class Uninitialized(TorchFunctionMode):

@@ -245,7 +245,7 @@ class Trainer:
         if not is_last and (settings.eval_every == 0 or epoch % settings.eval_every):
             return
         started = time.perf_counter()
-        metrics = self.evaluate(self._before_evaluated_batch)
+        metrics = self.evaluate(self.stop_if_requested)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         score = mean_score(metrics)
@@ -264,8 +264,8 @@ class Trainer:
                 f"{progress.best_epoch}"
             )
 
-    def _before_evaluated_batch(self) -> None:
-        """A stop during an evaluation goes back to the last finished step; resuming evaluates again."""
+    def stop_if_requested(self) -> None:
+        """A stop between batches that train nothing goes back to the last finished step; resuming runs them again."""
         if self.listener.stop_requested:
             self.listener.save()
             self.listener.check_stop()

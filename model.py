@@ -129,7 +129,8 @@ class MultitaskBert(nn.Module):
     ) -> Tensor:
         """(B, D) what the head of a task reads."""
         assert batch.tokens is not None, "a batch of features is for the heads alone"
-        return self.encoder.pooled(batch.tokens, masks, self.adapter(task), perturbation)
+        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, first_only=True)
+        return self.encoder.pool(states)
 
     def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:
         """Logits (B, K) of a task's head from (B, D)."""

@@ -282,9 +282,8 @@ class Run:
         trained = {id(p) for own in (shared, *of_tasks.values()) for p in own.values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        model.sparse_embedding_gradient(
-            bool(shared) and self.precision.device.type == "cpu"
-        )  # a GPU adds faster as it is
+        # On the CPU only: adding rows makes a GPU wait for the host.
+        model.sparse_embedding_gradient(bool(shared) and self.precision.device.type == "cpu")
         sizes = model.segment_sizes() if config.granularity == "layer" else [len(shared)]
         treatment = (
             Sum()
@@ -343,9 +342,8 @@ class Run:
         size, name = self.config.eval_batch_size, rows.task.name
 
         def between() -> None:
-            if self.stop_requested:
-                self.save()
-                self.check_stop()
+            assert self.trainer is not None
+            self.trainer.stop_if_requested()
             self.console.advance(size)
 
         started = time.perf_counter()

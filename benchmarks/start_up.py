@@ -41,7 +41,7 @@ MAIN, COLD, WARM, ORDINARY, FLOOR = (
     "import torch",
 )
 AT_MOST = 6.0  # seconds, of the main job
-TIME_OUT = 600
+TIME_OUT = 600  # seconds
 POLL = 0.005
 
 

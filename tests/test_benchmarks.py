@@ -175,7 +175,7 @@ def test_needed_flops_are_those_that_torch_counts_in_our_encoder(
     tokens = PackedTokens.from_rows([[1] * 6] * 4, [[0] * 6] * 4)
     encoder = tiny_encoder(**dataclasses.asdict(config))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder.pooled(tokens)
+        encoder.pool(encoder(tokens, first_only=True))
     assert counter.get_total_flops() == harness.needed_flops(config, lengths)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder.pool(encoder(tokens)[tokens.first_tokens])

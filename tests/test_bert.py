@@ -250,14 +250,14 @@ def test_the_pooled_output_is_that_of_all_hidden_states(overrides: dict[str, Any
     whole.square().sum().backward()
     expected = {name: parameter.grad for name, parameter in encoder.named_parameters()}
     encoder.zero_grad()
-    pooled = encoder.pooled(tokens)
+    pooled = encoder.pool(encoder(tokens, first_only=True))
     pooled.square().sum().backward()
     assert_close([pooled], [whole])
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None and expected[name] is not None, name
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=2e-5, msg=name)
     with torch.no_grad():
-        assert_close([encoder.pooled(tokens)], [whole])
+        assert_close([encoder.pool(encoder(tokens, first_only=True))], [whole])
 
 
 # ------------------------------------------------------------------------------------------------------ dropout
@@ -325,7 +325,11 @@ def test_dropout_stands_where_transformers_has_it(
     ids, types = mixed_rows(LENGTHS, config)
     masks = RecordedMasks(3)
     tokens = PackedTokens.from_rows(ids, types)
-    ours = (encoder.pooled(tokens, masks),) if first_only else packed_outputs(encoder, tokens, masks)
+    ours = (
+        (encoder.pool(encoder(tokens, masks, first_only=True)),)
+        if first_only
+        else packed_outputs(encoder, tokens, masks)
+    )
     assert [prob for prob, _ in masks.drawn] == [0.3] + [0.15, 0.3, 0.3] * config.num_hidden_layers
     played = PlayedBack(masks, LENGTHS, config.num_attention_heads)
     monkeypatch.setattr(torch.nn.functional, "dropout", played)
