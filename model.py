@@ -151,12 +151,14 @@ class MultitaskBert(nn.Module):
             parts[f"adapters.{task}"] = self.adapters[task]
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
-    def sparse_embedding_gradient(self, wanted: bool) -> None:
+    def sparse_embedding_gradient(self, wanted: bool) -> str | None:
         """Whether the word embeddings' gradient is added to `grad` row by row, not as a matrix of the whole vocabulary.
 
-        `grad` must be there then, as it is for parameters that a `TaskGradients` points to.
+        `grad` must be there then, as it is for parameters that a `TaskGradients` points to. Returns the name that the
+        parameter has among the shared ones if it is wanted, else None.
         """
         self.encoder.word_embeddings.sparse = wanted
+        return "encoder.word_embeddings.weight" if wanted else None
 
     def segment_sizes(self) -> list[int]:
         """How many tensors of `shared_parameters` belong to the embeddings, to each layer and to the pooler."""

@@ -1,16 +1,32 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel.
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), with clipping in the same pass over memory.
 
-torch.optim.AdamW calls the same kernel; its base class imports torch's compiler when it is made, which would be the
-longest part of a run's start.
+By our own kernel where there is one, else by torch's fused one, which torch.optim.AdamW calls too; its base class
+imports torch's compiler when it is made, which would be the longest part of a run's start.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+import kernels
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """Euclidean norm of all gradients together; infinite or NaN where one of them is."""
+    if kernels.usable(*gradients) and all(gradient.is_contiguous() for gradient in gradients):
+        return math.sqrt(sum(kernels.squared_norm(gradient) for gradient in gradients))
+    return float(nn.utils.get_total_norm(gradients, foreach=True))
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by so that it is at most max_norm; 0 for no limit."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
 
 
 class AdamW:
@@ -23,22 +39,36 @@ class AdamW:
         self.parameters = parameters
         self.weight_decay = weight_decay
         self._moments: dict[str, dict[str, Tensor]] = {}
+        self._has_moments: dict[str, Tensor] = {}  # of parameters with `lines`: (V,) uint8, the lines ever moved
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Moves the parameters along their gradients."""
+    def step(self, lr: float, factor: float = 1.0, lines: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Moves the parameters along their gradients times `factor`. What `grad` holds afterwards is nobody's.
+
+        lines: of matrices by name the lines whose gradient may not be zero; nothing else of it has to be looked at.
+        """
         present = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         decayed = [name for name in present if self.parameters[name].dim() > 1]
         others = [name for name in present if self.parameters[name].dim() <= 1]
         for names, weight_decay in ((decayed, self.weight_decay), (others, 0.0)):
-            self._step(names, lr, weight_decay)
+            self._step(names, lr, factor, weight_decay, lines)
 
-    def _step(self, names: Sequence[str], lr: float, weight_decay: float) -> None:
+    def _step(
+        self, names: Sequence[str], lr: float, factor: float, weight_decay: float, lines: Mapping[str, Tensor]
+    ) -> None:
         parameters = [self.parameters[name] for name in names]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         moments = [self._moments_of(name) for name in names]
+        if all(kernels.usable(t) and t.is_contiguous() for t in (*parameters, *gradients)):
+            for name, parameter, gradient, of in zip(names, parameters, gradients, moments, strict=True):
+                state = self._line_states(name, lines[name]) if name in lines else None
+                _kernel_step(parameter, gradient, of, lr, factor, weight_decay, state)
+            return
+        if factor != 1:
+            torch._foreach_mul_(gradients, factor)
         adamw(
             parameters,  # type: ignore[arg-type]
-            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            gradients,
             [of["exp_avg"] for of in moments],
             [of["exp_avg_sq"] for of in moments],
             [],
@@ -63,13 +93,49 @@ class AdamW:
             }
         return self._moments[name]
 
+    def _line_states(self, name: str, lines: Tensor) -> Tensor:
+        """(V,) uint8, as the kernel wants them: 0 never moved, 1 moved before, 2 with a gradient now."""
+        if name not in self._has_moments:
+            moments = self._moments[name]
+            moved = moments["exp_avg"].any(1) | moments["exp_avg_sq"].any(1)
+            self._has_moments[name] = moved.to(torch.uint8)
+        states = self._has_moments[name].clone()
+        states[lines] = 2
+        self._has_moments[name][lines] = 1
+        return states
+
     def state(self) -> dict[str, Tensor]:
         """ "<parameter>:<moment>" to tensor, for all parameters that have been moved."""
         return {f"{name}:{key}": value for name, of in self._moments.items() for key, value in of.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up what `state` gave."""
-        self._moments = {}
+        self._moments, self._has_moments = {}, {}
         for name, value in tensors.items():
             parameter, key = name.rsplit(":", 1)
             self._moments.setdefault(parameter, {})[key] = value.to(self.parameters[parameter].device)
+
+
+def _kernel_step(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: Mapping[str, Tensor],
+    lr: float,
+    factor: float,
+    weight_decay: float,
+    line_states: Tensor | None,
+) -> None:
+    step = float(moments["step"].add_(1))
+    kernels.adamw(
+        parameter,
+        gradient,
+        moments["exp_avg"],
+        moments["exp_avg_sq"],
+        line_states,
+        factor=factor,
+        decay=1 - lr * weight_decay,
+        betas=BETAS,
+        step_size=lr / (1 - BETAS[0] ** step),
+        root_correction=math.sqrt(1 - BETAS[1] ** step),
+        epsilon=EPSILON,
+    )

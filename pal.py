@@ -7,7 +7,7 @@ output matrix, V_D projects up again.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ class ProjectedAttention(nn.Module):
         if self.config.kind == "low_rank":
             return self.up[place](self.down[place](hidden_states))  # type: ignore[no-any-return]
         projected = self.down[0](hidden_states)  # (N, d)
-        attended = packed_attention(self.qkv[place](projected), layout, self.config.num_heads, self.dropout_prob, masks)
+        qkv = cast(Linear, self.qkv[place])
+        attended = packed_attention(qkv, projected, layout, self.config.num_heads, self.dropout_prob, masks)
         return self.up[0](attended)  # type: ignore[no-any-return]
 
 

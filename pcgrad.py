@@ -11,6 +11,7 @@ Shape letters: T tasks of a step, P shared parameters, S segments of them that a
 """
 
 import importlib
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+import kernels
 
 
 class Treatment(Protocol):
@@ -250,9 +253,18 @@ class TaskGradients:
 
     parameters: the shared parameters, in an order that keeps each segment together. segment_sizes: how many of the
     parameter tensors make up each segment. num_rows: T, or 1 where the tasks' gradients are only summed.
+
+    embedding: one of the parameters, a matrix, of which a batch has gradients in few lines; `touch` says in which. All
+    others are zero and nothing here looks at them.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], num_rows: int, segment_sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        num_rows: int,
+        segment_sizes: Sequence[int],
+        embedding: nn.Parameter | None = None,
+    ) -> None:
         if sum(segment_sizes) != len(parameters):
             raise ValueError(f"segments of {sum(segment_sizes)} tensors for {len(parameters)} parameters")
         self.parameters = list(parameters)
@@ -263,39 +275,86 @@ class TaskGradients:
             [part.view_as(p) for part, p in zip(row.split(counts), parameters, strict=True)] if parameters else []
             for row in self.rows
         ]
-        bounds, first = [], 0
-        for size in segment_sizes:
-            bounds.append(sum(counts[first : first + size]))
-            first += size
-        self._segments = self.rows.split(bounds, dim=1)
-        self._chunk = 2**20 if like.device.type == "cpu" else max(1, sum(counts))  # what stays in a processor's cache
+        self._place = next((i for i, p in enumerate(parameters) if p is embedding), None)
+        self._touched: list[list[Tensor]] = [[] for _ in range(num_rows)]
+        self._segments: list[list[Tensor]] = []  # of each segment its columns (T, P'), without the embedding's
+        self._embedding_segment, first, numbers = 0, 0, iter(range(len(counts)))
+        for number, size in enumerate(segment_sizes):
+            bounds = [[first, first]]
+            for i in itertools.islice(numbers, size):
+                first += counts[i]
+                if i == self._place:
+                    self._embedding_segment = number
+                    bounds.append([first, first])
+                bounds[-1][1] = first
+            self._segments.append([self.rows[:, start:end] for start, end in bounds if end > start])
+
+    def touch(self, row: int, lines: Tensor) -> None:
+        """A backward pass into a row is about to add to these lines of the embedding; (N,), in any order."""
+        self._touched[row].append(lines)
+
+    def touched(self, rows: Sequence[int]) -> Tensor:
+        """The lines of the embedding that any of these rows may have gradients in, each once."""
+        lines = [part for row in rows for part in self._touched[row]]
+        return torch.cat(lines).unique() if lines else torch.empty(0, dtype=torch.long, device=self.rows.device)
 
     def zero(self) -> None:
-        self.rows.zero_()
+        for parts in self._segments:
+            for part in parts:
+                part.zero_()
+        if self._place is not None:
+            for row, views in enumerate(self._views):
+                views[self._place].index_fill_(0, self.touched([row]), 0.0)
+                self._touched[row].clear()
 
     def point_to(self, row: int) -> None:
         """From here on backward passes accumulate into a row."""
         for parameter, view in zip(self.parameters, self._views[row], strict=True):
             parameter.grad = view
 
+    def parts(self, row: int) -> list[Tensor]:
+        """All numbers of a row that may not be zero, in contiguous tensors."""
+        lines = [] if self._place is None else [self._views[row][self._place][self.touched([row])]]
+        return [*(part[row] for parts in self._segments for part in parts), *lines]
+
     def gramians(self, rows: Sequence[int]) -> Tensor:
         """(S, T, T) inner products of rows over each segment, float64 on the CPU."""
-        stacked = torch.stack([gramian(segment) for segment in self._segments])
+        every = range(len(self.rows))
+        zero = torch.zeros(len(every), len(every), dtype=torch.float64, device=self.rows.device)
+        totals = [sum((gramian(part) for part in parts), zero) for parts in self._segments]
+        if self._place is not None:
+            lines = self.touched(every)
+            found = torch.stack([views[self._place][lines].flatten() for views in self._views])
+            totals[self._embedding_segment] = totals[self._embedding_segment] + gramian(found)
         index = torch.tensor(list(rows))
-        return stacked.cpu()[:, index[:, None], index]
+        return torch.stack(totals).cpu()[:, index[:, None], index]
 
     def combine(self, rows: Sequence[int], weights: Tensor) -> None:
         """Makes the gradient of the optimizer: on each segment the sum of weights[s, t] * rows[t]. weights: (S, T).
 
         The sum is built in the first of the rows, in place, and every parameter's `grad` shows it.
         """
-        first, *others = rows
-        for segment, weight in zip(self._segments, weights.tolist(), strict=True):
-            for part in segment.split(self._chunk, dim=1):
-                part[first].mul_(weight[0])
-                for row, factor in zip(others, weight[1:], strict=True):
-                    part[first].add_(part[row], alpha=factor)
+        first, of_segments = rows[0], weights.tolist()
+        for parts, weight in zip(self._segments, of_segments, strict=True):
+            for part in parts:
+                _weighted_sum_in_first([part[row] for row in rows], weight)
+        if self._place is not None:
+            lines, place = self.touched(rows), self._place
+            factors = zip(rows, of_segments[self._embedding_segment], strict=True)
+            total = sum((self._views[row][place][lines] * factor for row, factor in factors), torch.zeros(()))
+            self._views[first][place][lines] = total
+            self._touched[first] = [lines]
         self.point_to(first)
+
+
+def _weighted_sum_in_first(rows: Sequence[Tensor], weights: Sequence[float]) -> None:
+    """Makes the first of these vectors the sum of weights[t] * rows[t]."""
+    if kernels.usable(*rows):
+        kernels.weighted_sum_in_first(rows, weights)
+        return
+    rows[0].mul_(weights[0])
+    for row, factor in zip(rows[1:], weights[1:], strict=True):
+        rows[0].add_(row, alpha=factor)
 
 
 def gramian(rows: Tensor, chunk: int = 16384) -> Tensor:
@@ -315,6 +374,8 @@ def gramian(rows: Tensor, chunk: int = 16384) -> Tensor:
 
 def _chunked_gramian(rows: Tensor, chunk: int) -> Tensor:
     num_rows, size = rows.shape
+    if kernels.usable(rows) and rows.stride(1) == 1:
+        return kernels.block_gramians(rows, chunk).double().sum(0)
     whole = size // chunk * chunk
     blocks = rows[:, :whole].view(num_rows, -1, chunk).transpose(0, 1)  # (P / chunk, T, chunk)
     rest = rows[:, whole:]

@@ -52,6 +52,7 @@ class Smoothness:
             self.model.encoder.config.hidden_size,
             self.config,
             generator,
+            list(self.model.parameters()),
         )
         return self.config.weight * term
 

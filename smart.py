@@ -3,7 +3,8 @@
 Both compare two predictions of the same rows by the task's own divergence (`Output.divergence` in tasks.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,21 +36,37 @@ def smoothness(
     hidden_size: int,
     config: SmartConfig,
     generator: torch.Generator,
+    parameters: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Mean over rows of max over |d|_inf <= eps of divergence(f(x + d), f(x)), a scalar, without the factor lambda.
 
     predict: logits (B, K) under a perturbation (N, D) of the input embeddings, with the dropout masks that `logits`
     (B, K), the prediction without perturbation, was made with. row_of_token: (N,) which row a token belongs to.
-    Gradients flow through both predictions.
+    Gradients flow through both predictions. parameters: of the model behind `predict`; the search for the perturbation
+    needs no gradients of theirs, and computes none of those that are named.
     """
     start = torch.randn(len(row_of_token), hidden_size, generator=generator, device=row_of_token.device)
     perturbation = start * config.sigma
     for _ in range(config.steps):
         perturbation.requires_grad_(True)
-        distance = divergence(predict(perturbation), logits.detach()).sum()
+        with held_still(parameters):
+            distance = divergence(predict(perturbation), logits.detach()).sum()
         (gradient,) = torch.autograd.grad(distance, perturbation)
         perturbation = ascend(perturbation.detach(), gradient, row_of_token, len(logits), config)
     return divergence(predict(perturbation), logits).mean()
+
+
+@contextmanager
+def held_still(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within it these parameters are constants."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def ascend(perturbation: Tensor, gradient: Tensor, row_of_token: Tensor, num_rows: int, config: SmartConfig) -> Tensor:

@@ -83,6 +83,7 @@ def make_trainer(
     regularizers: Sequence[Regularizer] = (),
     precision: Precision = CPU,
     batch_size: int = BATCH_SIZE,
+    embedding: str | None = None,
 ) -> Trainer:
     """A trainer that draws the tasks in turn, `draws_per_step` of them in a step."""
     tasks = tuple(rows)
@@ -117,14 +118,15 @@ def make_trainer(
         eval_batch_size=64,
         listener=Silent(),
         regularizers=regularizers,
+        embedding=embedding,
     )
 
 
 def full_trainer(model: MultitaskBert, rows: Mapping[str, Rows], **options: Any) -> Trainer:
     """A trainer of the whole model; options: those of `make_trainer`."""
-    model.sparse_embedding_gradient(options.get("precision", CPU).device.type == "cpu")
+    embedding = model.sparse_embedding_gradient(options.get("precision", CPU).device.type == "cpu")
     of_tasks = {task: model.task_parameters(task) for task in rows}
-    return make_trainer(model, model.shared_parameters(), of_tasks, rows, **options)
+    return make_trainer(model, model.shared_parameters(), of_tasks, rows, embedding=embedding, **options)
 
 
 class Draws:

@@ -1,0 +1,607 @@
+/* The encoder's passes that are not products of large matrices, each in one go over memory: attention within rows, GELU,
+   and dropout + residual sum + LayerNorm, forward and backward, in float32 on the CPU. kernels.py compiles this file and
+   calls it; what each function computes is written there once more with torch's operations.
+
+   Shape letters as in bert.py: N packed tokens, B rows of tokens, L tokens of a row, D hidden, H heads, E = D / H.
+   All matrices are row-major. Dropout comes as 16 random bits an element: it is kept where (int16_t) bits >= threshold,
+   and then multiplied by `keep`; without bits nothing is dropped. (Attention may read up to LANES words more than there
+   are elements.) Work is shared out over `threads` threads in a way that
+   depends on their number only, so that the same call gives the same bits. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16 /* floats that are handled together; a processor with narrower registers takes several */
+#define QUERIES 4
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t int_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int16_t word_lanes __attribute__((vector_size(2 * LANES), aligned(2)));
+
+static inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+static inline lanes at(const float *place) { return *(const lanes *)place; }
+static inline void put(lanes values, float *place) { *(lanes *)place = values; }
+
+/* The first `count` of LANES places, the others zero. */
+static inline lanes some_at(const float *place, long count)
+{
+    lanes values = {0};
+    memcpy(&values, place, sizeof(float) * count);
+    return values;
+}
+
+static inline lanes choose(int_lanes condition, lanes yes, lanes no)
+{
+    return (lanes)((condition & (int_lanes)yes) | (~condition & (int_lanes)no));
+}
+
+static inline float kept(int16_t bits, int threshold, float keep) { return bits >= threshold ? keep : 0.0f; }
+
+static inline lanes kept_lanes(const int16_t *bits, int threshold, float keep)
+{
+    const int_lanes words = __builtin_convertvector(*(const word_lanes *)bits, int_lanes);
+    return (lanes)((words >= threshold) & (int_lanes)(keep + (lanes){0}));
+}
+
+static inline lanes folded(lanes x, int_lanes places) { return __builtin_shuffle(x, places); }
+
+static const int_lanes HALVES[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+                                    {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+                                    {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+                                    {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
+
+static inline float sum_of(lanes x)
+{
+    for (int i = 0; i < 4; i++) x += folded(x, HALVES[i]);
+    return x[0];
+}
+
+static inline lanes larger(lanes x, lanes y) { return choose(x > y, x, y); }
+
+static inline float largest_of(lanes x)
+{
+    for (int i = 0; i < 4; i++) x = larger(x, folded(x, HALVES[i]));
+    return x[0];
+}
+
+/* exp by 2^n * exp(r), |r| <= ln(2) / 2, with a polynomial for exp(r): relative error below 2e-7. Below -87 it is 0:
+   numbers too small to be normal would make every operation that meets them a hundred times slower. NaN stays NaN. */
+static inline lanes exponential(lanes x)
+{
+    const int_lanes vanishes = x < -87.0f;
+    const lanes shifted = x * 1.44269504f + 12582912.0f; /* its last bits are those of the nearest integer */
+    const lanes n = shifted - 12582912.0f;
+    const lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    lanes p = 1.38144668e-3f * r + 8.36878043e-3f;
+    p = p * r + 4.16683942e-2f;
+    p = p * r + 1.66665201e-1f;
+    p = p * r + 4.99999934e-1f;
+    p = p * (r * r) + (r + 1.0f);
+    return (lanes)(((int_lanes)p + ((int_lanes)shifted << 23)) & ~vanishes);
+}
+
+/* The normal distribution function Phi(x) and its density. The tail beyond |x| is exp(-x^2 / 2) times a polynomial in
+   t = 1 / (1 + 0.3 |x|) (the form of Hastings 1955; coefficients fitted to the scaled complementary error function up to
+   |x| = 13.5, relative error 1.3e-7). */
+static inline lanes normal(lanes x, lanes *density)
+{
+    const lanes size = (lanes)((int_lanes)x & 0x7fffffff);
+    const lanes t = 1.0f / (1.0f + 0.3f * size);
+    const lanes e = exponential(-0.5f * x * x);
+    lanes p = 3.59317467e-2f * t - 1.58276045e-1f;
+    p = p * t + 2.08206675e-1f;
+    p = p * t - 5.53939047e-2f;
+    p = p * t + 1.29469228e-1f;
+    p = p * t + 9.96374856e-2f;
+    p = p * t + 1.20798360e-1f;
+    p = p * t + 1.19626390e-1f;
+    const lanes tail = e * p * t;
+    *density = e * 0.398942280f;
+    return choose(x > 0.0f, 1.0f - tail, tail);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- dropout */
+
+/* words first to first + count - 1 of the sequence of SplitMix64 (Steele, Lea and Flood 2014) that begins at `key`. */
+void random_words(uint64_t key, uint64_t first, long count, uint64_t *words, int threads)
+{
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (long i = 0; i < count; i++) {
+        uint64_t z = key + (first + i + 1) * 0x9E3779B97F4A7C15u;
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+        words[i] = z ^ (z >> 31);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------------- GELU */
+
+/* output (N, width) = GELU(input + bias). */
+void gelu_forward(long num_rows, long width, const float *input, const float *bias, float *output, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < num_rows; row++) {
+        const float *x = input + row * width;
+        float *y = output + row * width;
+        long i = 0;
+        lanes density;
+        for (; i + LANES <= width; i += LANES) {
+            const lanes value = at(x + i) + at(bias + i);
+            put(value * normal(value, &density), y + i);
+        }
+        if (i < width) {
+            const lanes value = some_at(x + i, width - i) + some_at(bias + i, width - i);
+            const lanes result = value * normal(value, &density);
+            memcpy(y + i, &result, sizeof(float) * (width - i));
+        }
+    }
+}
+
+/* grad_input (N, width); grad_bias (threads, width), zero before: each thread's part of the sum over rows. */
+void gelu_backward(long num_rows, long width, const float *input, const float *bias, const float *grad,
+                   float *grad_input, float *grad_bias, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long part = 0; part < threads; part++) {
+        float *sums = grad_bias + part * width;
+        for (long row = num_rows * part / threads; row < num_rows * (part + 1) / threads; row++) {
+            const float *x = input + row * width, *g = grad + row * width;
+            float *into = grad_input + row * width;
+            long i = 0;
+            lanes density;
+            for (; i + LANES <= width; i += LANES) {
+                const lanes value = at(x + i) + at(bias + i), probability = normal(value, &density);
+                const lanes result = at(g + i) * (probability + value * density);
+                put(result, into + i);
+                put(at(sums + i) + result, sums + i);
+            }
+            if (i < width) {
+                const lanes value = some_at(x + i, width - i) + some_at(bias + i, width - i);
+                const lanes probability = normal(value, &density);
+                const lanes result = some_at(g + i, width - i) * (probability + value * density);
+                memcpy(into + i, &result, sizeof(float) * (width - i));
+                for (; i < width; i++) sums[i] += into[i];
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ residual sum, LayerNorm */
+
+/* sums (N, D) = residual + dropout(update + offset) + term, output = LayerNorm(sums) * weight + bias; `mean` and `scale`
+   (N,) are what LayerNorm subtracts and multiplies by. bits and term may be absent; offset and bias are (D,). */
+void residual_norm_forward(long num_rows, long size, const float *update, const float *offset, const float *residual,
+                           const float *term, const int16_t *bits, int threshold, float keep, const float *weight,
+                           const float *bias, float epsilon, float *sums, float *mean, float *scale, float *output,
+                           int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < num_rows; row++) {
+        const long first = row * size;
+        const float *x = update + first, *r = residual + first;
+        float *s = sums + first, *y = output + first;
+        if (bits) {
+            const int16_t *b = bits + first;
+#pragma omp simd
+            for (long i = 0; i < size; i++) s[i] = r[i] + (x[i] + offset[i]) * kept(b[i], threshold, keep);
+        } else {
+#pragma omp simd
+            for (long i = 0; i < size; i++) s[i] = r[i] + (x[i] + offset[i]);
+        }
+        if (term) {
+#pragma omp simd
+            for (long i = 0; i < size; i++) s[i] += term[first + i];
+        }
+        float total = 0, squares = 0;
+#pragma omp simd reduction(+ : total)
+        for (long i = 0; i < size; i++) total += s[i];
+        const float m = total / size;
+#pragma omp simd reduction(+ : squares)
+        for (long i = 0; i < size; i++) squares += (s[i] - m) * (s[i] - m);
+        const float f = 1.0f / sqrtf(squares / size + epsilon);
+        mean[row] = m;
+        scale[row] = f;
+#pragma omp simd
+        for (long i = 0; i < size; i++) y[i] = (s[i] - m) * f * weight[i] + bias[i];
+    }
+}
+
+/* grad_sums (N, D): of the residual and of the term; grad_update (N, D), the same array where nothing was dropped.
+   grad_offset, grad_weight, grad_bias (threads, D), zero before: each thread's part of the sum over rows. */
+void residual_norm_backward(long num_rows, long size, const float *grad, const float *sums, const float *mean,
+                            const float *scale, const float *weight, const int16_t *bits, int threshold, float keep,
+                            float *grad_sums, float *grad_update, float *grad_offset, float *grad_weight,
+                            float *grad_bias, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long part = 0; part < threads; part++) {
+        float *go = grad_offset + part * size, *gw = grad_weight + part * size, *gb = grad_bias + part * size;
+        for (long row = num_rows * part / threads; row < num_rows * (part + 1) / threads; row++) {
+            const long first = row * size;
+            const float *g = grad + first, *s = sums + first;
+            float *into = grad_sums + first;
+            const float m = mean[row], f = scale[row];
+            float total = 0, along = 0; /* of the gradient of the normalized row, and of its product with that row */
+#pragma omp simd reduction(+ : total, along)
+            for (long i = 0; i < size; i++) {
+                const float normalized = (s[i] - m) * f, weighted = g[i] * weight[i];
+                total += weighted;
+                along += weighted * normalized;
+                gw[i] += g[i] * normalized;
+                gb[i] += g[i];
+            }
+            total /= size;
+            along /= size;
+#pragma omp simd
+            for (long i = 0; i < size; i++)
+                into[i] = f * (g[i] * weight[i] - total - (s[i] - m) * f * along);
+            float *to = grad_update + first;
+            if (bits) {
+                const int16_t *b = bits + first;
+#pragma omp simd
+                for (long i = 0; i < size; i++) to[i] = into[i] * kept(b[i], threshold, keep);
+            }
+#pragma omp simd
+            for (long i = 0; i < size; i++) go[i] += to[i];
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- attention */
+
+/* Where the rows and heads of a batch lie. Query q of row r stands in line query_starts[r] + q of the queries, key and
+   value k in line starts[r] + k of theirs; a line is `stride` floats, of which head h has those from h * E on. The random
+   bits of query q, key k of head h in row r are at bits_starts[r] + (h * queries[r] + q) * bits_strides[r] + k, where
+   `queries` counts the queries that the bits have room for. */
+typedef struct {
+    long num_rows, num_heads, head_size;
+    const int64_t *query_starts, *num_queries, *starts, *lengths, *bits_starts, *bits_queries, *bits_strides;
+    const int16_t *bits;
+    int threshold;
+    float keep;
+    const float *query_bias, *key_bias, *value_bias; /* (D,) to be added, or absent */
+} Rows;
+
+/* out (QUERIES, columns) = a (QUERIES, inner) b (inner, columns); columns: a multiple of LANES, and the stride of b and
+   out. */
+static inline void product(long inner, long columns, const float *a, long a_stride, const float *b, float *out)
+{
+    long column = 0;
+    for (; column + 2 * LANES <= columns; column += 2 * LANES) {
+        lanes sum[QUERIES][2] = {0};
+        for (long k = 0; k < inner; k++) {
+            const lanes b0 = *(const lanes *)(b + k * columns + column);
+            const lanes b1 = *(const lanes *)(b + k * columns + column + LANES);
+            for (int q = 0; q < QUERIES; q++) {
+                sum[q][0] += a[q * a_stride + k] * b0;
+                sum[q][1] += a[q * a_stride + k] * b1;
+            }
+        }
+        for (int q = 0; q < QUERIES; q++) {
+            *(lanes *)(out + q * columns + column) = sum[q][0];
+            *(lanes *)(out + q * columns + column + LANES) = sum[q][1];
+        }
+    }
+    for (; column < columns; column += LANES) {
+        lanes sum[QUERIES] = {0};
+        for (long k = 0; k < inner; k++)
+            for (int q = 0; q < QUERIES; q++) sum[q] += a[q * a_stride + k] * *(const lanes *)(b + k * columns + column);
+        for (int q = 0; q < QUERIES; q++) *(lanes *)(out + q * columns + column) = sum[q];
+    }
+}
+
+/* out (rows, columns) += a^T b, a (QUERIES, rows), b (QUERIES, columns). */
+static inline void add_outer(long rows, long columns, const float *a, long a_stride, const float *b, float *out)
+{
+    for (long column = 0; column < columns; column += LANES) {
+        lanes of[QUERIES];
+        for (int q = 0; q < QUERIES; q++) of[q] = *(const lanes *)(b + q * columns + column);
+        for (long row = 0; row < rows; row++) {
+            lanes *into = (lanes *)(out + row * columns + column);
+            lanes sum = *into;
+            for (int q = 0; q < QUERIES; q++) sum += a[q * a_stride + row] * of[q];
+            *into = sum;
+        }
+    }
+}
+
+/* One head of a row, (lines, width) of the source: transposed to (E, lines_padded), or to (lines, width_padded). */
+static void load_transposed(long lines, long width, long padded, const float *from, long stride, const float *bias,
+                            float *to)
+{
+    memset(to, 0, sizeof(float) * width * padded);
+    for (long line = 0; line < lines; line++)
+        for (long i = 0; i < width; i++) to[i * padded + line] = from[line * stride + i] + (bias ? bias[i] : 0);
+}
+
+static void load(long lines, long width, long padded, const float *from, long stride, const float *bias, float factor,
+                 float *to)
+{
+    for (long line = 0; line < lines; line++) {
+        if (bias)
+            for (long i = 0; i < width; i++) to[line * padded + i] = factor * (from[line * stride + i] + bias[i]);
+        else
+            for (long i = 0; i < width; i++) to[line * padded + i] = factor * from[line * stride + i];
+        for (long i = width; i < padded; i++) to[line * padded + i] = 0;
+    }
+}
+
+/* Of a head's part of a bias. */
+static const float *part_of(const float *bias, long first) { return bias ? bias + first : NULL; }
+
+static void store(long lines, long width, long padded, const float *from, float factor, float *to, long stride)
+{
+    for (long line = 0; line < lines; line++)
+        for (long i = 0; i < width; i++) to[line * stride + i] = factor * from[line * padded + i];
+}
+
+/* QUERIES queries of a head: places behind the last one are zero. */
+static void load_queries(long lines, long width, long padded, const float *from, long stride, const float *bias,
+                         float factor, float *to)
+{
+    memset(to, 0, sizeof(float) * QUERIES * padded);
+    load(lines, width, padded, from, stride, bias, factor, to);
+}
+
+static const int16_t *bits_of(const Rows *rows, long row, long head, long query)
+{
+    return rows->bits + rows->bits_starts[row] +
+           (head * rows->bits_queries[row] + query) * rows->bits_strides[row];
+}
+
+static long longest(const Rows *rows)
+{
+    long most = 1;
+    for (long row = 0; row < rows->num_rows; row++) most = rows->lengths[row] > most ? rows->lengths[row] : most;
+    return most;
+}
+
+/* What to add to the last LANES of `padded` scores so that the exponential of those from `length` on is nothing. */
+static inline lanes tail_of(long length, long padded)
+{
+    lanes tail = {0};
+    for (int i = 0; i < LANES; i++) tail[i] = padded - LANES + i < length ? 0.0f : -1e30f;
+    return tail;
+}
+
+/* `padded` scores, a multiple of LANES, become exponentials of their distance from the largest one; returns what divides
+   them by their sum. */
+static inline float exponentials(long padded, lanes tail, float *scores, float *largest)
+{
+    const long last = padded - LANES;
+    lanes most = at(scores + last) + tail, sum = {0};
+    put(most, scores + last);
+    for (long k = 0; k < last; k += LANES) most = larger(at(scores + k), most);
+    *largest = largest_of(most);
+    for (long k = 0; k < padded; k += LANES) {
+        const lanes e = exponential(at(scores + k) - *largest);
+        sum += e;
+        put(e, scores + k);
+    }
+    return 1.0f / sum_of(sum);
+}
+
+/* context: softmax(Q K^T / sqrt(E)) V with dropout on the probabilities; softmax (queries, H, 2): the largest score of
+   each query and the factor of its exponentials, by which the backward pass finds the probabilities again. */
+void attention_forward(const Rows *rows, const float *query, long query_stride, const float *key, const float *value,
+                       long stride, float *context, long context_stride, float *softmax, int threads)
+{
+    const long size = rows->head_size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
+    const float factor = 1.0f / sqrtf(size);
+#pragma omp parallel num_threads(threads)
+    {
+        float *memory = aligned_alloc(64, sizeof(float) * (most * (2 * width + QUERIES) + 2 * QUERIES * width));
+        float *keys = memory, *values = keys + most * width, *scores = values + most * width;
+        float *queries = scores + QUERIES * most, *sums = queries + QUERIES * width;
+#pragma omp for schedule(dynamic, rows->num_heads)
+        for (long item = 0; item < rows->num_rows * rows->num_heads; item++) {
+            const long row = item / rows->num_heads, head = item % rows->num_heads;
+            const long length = rows->lengths[row], padded = round_up(length, LANES);
+            const long first = rows->starts[row] * stride + head * size;
+            const lanes tail = tail_of(length, padded);
+            const float *query_bias = part_of(rows->query_bias, head * size);
+            const float *key_bias = part_of(rows->key_bias, head * size);
+            const float *value_bias = part_of(rows->value_bias, head * size);
+            load_transposed(length, size, padded, key + first, stride, key_bias, keys);
+            load(length, size, width, value + first, stride, value_bias, 1, values);
+            for (long start = 0; start < rows->num_queries[row]; start += QUERIES) {
+                const long left = rows->num_queries[row] - start, count = left < QUERIES ? left : QUERIES;
+                const long line = rows->query_starts[row] + start;
+                load_queries(count, size, width, query + line * query_stride + head * size, query_stride, query_bias,
+                             factor, queries);
+                product(size, padded, queries, width, keys, scores);
+                for (long q = 0; q < count; q++) {
+                    float *p = scores + q * padded, *of_query = softmax + 2 * ((line + q) * rows->num_heads + head);
+                    const float share = of_query[1] = exponentials(padded, tail, p, of_query);
+                    if (rows->bits) {
+                        const int16_t *bits = bits_of(rows, row, head, start + q);
+                        const float keep = rows->keep * share;
+                        for (long k = 0; k < padded; k += LANES)
+                            put(at(p + k) * kept_lanes(bits + k, rows->threshold, keep), p + k);
+                    } else {
+                        for (long k = 0; k < padded; k += LANES) put(at(p + k) * share, p + k);
+                    }
+                }
+                product(length, width, scores, padded, values, sums);
+                store(count, size, width, sums, 1, context + line * context_stride + head * size, context_stride);
+            }
+        }
+        free(memory);
+    }
+}
+
+/* The gradients lie as query, key and value do, and the gradient of the context as the context does. */
+void attention_backward(const Rows *rows, const float *query, long query_stride, const float *key, const float *value,
+                        long stride, const float *softmax, const float *grad, long grad_stride, float *grad_query,
+                        float *grad_key, float *grad_value, int threads)
+{
+    const long size = rows->head_size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
+    const float factor = 1.0f / sqrtf(size);
+#pragma omp parallel num_threads(threads)
+    {
+        float *memory = aligned_alloc(64, sizeof(float) * (most * (5 * width + 3 * QUERIES) + 3 * QUERIES * width));
+        float *keys = memory, *keys_t = keys + most * width, *values_t = keys_t + most * width;
+        float *grad_keys = values_t + most * width, *grad_values = grad_keys + most * width;
+        float *probs = grad_values + most * width, *dropped = probs + QUERIES * most;
+        float *grads = dropped + QUERIES * most, *queries = grads + QUERIES * most;
+        float *grad_context = queries + QUERIES * width, *sums = grad_context + QUERIES * width;
+#pragma omp for schedule(dynamic, rows->num_heads)
+        for (long item = 0; item < rows->num_rows * rows->num_heads; item++) {
+            const long row = item / rows->num_heads, head = item % rows->num_heads;
+            const long length = rows->lengths[row], padded = round_up(length, LANES);
+            const long first = rows->starts[row] * stride + head * size;
+            const lanes tail = tail_of(length, padded);
+            const float *query_bias = part_of(rows->query_bias, head * size);
+            const float *key_bias = part_of(rows->key_bias, head * size);
+            const float *value_bias = part_of(rows->value_bias, head * size);
+            load(length, size, width, key + first, stride, key_bias, 1, keys);
+            load_transposed(length, size, padded, key + first, stride, key_bias, keys_t);
+            load_transposed(length, size, padded, value + first, stride, value_bias, values_t);
+            memset(grad_keys, 0, sizeof(float) * length * width);
+            memset(grad_values, 0, sizeof(float) * length * width);
+            for (long start = 0; start < rows->num_queries[row]; start += QUERIES) {
+                const long left = rows->num_queries[row] - start, count = left < QUERIES ? left : QUERIES;
+                const long line = rows->query_starts[row] + start, place = line * query_stride + head * size;
+                load_queries(count, size, width, query + place, query_stride, query_bias, factor, queries);
+                load_queries(count, size, width, grad + line * grad_stride + head * size, grad_stride, NULL, 1,
+                             grad_context);
+                product(size, padded, queries, width, keys_t, probs);
+                product(size, padded, grad_context, width, values_t, grads);
+                memset(dropped, 0, sizeof(float) * QUERIES * padded);
+                memset(probs + count * padded, 0, sizeof(float) * (QUERIES - count) * padded);
+                for (long q = 0; q < count; q++) {
+                    float *p = probs + q * padded, *g = grads + q * padded, *d = dropped + q * padded;
+                    const float *of_query = softmax + 2 * ((line + q) * rows->num_heads + head);
+                    const float largest = of_query[0], share = of_query[1];
+                    lanes mean = {0};
+                    put(at(p + padded - LANES) + tail, p + padded - LANES);
+                    for (long k = 0; k < padded; k += LANES) {
+                        const lanes prob = exponential(at(p + k) - largest) * share;
+                        lanes mask = {0};
+                        if (rows->bits)
+                            mask = kept_lanes(bits_of(rows, row, head, start + q) + k, rows->threshold, rows->keep);
+                        else
+                            mask += 1.0f;
+                        const lanes grad_prob = at(g + k) * mask;
+                        put(prob, p + k);
+                        put(prob * mask, d + k);
+                        put(grad_prob, g + k);
+                        mean += prob * grad_prob;
+                    }
+                    const float along = sum_of(mean);
+                    for (long k = 0; k < padded; k += LANES) put(at(p + k) * (at(g + k) - along), g + k);
+                }
+                memset(grads + count * padded, 0, sizeof(float) * (QUERIES - count) * padded);
+                product(length, width, grads, padded, keys, sums);
+                store(count, size, width, sums, factor, grad_query + place, query_stride);
+                add_outer(length, width, dropped, padded, grad_context, grad_values);
+                add_outer(length, width, grads, padded, queries, grad_keys);
+            }
+            store(length, size, width, grad_keys, 1, grad_key + first, stride);
+            store(length, size, width, grad_values, 1, grad_value + first, stride);
+        }
+        free(memory);
+    }
+}
+
+/* -------------------------------------------------------------------------------------------- gradients, optimizer */
+
+/* squares (blocks,): of each block of `block` numbers the sum of their squares. */
+void squared_sums(long num, long block, const float *values, double *squares, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < num; first += block) {
+        const long end = first + block < num ? first + block : num;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = first; i < end; i++) sum += (double)values[i] * values[i];
+        squares[first / block] = sum;
+    }
+}
+
+static inline float inner_product(long num, const float *x, const float *y)
+{
+    enum { SUMS = 4 }; /* that do not wait for each other */
+    lanes sums[SUMS] = {0};
+    long i = 0;
+    for (; i + SUMS * LANES <= num; i += SUMS * LANES)
+        for (int s = 0; s < SUMS; s++) sums[s] += at(x + i + s * LANES) * at(y + i + s * LANES);
+    float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < num; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+/* products (blocks, T, T): of each block of `block` columns the inner products of the T rows, which are `stride` floats
+   apart, in float32. */
+void block_gramians(long num_rows, long num, long stride, long block, const float *rows, float *products, int threads)
+{
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < num; first += block) {
+        const long end = first + block < num ? first + block : num;
+        float *of_block = products + first / block * num_rows * num_rows;
+        for (long t = 0; t < num_rows; t++) {
+            const float *x = rows + t * stride;
+            for (long u = t; u < num_rows; u++) {
+                const float product = inner_product(end - first, x + first, rows + u * stride + first);
+                of_block[t * num_rows + u] = of_block[u * num_rows + t] = product;
+            }
+        }
+    }
+}
+
+/* rows[0] becomes the sum of weights[t] * rows[t]: addresses of T rows of `num` numbers each. */
+void weighted_sum(long num_rows, long num, float *const *rows, const float *weights, int threads)
+{
+    const long block = 4096; /* stays in the first cache while the rows are added to it */
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < num; first += block) {
+        const long end = first + block < num ? first + block : num;
+        float *sum = rows[0];
+#pragma omp simd
+        for (long i = first; i < end; i++) sum[i] *= weights[0];
+        for (long t = 1; t < num_rows; t++) {
+            const float *row = rows[t], weight = weights[t];
+#pragma omp simd
+            for (long i = first; i < end; i++) sum[i] += weight * row[i];
+        }
+    }
+}
+
+/* One AdamW step on `num` parameters in lines of `width`: the gradient is multiplied by `factor`, the parameter by `decay`.
+   states, where given, say of each line: 0, gradient and moments are all zero, so that only `decay` is left to do; 1, the
+   gradient is zero and need not be read; 2, neither. */
+void adamw(long num, long width, const uint8_t *states, float *parameter, const float *gradient, float *mean,
+           float *square, float factor, float decay, float beta1, float beta2, float step_size, float root_correction,
+           float epsilon, int threads)
+{
+    const float rest1 = 1 - beta1, rest2 = 1 - beta2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long first = 0; first < num; first += width) {
+        const long end = first + width < num ? first + width : num;
+        const int state = states ? states[first / width] : 2;
+        if (state == 0) {
+#pragma omp simd
+            for (long i = first; i < end; i++) parameter[i] *= decay;
+        } else if (state == 1) {
+#pragma omp simd
+            for (long i = first; i < end; i++) {
+                const float m = mean[i] - rest1 * mean[i], v = beta2 * square[i];
+                mean[i] = m;
+                square[i] = v;
+                parameter[i] = parameter[i] * decay - step_size * m / (sqrtf(v) / root_correction + epsilon);
+            }
+        } else {
+#pragma omp simd
+            for (long i = first; i < end; i++) {
+                const float g = gradient[i] * factor;
+                const float m = mean[i] + rest1 * (g - mean[i]), v = beta2 * square[i] + rest2 * g * g;
+                mean[i] = m;
+                square[i] = v;
+                parameter[i] = parameter[i] * decay - step_size * m / (sqrtf(v) / root_correction + epsilon);
+            }
+        }
+    }
+}
