@@ -26,7 +26,7 @@ ROUNDING = 1e-12  # scores that lie no further apart are equal
 COUNTS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
 # What config.json holds besides settings, and the settings that do not change what is learned.
-NO_SETTINGS = {"versions", "machine", "commit", "data_files", "layout", "stages"}
+NO_SETTINGS = {"versions", "machine", "commit", "kernels", "data_files", "layout", "stages"}
 WITHOUT_EFFECT = {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
 NAMED_ELSEWHERE = {"pcgrad", "gradvac", "data"}  # by the treatment; by the files' checksums
 

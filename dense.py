@@ -30,7 +30,7 @@ def weight_gradients_in_place() -> Iterator[None]:
     """Within it a backward pass adds the gradients of dense layers' weights straight to `weight.grad`.
 
     It saves a matrix for each layer and a pass over it. For `backward()` only: torch.autograd.grad, which leaves `grad`
-    alone, would not; weights without a `grad` get theirs as ever.
+    alone, would not. Weights without a `grad`, or with a hook on it, get theirs as ever.
     """
     token = _adds_in_place.set(True)
     try:
@@ -41,17 +41,21 @@ def weight_gradients_in_place() -> Iterator[None]:
 
 @cache
 def _onednn() -> Callable[..., Tensor] | None:
-    """oneDNN's x W^T + b, where torch has it and it is the faster one."""
-    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    """oneDNN's x W^T + b, where torch has it."""
+    if not torch.backends.mkldnn.is_available():
         return None
-    if torch.backends.mkl.is_available() and _is_intel():
-        return None
-    operations = getattr(torch.ops, "mkldnn", None)
-    return getattr(operations, "_linear_pointwise", None)
+    return getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether it is the faster one: with AVX-512 everywhere but on Intel's processors, where MKL is."""
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and _onednn() is not None and not (torch.backends.mkl.is_available() and _is_intel())
 
 
 def _is_intel() -> bool:
-    """Whether the processor is one for which MKL does its best; it is taken for one where there is no telling."""
+    """Whether the processor is Intel's; it is taken for one where there is no telling."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -82,7 +86,7 @@ def _is_ours(inputs: Tensor) -> bool:
 
 def uses_onednn(inputs: Tensor) -> bool:
     """Whether a layer multiplies these inputs with oneDNN."""
-    return _is_ours(inputs) and _onednn() is not None and bool(torch.backends.mkldnn.enabled)
+    return _is_ours(inputs) and _onednn_is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
 def padded_rows(inputs: Tensor) -> int:
@@ -116,7 +120,7 @@ class _Linear(torch.autograd.Function):
 def _weight_gradient(grad: Tensor, inputs: Tensor, weight: Tensor) -> Tensor | None:
     """(O, I) from (N, O) and (N, I); None where it has been added to weight.grad."""
     if not uses_onednn(grad):
-        if _adds_in_place.get() and weight.is_leaf and weight.grad is not None:
+        if _adds_in_place.get() and weight.is_leaf and weight.grad is not None and not weight._backward_hooks:
             weight.grad.addmm_(grad.t(), inputs)
             return None
         return grad.t().mm(inputs)

@@ -572,12 +572,11 @@ void weighted_sum(long num_rows, long num, float *const *rows, const float *weig
 
 /* One AdamW step on `num` parameters in lines of `width`: the gradient is multiplied by `factor`, the parameter by `decay`.
    states, where given, say of each line: 0, gradient and moments are all zero, so that only `decay` is left to do; 1, the
-   gradient is zero and need not be read; 2, neither. */
+   gradient is zero and need not be read; 2, neither. rest1 and rest2: 1 - beta1 and 1 - beta2, which float32 would round. */
 void adamw(long num, long width, const uint8_t *states, float *parameter, const float *gradient, float *mean,
-           float *square, float factor, float decay, float beta1, float beta2, float step_size, float root_correction,
-           float epsilon, int threads)
+           float *square, float factor, float decay, float rest1, float beta2, float rest2, float step_size,
+           float root_correction, float epsilon, int threads)
 {
-    const float rest1 = 1 - beta1, rest2 = 1 - beta2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long first = 0; first < num; first += width) {
         const long end = first + width < num ? first + width : num;

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import kernels
 from bert import BertConfig, CheckpointError, find_checkpoint, read_config
 from config import Config, FlagError, from_dict, parse
 from console import Console, duration
@@ -456,10 +457,12 @@ def start_block(config: Config, run: Run, new_parts: Sequence[str]) -> list[str]
     """What a run is about to do: model, data, batch, methods, parameters."""
     encoder, counts = run.model.encoder.config, parameter_counts(run.model)
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
+    slow = config.device == "cpu" and config.amp == "off" and kernels.build().problem
     source = config.checkpoint or config.model
     lines = [
         f"model       {source}: {encoder.num_hidden_layers} layers, {encoder.hidden_size} wide; "
         f"{config.device}{threads}, {'float32' if config.amp == 'off' else config.amp}",
+        *([f"            slower than it could be, without compiled kernels: {slow}"] if slow else []),
         f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
         f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
         f"data        {config.data}",
@@ -496,8 +499,8 @@ def _methods(config: Config) -> list[str]:
     return [name for name, is_on in named.items() if is_on]
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit, for config.json."""
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine, commit and whether the kernels are used, for config.json."""
     packages = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
@@ -508,6 +511,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}",
         "commit": commit or None,
+        "kernels": (kernels.build().problem or "compiled") if device == "cpu" else "not used",
     }
 
 
@@ -532,7 +536,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     tokenizer = Tokenizer(folder, min(config.max_length or max_positions, max_positions))
     data = load_data(config, tokenizer, target)
     loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
-    record = {**config.to_dict(), **environment(), "data_files": data.files, "layout": layout.to_dict()}
+    record = {**config.to_dict(), **environment(config.device), "data_files": data.files, "layout": layout.to_dict()}
     if resumed is not None and saved["data_files"] != data.files:
         changed = [name for name in data.files if saved["data_files"].get(name) != data.files[name]]
         raise RunError(

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from bert import Bert, BertConfig, PackedTokens, empty_bert, initialize, to_huggingface
+from bert import Bert, BertConfig, DropoutMasks, PackedTokens, empty_bert, initialize, to_huggingface
 from datasets import Batch
+from kernels import DropoutBits
 from model import Layout, MultitaskBert
 from pal import PalConfig
 from tasks import TASKS, Classes, Score
@@ -36,6 +38,19 @@ def tiny_config(**overrides: Any) -> BertConfig:
         max_position_embeddings=64,
     )
     return dataclasses.replace(config, **overrides)
+
+
+class RecordedMasks(DropoutMasks):
+    """Keeps every draw: its probability, and the mask of its elements, flat."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.drawn: list[tuple[float, Tensor]] = []
+
+    def bits(self, numel: int, prob: float) -> DropoutBits:
+        bits = super().bits(numel, prob)
+        self.drawn.append((prob, bits.mask((numel,), torch.float32)))
+        return bits
 
 
 def tiny_encoder(seed: int = 0, **overrides: Any) -> Bert:

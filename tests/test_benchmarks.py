@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dense
 import engine
+import kernels
 import model as model_module
 from benchmarks import __main__ as everything
 from benchmarks import (
@@ -170,7 +171,8 @@ def test_flops_are_those_that_torch_counts_in_transformers_encoder(checkpoint: w
 def test_needed_flops_are_those_that_torch_counts_in_our_encoder(
     config: BertConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "_onednn", lambda: None)  # the counter knows torch's own products
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: False)  # the counter knows torch's own products only
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
     lengths = np.array([6, 6, 6, 6])  # of one length: attention pads nothing
     tokens = PackedTokens.from_rows([[1] * 6] * 4, [[0] * 6] * 4)
     encoder = tiny_encoder(**dataclasses.asdict(config))
@@ -186,7 +188,7 @@ def test_needed_flops_are_those_that_torch_counts_in_our_encoder(
 def test_the_matmul_limit_runs_the_products_of_the_dense_layers(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "_onednn", lambda: None)  # the counter knows torch's own products
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: False)  # the counter knows torch's own products
     config, lengths = tiny_config(), np.array([5, 2, 9])
     whole = harness.training_flops(config, lengths) if training else harness.forward_flops(config, lengths)
     per_pair = (12 if training else 4) * config.hidden_size * config.num_hidden_layers
@@ -202,12 +204,13 @@ def test_the_matmul_limit_runs_the_products_of_the_dense_layers(
     assert limit.seconds([lengths, lengths], 2.0) == pytest.approx(2.0 * whole / (whole - attention))
 
 
-@pytest.mark.skipif(dense._onednn() is None, reason="no AVX-512, or a torch without oneDNN")
+@pytest.mark.skipif(dense._onednn() is None, reason="a torch without oneDNN")
 @pytest.mark.parametrize("training", [False, True])
 def test_the_matmul_limit_runs_the_padded_products_that_the_encoder_runs(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By oneDNN: the operations of every call are counted, and the limit is for the real tokens only."""
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: True)
     config, lengths = tiny_config(), np.array([5, 2, 9, 60])
     limit = MatmulLimit(config, [lengths], training=training)
     done = 0
@@ -512,7 +515,7 @@ def test_training_step_compares_by_the_same_rows_and_by_the_row(
         return {name: [seconds.get(name, 0.5)] * rounds for name in kinds}
 
     monkeypatch.setattr(training_step, "alternate", alternate)
-    monkeypatch.setattr(dense, "_onednn", lambda: None)  # no padding
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: False)  # no padding
     options = Options(data, str(tiny), rounds=3, quick=True, out=None)
     report = training_step.measure(options)
     ours, padded, grouped = report.lines

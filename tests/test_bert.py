@@ -33,7 +33,7 @@ from bert import (
     to_huggingface,
 )
 from datasets import SAMPLE, Tokenizer, read_examples, tokenize
-from helpers import generator, random_tokens, randomize_vectors, tiny_config, tiny_encoder
+from helpers import RecordedMasks, generator, random_tokens, randomize_vectors, tiny_config, tiny_encoder
 from tasks import TASKS
 
 PROJECT = Path(bert.__file__).resolve().parent
@@ -263,19 +263,6 @@ def test_the_pooled_output_is_that_of_all_hidden_states(overrides: dict[str, Any
 # ------------------------------------------------------------------------------------------------------ dropout
 
 
-class RecordedMasks(DropoutMasks):
-    """Keeps every mask that it draws, with its probability."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.drawn: list[tuple[float, Tensor]] = []
-
-    def draw(self, shape: Sequence[int], prob: float, dtype: torch.dtype) -> Tensor:
-        mask = super().draw(shape, prob, dtype)
-        self.drawn.append((prob, mask))
-        return mask
-
-
 class PlayedBack:
     """Stands in for torch's dropout and applies recorded masks, brought into the padded shapes of transformers."""
 
@@ -289,7 +276,7 @@ class PlayedBack:
         assert prob == p
         padded = torch.ones_like(values)
         if values.dim() == 3:  # (B, L, D)
-            self._play_hidden(mask, padded)
+            self._play_hidden(mask.view(-1, values.shape[-1]), padded)
         else:  # (B, H, L, L)
             self._play_attention(mask, padded)
         return values * padded

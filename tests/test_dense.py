@@ -1,24 +1,25 @@
 """oneDNN's products against torch's own, in float64 where rounding must not hide an error."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dense
-from dense import Linear
+from dense import Linear, weight_gradients_in_place
 
-needs_onednn = pytest.mark.skipif(dense._onednn() is None, reason="no AVX-512, or a torch without oneDNN")
+needs_onednn = pytest.mark.skipif(dense._onednn() is None, reason="a torch without oneDNN")
 SHAPES = [(1, 8, 24), (7, 24, 8), (64, 16, 16), (130, 48, 16), (130, 16, 48)]
 
 
 @pytest.fixture(params=["onednn", "torch"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways, the second as on a machine without the first."""
-    if request.param == "torch":
-        monkeypatch.setattr(dense, "_onednn", lambda: None)
-    elif dense._onednn() is None:
-        pytest.skip("no AVX-512, or a torch without oneDNN")
+    """Both ways, whichever is the faster one here."""
+    if request.param == "onednn" and dense._onednn() is None:
+        pytest.skip("a torch without oneDNN")
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: request.param == "onednn")
     return str(request.param)
 
 
@@ -89,6 +90,53 @@ def test_gradients_are_added_to_those_that_are_there(kind: str) -> None:
     torch.testing.assert_close(buffer, expected)
 
 
+def test_in_place_gradients_are_those_of_autograd(kind: str) -> None:
+    ours, theirs = layer(16, 48), layer(16, 48)
+    for made, context in ((ours, weight_gradients_in_place()), (theirs, nullcontext())):
+        for parameter in made.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        kept = made.weight.grad
+        x = random(20, 16).requires_grad_()
+        loss = (made(x) * random(20, 48)).sum() + made(2 * x).square().sum()  # the layer twice
+        with context:
+            loss.backward()
+        assert made.weight.grad is kept
+        made.x = x  # type: ignore[assignment]
+    assert_near(ours.weight.grad, theirs.weight.grad.double())
+    assert_near(ours.bias.grad, theirs.bias.grad.double())
+    assert_near(ours.x.grad, theirs.x.grad.double())
+
+
+def test_in_place_gradients_pass_no_hook_and_need_a_gradient_that_is_there(kind: str) -> None:
+    ours, x, seen = layer(16, 8), random(4, 16), []
+    with weight_gradients_in_place():
+        ours(x).sum().backward()
+    once = ours.weight.grad.clone()
+    assert_near(once, x.sum(0).double().expand(8, -1))
+    ours.weight.register_hook(seen.append)
+    with weight_gradients_in_place():
+        ours(x).sum().backward()
+    assert len(seen) == 1
+    assert_near(ours.weight.grad, 2 * once.double())
+
+
+def test_gradients_that_are_asked_for_leave_those_that_are_there_alone(kind: str) -> None:
+    ours, x = layer(16, 8), random(4, 16)
+    ours.weight.grad = torch.ones_like(ours.weight)
+    (found,) = torch.autograd.grad(ours(x).sum(), [ours.weight])
+    assert_near(found, x.sum(0).double().expand(8, -1))
+    assert torch.equal(ours.weight.grad, torch.ones_like(ours.weight))
+
+
+def test_a_layer_that_is_split_lacks_its_bias_or_has_it(kind: str) -> None:
+    ours, x = layer(16, 8), random(4, 16)
+    output, bias = ours.split(x)
+    assert_near((output if bias is None else output + bias).detach(), exact(ours)(x.double()).detach())
+    for other in (random(2, 3, 16), x.double()):
+        made = ours.double() if other.dtype == torch.float64 else ours
+        assert made.split(other)[1] is None
+
+
 def test_a_frozen_layer_gets_no_gradient_and_passes_one_on(kind: str) -> None:
     ours = layer(16, 8).requires_grad_(False)
     x = random(4, 16).requires_grad_()
@@ -103,6 +151,7 @@ def test_no_rows_three_dimensions_other_types_and_autocast_are_left_to_torch(mon
         raise AssertionError("oneDNN was used")
 
     monkeypatch.setattr(dense, "product", fail)
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: True)
     ours = layer(16, 8)
     with pytest.raises(AssertionError, match="oneDNN was used"):
         ours(random(4, 16))
@@ -117,9 +166,23 @@ def test_no_rows_three_dimensions_other_types_and_autocast_are_left_to_torch(mon
 
 @needs_onednn
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 1000])
-def test_rows_are_padded_to_a_multiple(rows: int) -> None:
+def test_rows_are_padded_to_a_multiple(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_onednn_is_faster", lambda: True)
     padding = dense.padded_rows(random(rows, 4))
     assert 0 <= padding < dense.ROWS_MULTIPLE and (rows + padding) % dense.ROWS_MULTIPLE == 0
+
+
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_onednn_is_the_faster_one_with_avx512_unless_the_processor_is_intels(
+    vendor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_is_intel", lambda: vendor == "GenuineIntel")
+    monkeypatch.setattr(dense, "_onednn", lambda: torch.relu)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        expected = vendor == "AuthenticAMD" and capability == "AVX512"
+        assert dense._onednn_is_faster.__wrapped__() == expected
 
 
 def test_nothing_is_padded_for_torchs_own_products() -> None:

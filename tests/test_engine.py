@@ -81,8 +81,8 @@ class Setup:
         """The gradients that the optimizer sees in a step, which is not taken."""
         seen: dict[str, Tensor] = {}
 
-        def record(lr: float) -> None:
-            seen.update({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+        def record(lr: float, factor: float, lines: Mapping[str, Tensor]) -> None:
+            seen.update({n: p.grad * factor for n, p in self.model.named_parameters() if p.grad is not None})
 
         step, self.trainer.optimizer.step = self.trainer.optimizer.step, record  # type: ignore[method-assign,assignment]
         self.step(number)
@@ -156,6 +156,7 @@ def make(
         stage, wrap(seen), shared, of_tasks, [len(shared)], train, dev, SCHEDULERS[scheduler](setting),
         make_treatment(treatment, len(tasks), 1, 0.01) if isinstance(treatment, str) else treatment,
         precision, eval_batch_size, heard, terms, keeps_best=frozen,
+        embedding=model.sparse_embedding_gradient(bool(shared)),
     )  # fmt: skip
     return Setup(trainer, heard, model)
 
@@ -221,6 +222,7 @@ def test_the_gradient_is_that_of_the_mean_loss_written_out() -> None:
     rows = RowStream(8, 6, derive_seed(0, "rows", "finetune", "para")).rows(0)
     batch = setup.trainer.train_rows["para"].batch(rows)
     setup.model.zero_grad()
+    setup.model.sparse_embedding_gradient(False)
     task_loss(TASKS["para"], setup.model("para", batch), batch.labels).backward()
     assert_close(found, {n: p.grad for n, p in setup.model.named_parameters() if p.grad is not None})
 
@@ -382,7 +384,7 @@ def test_unscale_then_treatment_then_clip_once_then_step(
 
     spy("unscale", trainer.scaler, "unscale")
     spy("treatment", trainer.treatment, "coefficients")
-    spy("clip", engine.nn.utils, "clip_grad_norm_")
+    spy("clip", engine, "clip_factor")
     spy("step", trainer.optimizer, "step")
     spy("backward", torch.Tensor, "backward")
     setup.step()
@@ -689,7 +691,7 @@ def test_every_step_is_taken_at_the_scheduled_rate() -> None:
     setup = make(steps_per_epoch=5, epochs=2, warmup=0.3, lr=2e-3)
     rates: list[float] = []
     step = setup.trainer.optimizer.step
-    setup.trainer.optimizer.step = lambda lr: (rates.append(lr), step(lr))  # type: ignore
+    setup.trainer.optimizer.step = lambda lr, *rest: (rates.append(lr), step(lr, *rest))  # type: ignore
     setup.trainer.run()
     expected = [2e-3 * f for f in (0.25, 0.5, 0.75, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7)]
     assert rates == pytest.approx(expected) and [r["lr"] for r in setup.heard.steps] == pytest.approx(expected)
@@ -751,6 +753,7 @@ def test_the_draws_of_a_task_are_weighted_by_the_scheduler() -> None:
     counts, position = Counter(watched.plans[0]), Counter[str]()
     assert len(counts) == 3 and max(counts.values()) > 1
     setup.model.zero_grad(set_to_none=True)
+    setup.model.sparse_embedding_gradient(False)
     for task in watched.plans[0]:
         rows = RowStream(64, 4, derive_seed(0, "rows", "finetune", task)).rows(position[task])
         position[task] += 1

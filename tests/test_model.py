@@ -12,7 +12,16 @@ from torch import Tensor
 
 from bert import CheckpointError, DropoutMasks, PackedTokens, read_config, to_huggingface
 from datasets import Batch
-from helpers import generator, random_batch, random_tokens, randomize_vectors, tiny_config, tiny_encoder, tiny_model
+from helpers import (
+    RecordedMasks,
+    generator,
+    random_batch,
+    random_tokens,
+    randomize_vectors,
+    tiny_config,
+    tiny_encoder,
+    tiny_model,
+)
 from model import (
     FrozenEncoder,
     Head,
@@ -29,19 +38,6 @@ from tasks import TASKS
 
 ALL = tuple(TASKS)
 PAL = PalConfig.for_encoder(tiny_config())
-
-
-class RecordedMasks(DropoutMasks):
-    """Keeps every mask that it draws, with its probability."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.drawn: list[tuple[float, Tensor]] = []
-
-    def draw(self, shape: Sequence[int], prob: float, dtype: torch.dtype) -> Tensor:
-        mask = super().draw(shape, prob, dtype)
-        self.drawn.append((prob, mask))
-        return mask
 
 
 @pytest.fixture
@@ -93,9 +89,9 @@ def test_a_head_is_dropout_and_linear_behind_its_hidden_layers(num_hidden: int) 
     assert [tuple(layer.weight.shape) for layer in head.hidden] == [(32, 32)] * num_hidden
     expected, plain = pooled, pooled
     for layer, (_, mask) in zip(head.hidden, masks.drawn, strict=False):
-        expected = (expected * mask @ layer.weight.T + layer.bias).clamp(min=0)
+        expected = (expected * mask.view(7, 32) @ layer.weight.T + layer.bias).clamp(min=0)
         plain = (plain @ layer.weight.T + layer.bias).clamp(min=0)
-    expected = expected * masks.drawn[-1][1] @ head.output.weight.T + head.output.bias
+    expected = expected * masks.drawn[-1][1].view(7, 32) @ head.output.weight.T + head.output.bias
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(head(pooled, None), plain @ head.output.weight.T + head.output.bias)
 
@@ -117,7 +113,7 @@ def test_training_applies_dropout_in_encoder_and_head_and_evaluation_applies_non
     assert not torch.equal(model("sst", batch, DropoutMasks(1)), model("sst", batch))
     masks = RecordedMasks(1)
     model("sst", batch, masks)
-    assert [mask.shape for _, mask in masks.drawn][-1] == (6, 32)
+    assert masks.drawn[-1][1].shape == (6 * 32,)
     assert len(masks.drawn) == 1 + 3 * 2 + 1
 
 

@@ -1,11 +1,14 @@
 """AdamW against torch.optim.AdamW."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+import kernels
 from helpers import generator, tiny_model
-from optimizer import AdamW
+from optimizer import AdamW, clip_factor, gradient_norm
 from pal import PalConfig
 
 
@@ -30,6 +33,16 @@ def reference(named: dict[str, nn.Parameter], weight_decay: float) -> torch.opti
     matrices = [p for p in named.values() if not any(p is vector for vector in vectors)]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, fused=False, foreach=False)
+
+
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By our kernels and by torch's."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    elif kernels.build().library is None:
+        pytest.skip(f"no kernels: {kernels.build().problem}")
+    return str(request.param)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
@@ -69,3 +82,50 @@ def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
         set_gradients(named, 1)
         optimizer.step(1e-2)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
+def test_norm_and_clipping_are_torchs(max_norm: float) -> None:
+    named = parameters_with_gradients(1)
+    gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
+    before = torch.cat([gradient.flatten() for gradient in gradients])
+    norm = gradient_norm(gradients)
+    assert norm == pytest.approx(float(before.double().norm()), rel=1e-6)
+    factor = clip_factor(norm, max_norm)
+    nn.utils.clip_grad_norm_(named.values(), max_norm or float("inf"))
+    torch.testing.assert_close(before * factor, torch.cat([gradient.flatten() for gradient in gradients]))
+
+
+def test_the_norm_of_what_is_not_finite_is_not_finite() -> None:
+    for wrong in (float("nan"), float("inf")):
+        assert not math.isfinite(gradient_norm([torch.ones(3), torch.tensor([[1.0, wrong]])]))
+
+
+def test_a_step_along_clipped_gradients_is_that_of_the_smaller_ones() -> None:
+    ours, theirs = parameters_with_gradients(2), parameters_with_gradients(2)
+    for parameter in theirs.values():
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.25)
+    AdamW(ours, 0.1).step(1e-2, 0.25)
+    AdamW(theirs, 0.1).step(1e-2)
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name])
+
+
+def test_steps_that_know_which_lines_have_gradients_are_the_same() -> None:
+    """Also after a checkpoint, which does not say which lines have been moved."""
+    whole, by_lines = ({"words": nn.Parameter(torch.ones(9, 20))} for _ in range(2))
+    first, second = AdamW(whole, 0.1), AdamW(by_lines, 0.1)
+    for number, lines in enumerate(([1, 4], [4, 7], [], [1, 8])):
+        gradient = torch.zeros(9, 20)
+        gradient[lines] = torch.randn(len(lines), 20, generator=generator(number))
+        whole["words"].grad, by_lines["words"].grad = gradient, gradient.clone()
+        first.step(1e-2)
+        second.step(1e-2, 1.0, {"words": torch.tensor(lines, dtype=torch.long)})
+        torch.testing.assert_close(by_lines["words"], whole["words"], rtol=1e-7, atol=0)
+        if number == 1:
+            state = {name: value.clone() for name, value in second.state().items()}
+            second = AdamW(by_lines, 0.1)
+            second.load_state(state)
+    for name, value in first.state().items():
+        torch.testing.assert_close(second.state()[name], value, rtol=1e-6, atol=0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kernels
 from helpers import random_batch, tiny_model
 from pcgrad import (
     GradientVaccine,
@@ -427,6 +428,55 @@ def test_combining_weighs_the_rows_by_segment_and_shows_the_result_as_the_gradie
     assert torch.equal(gradients.rows[3], rows[3])
     for parameter in gradients.parameters:
         assert parameter.grad is not None and parameter.grad.shape == parameter.shape
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("segment_sizes", [(4,), (1, 1, 2), (2, 2)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_embedding_whose_lines_are_named_gives_what_all_of_it_would(
+    place: int, segment_sizes: tuple[int, ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two steps, so that what the first one left behind would be seen."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    sizes = [(7, 5), (8, 5), (5,), (13, 6)]
+    whole, by_lines = (
+        TaskGradients(parameters, 3, segment_sizes, parameters[place] if named else None)
+        for named in (False, True)
+        for parameters in [[nn.Parameter(torch.zeros(size)) for size in sizes]]
+    )
+    noise, pick = torch.Generator().manual_seed(place), random.Random(place)
+    for present in ([0, 1, 2], [2, 0]):
+        whole.zero()
+        by_lines.zero()
+        assert not by_lines.rows.any()
+        for row in present:
+            for number, size in enumerate(sizes):
+                lines = sorted(pick.sample(range(size[0]), 3)) if number == place else list(range(size[0]))
+                added = torch.randn(len(lines), *size[1:], generator=noise)
+                for gradients in (whole, by_lines):
+                    gradients.point_to(row)
+                    gradients.parameters[number].grad[lines] += added  # type: ignore[index]
+                if number == place:
+                    by_lines.touch(row, torch.tensor([*lines, lines[0]]))
+        assert_near_gramians(by_lines.gramians(present), whole.gramians(present))
+        weights = torch.randn(len(segment_sizes), len(present), generator=noise)
+        for gradients in (whole, by_lines):
+            gradients.combine(present, weights)
+        assert torch.allclose(flat(by_lines.parameters), flat(whole.parameters), atol=1e-6)
+        parts = by_lines.parts(present[0])
+        norm = float(flat(whole.parameters).norm())
+        assert float(torch.cat([part.flatten() for part in parts]).norm()) == pytest.approx(norm, rel=1e-6)
+        assert sum(part.numel() for part in parts) < whole.rows.shape[1]
+        shown = by_lines.parameters[place].grad
+        assert shown is not None
+        moved = {i for i, line in enumerate(shown) if line.any()}
+        assert 3 <= len(moved) < len(shown) and moved == set(by_lines.touched(present[:1]).tolist())
+
+
+def assert_near_gramians(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape and found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_segments_must_hold_all_parameters() -> None:

@@ -140,7 +140,7 @@ def test_the_probability_is_that_of_the_predicted_answer(task: str, trained: Pat
     alone = logits_of(load(trained, "cpu"), task, rows)
     if task == "sts":
         assert [len(line) for line in lines] == [1] * 20
-        assert [float(line[0]) for line in lines] == pytest.approx(alone[:, 0].clip(0, 5), abs=2e-6)
+        assert [float(line[0]) for line in lines] == pytest.approx(alone[:, 0].clip(0, 5), abs=1e-5)
         return
     p = softmax(alone, -1) if task == "sst" else np.stack([1 - expit(alone[:, 0]), expit(alone[:, 0])], 1)
     assert [int(line[0]) for line in lines] == p.argmax(1).tolist()

@@ -29,7 +29,8 @@ class Spy:
     """A model that keeps the perturbations it was called with."""
 
     def __init__(self, model: MultitaskBert, task: str, batch: Batch, masks: DropoutMasks) -> None:
-        self.predict = lambda d: model(task, batch, masks.again(), d)
+        self.model = model
+        self.predict: Callable[[Tensor], Tensor] = lambda d: model(task, batch, masks.again(), d)
         self.logits = model(task, batch, masks.again())
         self.seen: list[Tensor] = []
         assert batch.tokens is not None
@@ -191,6 +192,27 @@ def test_the_smoothness_term_and_its_gradient_equal_the_naive_ones(task: str, st
     assert float(term.detach()) > 1e-5
     found, wanted = (torch.cat([g.flatten() for g in torch.autograd.grad(t, parameters)]) for t in (term, expected))
     assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
+def test_the_search_for_the_perturbation_needs_no_gradient_of_the_parameters_and_gives_them_back() -> None:
+    spy = Spy(without_dropout(), "sst", random_batch("sst", 8), DropoutMasks(0))
+    parameters = list(spy.model.parameters())
+    still = parameters[3].requires_grad_(False)
+    trained: list[int] = []
+    predict = spy.predict
+
+    def watched(perturbation: Tensor) -> Tensor:
+        trained.append(sum(parameter.requires_grad for parameter in parameters))
+        return predict(perturbation)
+
+    spy.predict = watched
+    config = replace(WIDE, steps=2)
+    expected = spy.term(config)
+    found = smoothness(spy, spy.logits, spy.divergence, spy.row_of_token, 32, config, generator(0), parameters)
+    assert trained == [len(parameters) - 1] * 3 + [0, 0, len(parameters) - 1] and not still.requires_grad
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(of, parameters[0], retain_graph=True)[0] for of in (found, expected)]
+    assert gradients[0].any() and torch.equal(*gradients)
 
 
 def test_the_perturbation_raises_the_divergence_above_that_of_its_start() -> None:
