@@ -1,8 +1,9 @@
 """BERT (Devlin et al. 2019, arXiv 1810.04805) on packed tokens, reading and writing Hugging Face checkpoints.
 
 The sentences of a batch stand one behind the other in flat tensors, without padding: every dense layer, LayerNorm and
-dropout works on the real tokens only. Attention alone needs to know where a sentence ends; it gathers sentences of
-similar length into small padded groups and scatters its result back.
+dropout works on the real tokens only. Attention alone needs to know where a sentence ends. The compiled kernels go from
+sentence to sentence; without them it gathers sentences of similar length into small padded groups and scatters its
+result back.
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H, V vocabulary.
 """
@@ -129,7 +130,7 @@ class AttentionLayout:
     """How the rows of a packed batch are grouped for attention. Depends on the rows' lengths only."""
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.lengths = np.array(lengths, dtype=np.int64)  # a copy: the kernels get its address
         self.device = torch.device(device)
         self._indices: dict[int, HeadIndices] = {}
         self._rows: dict[tuple[int, bool], AttentionRows] = {}
@@ -295,7 +296,7 @@ class DropoutMasks:
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        """seed: not negative."""
+        """seed: from 0 to 2**64 - 1."""
         self.seed, self.device = seed, torch.device(device)
         self._key, self._drawn = int(kernels.random_words(seed, 0, 1)[0]), 0
         self._generator = None if self.device.type == "cpu" else torch.Generator(device).manual_seed(seed)
@@ -344,7 +345,7 @@ def residual_norm(
 ) -> Tensor:
     """norm(residual + dropout(layer(inputs)) + term); residual, term and the result are (N, D)."""
     update, bias = layer.split(inputs)
-    if bias is not None and kernels.usable(residual):
+    if bias is not None and kernels.usable(residual, norm.weight, norm.bias, *(() if term is None else (term,))):
         bits = dropout_bits(update.numel(), prob, masks)
         return kernels.residual_norm(update, bias, residual, term, bits, norm)
     update = update if bias is None else update + bias

@@ -29,8 +29,9 @@ _adds_in_place = ContextVar("adds_in_place", default=False)
 def weight_gradients_in_place() -> Iterator[None]:
     """Within it a backward pass adds the gradients of dense layers' weights straight to `weight.grad`.
 
-    It saves a matrix for each layer and a pass over it. For `backward()` only: torch.autograd.grad, which leaves `grad`
-    alone, would not. Weights without a `grad`, or with a hook on it, get theirs as ever.
+    It saves a matrix for each layer and a pass over it. For a plain `backward()` only: torch.autograd.grad and
+    `backward(inputs=...)` would change `grad` too, which they promise not to. Weights without a `grad`, with a hook on
+    it, or multiplied by oneDNN, which cannot add, get theirs as ever.
     """
     token = _adds_in_place.set(True)
     try:

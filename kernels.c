@@ -1,12 +1,13 @@
-/* The encoder's passes that are not products of large matrices, each in one go over memory: attention within rows, GELU,
-   and dropout + residual sum + LayerNorm, forward and backward, in float32 on the CPU. kernels.py compiles this file and
-   calls it; what each function computes is written there once more with torch's operations.
+/* What a training step does besides products of large matrices, each in one go over memory, in float32 on the CPU:
+   attention within rows, GELU, and dropout + residual sum + LayerNorm, forward and backward; random words for dropout;
+   Gram matrices and sums of task gradients; the AdamW step. kernels.py compiles this file and calls it. The modules that
+   use it (bert.py, dense.py, pcgrad.py, optimizer.py) have the same in torch's operations for where it cannot be had.
 
    Shape letters as in bert.py: N packed tokens, B rows of tokens, L tokens of a row, D hidden, H heads, E = D / H.
    All matrices are row-major. Dropout comes as 16 random bits an element: it is kept where (int16_t) bits >= threshold,
    and then multiplied by `keep`; without bits nothing is dropped. (Attention may read up to LANES words more than there
-   are elements.) Work is shared out over `threads` threads in a way that
-   depends on their number only, so that the same call gives the same bits. */
+   are elements.) Work is shared out over `threads` threads. Sums over rows depend on their number; nothing depends on
+   which thread does what, so that the same call gives the same bits. */
 
 #include <math.h>
 #include <stdint.h>
@@ -80,7 +81,8 @@ static inline lanes exponential(lanes x)
     p = p * r + 1.66665201e-1f;
     p = p * r + 4.99999934e-1f;
     p = p * (r * r) + (r + 1.0f);
-    return (lanes)(((int_lanes)p + ((int_lanes)shifted << 23)) & ~vanishes);
+    const lanes power = (lanes)(((int_lanes)shifted + 127) << 23);
+    return (lanes)((int_lanes)(p * power) & ~vanishes);
 }
 
 /* The normal distribution function Phi(x) and its density. The tail beyond |x| is exp(-x^2 / 2) times a polynomial in
@@ -363,7 +365,7 @@ static long longest(const Rows *rows)
 static inline lanes tail_of(long length, long padded)
 {
     lanes tail = {0};
-    for (int i = 0; i < LANES; i++) tail[i] = padded - LANES + i < length ? 0.0f : -1e30f;
+    for (int i = 0; i < LANES; i++) tail[i] = padded - LANES + i < length ? 0.0f : -INFINITY;
     return tail;
 }
 
@@ -471,7 +473,6 @@ void attention_backward(const Rows *rows, const float *query, long query_stride,
                 product(size, padded, queries, width, keys_t, probs);
                 product(size, padded, grad_context, width, values_t, grads);
                 memset(dropped, 0, sizeof(float) * QUERIES * padded);
-                memset(probs + count * padded, 0, sizeof(float) * (QUERIES - count) * padded);
                 for (long q = 0; q < count; q++) {
                     float *p = probs + q * padded, *g = grads + q * padded, *d = dropped + q * padded;
                     const float *of_query = softmax + 2 * ((line + q) * rows->num_heads + head);
@@ -534,21 +535,23 @@ static inline float inner_product(long num, const float *x, const float *y)
     return sum;
 }
 
-/* products (blocks, T, T): of each block of `block` columns the inner products of the T rows, which are `stride` floats
-   apart, in float32. */
-void block_gramians(long num_rows, long num, long stride, long block, const float *rows, float *products, int threads)
+/* products (blocks, T, T), zero before: of each block of `block` columns the inner products of the T rows, which are
+   `stride` floats apart. Sums of `part` columns are float32's, sums of those float64's. */
+void block_gramians(long num_rows, long num, long stride, long block, const float *rows, double *products, int threads)
 {
+    const long part = 2048; /* of each row: they stay in the first cache */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long first = 0; first < num; first += block) {
         const long end = first + block < num ? first + block : num;
-        float *of_block = products + first / block * num_rows * num_rows;
-        for (long t = 0; t < num_rows; t++) {
-            const float *x = rows + t * stride;
-            for (long u = t; u < num_rows; u++) {
-                const float product = inner_product(end - first, x + first, rows + u * stride + first);
-                of_block[t * num_rows + u] = of_block[u * num_rows + t] = product;
-            }
+        double *of_block = products + first / block * num_rows * num_rows;
+        for (long start = first; start < end; start += part) {
+            const long count = start + part < end ? part : end - start;
+            for (long t = 0; t < num_rows; t++)
+                for (long u = 0; u <= t; u++)
+                    of_block[t * num_rows + u] += inner_product(count, rows + t * stride + start, rows + u * stride + start);
         }
+        for (long t = 0; t < num_rows; t++)
+            for (long u = 0; u < t; u++) of_block[u * num_rows + t] = of_block[t * num_rows + u];
     }
 }
 

@@ -1,8 +1,8 @@
-"""The passes of kernels.c as differentiable functions: attention, GELU, and dropout + residual sum + LayerNorm.
+"""The functions of kernels.c on tensors; attention, GELU and dropout + residual sum + LayerNorm can be differentiated.
 
 kernels.c is compiled when it is first needed, in a second, for the processor at hand, and kept in the user's cache
-folder. Where that cannot be done (no GCC, no Linux) `library` is None, and bert.py does the same with torch's
-operations: each of these functions has its formula there, with the same random draws.
+folder. Where that cannot be done (no GCC, no Linux) `usable` is false, and the modules that call these functions do the
+same with torch's operations and the same random draws.
 
 Shape letters: N packed tokens, B rows, D hidden, H heads, W width of a layer's output.
 """
@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,15 @@ class Build(NamedTuple):
 def build() -> Build:
     """Compiles the kernels, or finds them in the cache folder, and loads them."""
     try:
-        return Build(_load(_compiled()), "")
-    except (BuildError, OSError) as error:
+        path = _path()
+        if path.is_file():
+            try:
+                return Build(_load(path), "")
+            except OSError:  # damaged: made again
+                pass
+        _compile(path)
+        return Build(_load(path), "")
+    except (BuildError, OSError, ValueError, RuntimeError) as error:  # ValueError: CC; RuntimeError: no home directory
         return Build(None, str(error))
 
 
@@ -72,33 +79,40 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _compiled() -> Path:
-    """The shared library in the cache folder, by what it was made from: source, flags and processor."""
-    machine = platform.machine()
-    if platform.system() != "Linux" or machine not in FLAGS_OF:
-        raise BuildError(f"made for Linux on {' and '.join(FLAGS_OF)}, this is {platform.system()} on {machine}")
-    compiler = shlex.split(os.environ.get("CC", "gcc"))
-    openmp = _openmp()
-    flags = (*FLAGS, *FLAGS_OF[machine])
-    made_from = (SOURCE.read_bytes(), *map(str.encode, (*compiler, *flags, openmp, _processor())))
+def _path() -> Path:
+    """Where the shared library is kept, by what it is made from: source, flags and processor."""
+    if platform.system() != "Linux" or platform.machine() not in FLAGS_OF:
+        found = f"{platform.system()} on {platform.machine()}"
+        raise BuildError(f"made for Linux on {' and '.join(FLAGS_OF)}, this is {found}")
+    made_from = (SOURCE.read_bytes(), *map(str.encode, (*_compiler(), *_flags(), _openmp(), _processor())))
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multitask-bert"
-    path = folder / f"kernels-{digest}.so"
-    if not path.is_file():
-        if not compiler or shutil.which(compiler[0]) is None:
-            raise BuildError(f"no C compiler: {' '.join(compiler)} was not found")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / "kernels.so"
-            _run([*compiler, *flags, "-c", str(SOURCE), "-o", f"{scratch}/kernels.o"])
-            # Linked by hand: the OpenMP that torch has loaded is the one to use, two pools of threads would compete.
-            _run([*compiler, "-shared", f"{scratch}/kernels.o", openmp, "-lm", "-o", str(made)])
-            os.replace(made, path)
-    return path
+    return folder / f"kernels-{digest}.so"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC", "gcc"))
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *FLAGS_OF[platform.machine()])
+
+
+def _compile(path: Path) -> None:
+    compiler = _compiler()
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise BuildError(f"no C compiler: {' '.join(compiler)} was not found")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / "kernels.so"
+        _run([*compiler, *_flags(), "-c", str(SOURCE), "-o", f"{scratch}/kernels.o"])
+        # Linked by hand: the OpenMP that torch has loaded is the one to use, two pools of threads would compete.
+        _run([*compiler, "-shared", f"{scratch}/kernels.o", _openmp(), "-lm", "-o", str(made)])
+        os.replace(made, path)
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise BuildError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}")
@@ -106,10 +120,12 @@ def _run(command: Sequence[str]) -> None:
 
 def _openmp() -> str:
     """The OpenMP library of this process."""
-    loaded = re.findall(r"(/\S*/lib(?:gomp|iomp5)\S*\.so\S*)$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    pattern = r"^\S+ \S+ \S+ \S+ \S+ +(/.*/lib(?:gomp|iomp5)[^/]*\.so[^/]*)$"
+    loaded = re.findall(pattern, Path("/proc/self/maps").read_text(), re.MULTILINE)
     if not loaded:
         raise BuildError("torch has loaded no OpenMP library")
-    return str(loaded[0])
+    of_torch = [path for path in loaded if "torch" in path]
+    return str((of_torch or loaded)[0])
 
 
 def _processor() -> str:
@@ -200,6 +216,7 @@ def random_words(key: int, first: int, count: int) -> np.ndarray:
 
     Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators". With and without the kernels the same.
     """
+    key %= 2**64
     if build().library is not None:
         words = np.empty(count, np.uint64)
         _function("random_words")(key, first, count, words.ctypes.data, torch.get_num_threads())
@@ -226,7 +243,7 @@ class DropoutBits:
     @classmethod
     def of(cls, words: Tensor, prob: float) -> "DropoutBits":
         """words: (numel + SLACK,) int16, random. prob: of dropping an element; met to within 1/131072."""
-        dropped = round(prob * 2**16)
+        dropped = min(round(prob * 2**16), 2**16 - 1)
         return cls(words, dropped - 2**15, 2**16 / (2**16 - dropped))
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -251,7 +268,8 @@ def bias_gelu(inputs: Tensor, bias: Tensor) -> Tensor:
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, bias: Tensor) -> Tensor:
-        inputs = inputs.contiguous()
+        inputs, bias = inputs.contiguous(), bias.contiguous()
+        assert bias.shape == inputs.shape[1:]
         ctx.save_for_backward(inputs, bias)
         output = torch.empty_like(inputs)
         pointers = map(_address, (inputs, bias, output))
@@ -300,8 +318,10 @@ class _ResidualNorm(torch.autograd.Function):
         bits: DropoutBits | None,
         eps: float,
     ) -> Tensor:
-        update, residual = update.contiguous(), residual.contiguous()
+        update, residual, weight, bias, offset = (t.contiguous() for t in (update, residual, weight, bias, offset))
         term = None if term is None else term.contiguous()
+        assert residual.shape == update.shape and (term is None or term.shape == update.shape)
+        assert weight.shape == bias.shape == offset.shape == update.shape[1:]
         sums, output = torch.empty_like(update), torch.empty_like(update)
         mean, scale = update.new_empty(len(update)), update.new_empty(len(update))
         _function("residual_norm_forward")(
@@ -342,7 +362,7 @@ class _ResidualNorm(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Where the B rows of a batch lie, each array (B,) int64; see `Rows` in kernels.c.
+    """Where the B rows of a batch lie, without gaps between them, each array (B,) int64; see `Rows` in kernels.c.
 
     query_starts, num_queries: in lines of the queries; starts, lengths: in lines of keys and values. The random bits of
     query q and key k in head h are at bits_starts + (h * bits_queries + q) * bits_strides + k.
@@ -356,16 +376,24 @@ class AttentionRows:
     bits_queries: np.ndarray
     bits_strides: np.ndarray
 
-    @cached_property
-    def _addresses(self) -> list[int]:
-        arrays = (getattr(self, name) for name in self.__dataclass_fields__)
-        return [array.ctypes.data for array in arrays]
+    def __post_init__(self) -> None:
+        for array in self._arrays:
+            assert array.dtype == np.int64 and array.flags.c_contiguous and array.shape == self.starts.shape
+
+    @property
+    def _arrays(self) -> list[np.ndarray]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+    @property
+    def num_lines(self) -> int:
+        """Lines of keys and values that belong to a row."""
+        return int(self.lengths.sum())
 
     def for_kernel(self, num_heads: int, head_size: int, bits: DropoutBits | None, bias: Tensor | None = None) -> _Rows:
         """`Rows` of kernels.c. bias: (3 D,) of queries, keys and values."""
-        width = num_heads * head_size
+        width, addresses = num_heads * head_size, (array.ctypes.data for array in self._arrays)
         biases = (None,) * 3 if bias is None else (_address(bias, i * width) for i in range(3))
-        return _Rows(len(self.starts), num_heads, head_size, *self._addresses, *_arguments(bits), *biases)
+        return _Rows(len(self.starts), num_heads, head_size, *addresses, *_arguments(bits), *biases)
 
 
 def self_attention(
@@ -374,7 +402,7 @@ def self_attention(
     """softmax(Q K^T / sqrt(E)) V within each row, with dropout on the probabilities.
 
     qkv: (N, 3 D) queries, keys and values, to which the bias (3 D,) is still to be added where there is one. Returns
-    (N, D); lines that belong to no row are zero.
+    (N, D); the lines behind the last row are zero.
     """
     return _Attention.apply(qkv, None, bias, rows, num_heads, bits)  # type: ignore[no-any-return]
 
@@ -399,8 +427,11 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         queries = queries.contiguous()
         keys_values = None if keys_values is None else keys_values.contiguous()
+        bias = None if bias is None else bias.contiguous()
         width = queries.shape[1] // (3 if keys_values is None else 1)
         context = queries.new_empty(len(queries), width)
+        assert rows.num_lines <= (len(queries) if keys_values is None else len(keys_values))
+        assert bias is None or bias.shape == queries.shape[1:]
         context[int(rows.num_queries.sum()) :].zero_()
         softmax = queries.new_empty(len(queries), num_heads, 2)
         _function("attention_forward")(
@@ -424,7 +455,7 @@ class _Attention(torch.autograd.Function):
         grad_queries[int(ctx.rows.num_queries.sum()) :].zero_()
         if keys_values is not None:
             grad_keys_values = torch.empty_like(keys_values)
-            grad_keys_values[int(ctx.rows.lengths.sum()) :].zero_()
+            grad_keys_values[ctx.rows.num_lines :].zero_()
         into_queries, _, into_keys, into_values, _ = _lines(grad_queries, grad_keys_values, width)
         _function("attention_backward")(
             ctx.rows.for_kernel(ctx.num_heads, width // ctx.num_heads, ctx.bits, bias),
@@ -464,8 +495,8 @@ def squared_norm(tensor: Tensor) -> float:
 
 
 def block_gramians(rows: Tensor, block: int) -> Tensor:
-    """(blocks, T, T) float32 inner products of rows (T, P) over each block of columns. rows: each contiguous."""
-    products = torch.empty(-(-rows.shape[1] // block), len(rows), len(rows))
+    """(blocks, T, T) float64 inner products of rows (T, P) over each block of columns. rows: each contiguous."""
+    products = torch.zeros(-(-rows.shape[1] // block), len(rows), len(rows), dtype=torch.float64)
     _function("block_gramians")(
         *rows.shape, rows.stride(0), block, _address(rows), _address(products), _threads_for(rows)
     )

@@ -375,7 +375,7 @@ def gramian(rows: Tensor, chunk: int = 16384) -> Tensor:
 def _chunked_gramian(rows: Tensor, chunk: int) -> Tensor:
     num_rows, size = rows.shape
     if kernels.usable(rows) and rows.stride(1) == 1:
-        return kernels.block_gramians(rows, chunk).double().sum(0)
+        return kernels.block_gramians(rows, chunk).sum(0)
     whole = size // chunk * chunk
     blocks = rows[:, :whole].view(num_rows, -1, chunk).transpose(0, 1)  # (P / chunk, T, chunk)
     rest = rows[:, whole:]

@@ -116,8 +116,20 @@ def test_in_place_gradients_pass_no_hook_and_need_a_gradient_that_is_there(kind:
     ours.weight.register_hook(seen.append)
     with weight_gradients_in_place():
         ours(x).sum().backward()
-    assert len(seen) == 1
+    assert len(seen) == 1 and seen[0] is not None
     assert_near(ours.weight.grad, 2 * once.double())
+
+
+def test_a_part_of_a_weight_passes_its_gradient_on_to_the_whole(kind: str) -> None:
+    """Also where that part has a gradient of its own to keep."""
+    ours, x = layer(16, 8), random(4, 16)
+    ours.weight.grad = torch.zeros_like(ours.weight)
+    part = ours.weight[:3]
+    part.retain_grad()
+    for _ in range(2):
+        with weight_gradients_in_place():
+            dense.linear(x, part, None).sum().backward(retain_graph=True)
+    assert_near(ours.weight.grad[:3], 2 * x.sum(0).double().expand(3, -1))
 
 
 def test_gradients_that_are_asked_for_leave_those_that_are_there_alone(kind: str) -> None:

@@ -1,6 +1,9 @@
 """The kernels against the same formulas in float64, and what becomes of a machine that cannot compile them."""
 
+import copy
+import gc
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -96,6 +99,78 @@ def test_what_is_not_a_number_stays_so_and_infinities_keep_their_sign() -> None:
         qkv[5, 10] = wrong  # a key of the second row
         context = kernels.self_attention(qkv, None, AttentionLayout([4, 5]).rows(2, False), 2, None)
         assert context[:4].isfinite().all() and context[4:, :4].isnan().any()
+    payload = random(4, 3 * 8)
+    payload.view(torch.int32)[2, 9] = 0x7FC00001  # another of the numbers that are none
+    assert kernels.self_attention(payload, None, AttentionLayout([4]).rows(2, False), 2, None).isnan().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("lengths", [[6, 5], [5, 6], [16, 1], [4, 3, 2]])
+def test_what_is_not_a_number_stays_in_its_row(lengths: list[int]) -> None:
+    """In the backward pass too, though the rows' work shares its memory."""
+    rows = AttentionLayout(lengths).rows(1, False)
+    qkv = random(sum(lengths), 3 * 8)
+    qkv[: lengths[0]] = torch.nan
+    qkv.requires_grad_()
+    context = kernels.self_attention(qkv, None, rows, 1, None)
+    (gradient,) = torch.autograd.grad((context * random(*context.shape)).sum(), qkv)
+    assert context[lengths[0] :].isfinite().all() and gradient[lengths[0] :].isfinite().all()
+    assert gradient[: lengths[0]].isnan().any()
+
+
+@needs_kernels
+def test_scores_far_below_zero_count_as_any_others() -> None:
+    for scale in (1.0, 1e16):
+        qkv = torch.zeros(2, 3)
+        qkv[:, 0], qkv[:, 1], qkv[:, 2] = scale, -100 * scale, torch.tensor([4.0, 6.0])
+        rows = AttentionLayout([2]).rows(1, False)
+        assert kernels.self_attention(qkv, None, rows, 1, None).flatten().tolist() == [5.0, 5.0]
+
+
+@needs_kernels
+def test_inputs_and_gradients_may_lie_in_memory_in_any_way() -> None:
+    def strided(*shape: int) -> Tensor:
+        return random(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+    norm = nn.LayerNorm(24)
+    norm.weight = nn.Parameter(random(24, 2)[:, 0])
+    rows = AttentionLayout(np.array([3, 9, 5, 9])[::2])
+    update, residual, term, offset = strided(8, 24), strided(8, 24), random(24, 8).T, random(1).expand(24)
+    functions = [
+        (lambda x: kernels.bias_gelu(x, offset), lambda x: F.gelu(x + offset), update),
+        (
+            lambda x: kernels.residual_norm(x, offset, residual, term, None, norm),
+            lambda x: norm(x + offset + residual + term),
+            update,
+        ),
+        (
+            lambda x: kernels.self_attention(x, None, rows.rows(2, False), 2, None),
+            lambda x: exact_attention(*x.chunk(3, 1), rows.rows(2, False), 2, None),
+            strided(8, 24),
+        ),
+        (
+            lambda x: kernels.cross_attention(x[:2, :8], x[:, 8:], rows.rows(2, True), 2, None),
+            lambda x: exact_attention(x[:2, :8], *x[:, 8:].chunk(2, 1), rows.rows(2, True), 2, None),
+            update,
+        ),
+    ]
+    for ours, theirs, values in functions:
+        x, y = values.clone().requires_grad_(), values.clone().requires_grad_()
+        torch.testing.assert_close(ours(values), theirs(values), rtol=1e-5, atol=1e-5)
+        for expand in (lambda of: of.sum(), lambda of: (of.T * torch.arange(len(of))).sum()):
+            found, expected = (torch.autograd.grad(expand(f(z)), z)[0] for f, z in ((ours, x), (theirs, y)))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_a_copied_layout_outlives_the_first_one() -> None:
+    qkv, layout = random(12, 24), AttentionLayout([3, 9])
+    expected = kernels.self_attention(qkv, None, layout.rows(2, False), 2, None)
+    copied = copy.deepcopy(layout)
+    del layout
+    gc.collect()
+    noise = [np.full(2, 10**6) for _ in range(1000)]
+    assert torch.equal(kernels.self_attention(qkv, None, copied.rows(2, False), 2, None), expected) and noise
 
 
 # -------------------------------------------------------------------------------------------------- residual norm
@@ -295,6 +370,17 @@ def test_the_first_numbers_of_split_mix_are_those_that_others_publish() -> None:
     assert split_mix(1234567, 0, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
+def test_a_draw_has_the_words_that_attention_may_read_beyond_it() -> None:
+    (lanes,) = re.findall(r"^#define LANES (\d+)", kernels.SOURCE.read_text(), re.MULTILINE)
+    assert int(lanes) == kernels.SLACK
+    for numel in (0, 1, 15, 1000):
+        assert len(DropoutMasks(0).bits(numel, 0.5).words) >= numel + kernels.SLACK
+
+
+def test_probabilities_next_to_one_and_the_largest_seed_are_possible() -> None:
+    assert not DropoutMasks(2**64 - 1).draw((1000,), 0.999999, torch.float32).isinf().any()
+
+
 # ------------------------------------------------------------------------------------------- gradients, optimizer
 
 
@@ -307,7 +393,7 @@ def test_inner_products_sums_and_norms_are_those_of_float64(num_rows: int, size:
     exact = rows.double()
     products = kernels.block_gramians(rows, 1000)
     assert products.shape == (-(-size // 1000), num_rows, num_rows)
-    assert_near(products.sum(0), exact @ exact.T, 1e-5)
+    torch.testing.assert_close(products.sum(0), exact @ exact.T, rtol=1e-6, atol=1e-6 * size)
     assert kernels.squared_norm(rows[0]) == pytest.approx(float(exact[0].square().sum()), rel=1e-12)
     weights = [0.5, -2.0, 3.0, 0.0, 1.25][:num_rows]
     before = buffer.clone()
@@ -371,6 +457,46 @@ def test_without_a_compiler_that_works_there_are_none_and_the_reason_is_said(tmp
     (tmp_path / "file").touch()
     found = outcome(tmp_path, XDG_CACHE_HOME=str(tmp_path / "file"))
     assert found[0] == "False" and "file" in found[1]
+    assert outcome(tmp_path, CC='gcc "') == ["False", "No closing quotation"]
+
+
+@needs_kernels
+def test_a_damaged_library_is_made_again(tmp_path: Path) -> None:
+    outcome(tmp_path)
+    (made,) = (tmp_path / "cache" / "multitask-bert").iterdir()
+    made.write_bytes(made.read_bytes()[:100])
+    assert outcome(tmp_path) == ["True", ""]
+
+
+@needs_kernels
+def test_another_processor_compiler_or_source_is_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [kernels._path()]
+    monkeypatch.setattr(kernels, "_processor", lambda: "flags: none")
+    paths.append(kernels._path())
+    monkeypatch.setenv("CC", "gcc -g")
+    paths.append(kernels._path())
+    (tmp_path / "kernels.c").write_text(kernels.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
+    paths.append(kernels._path())
+    assert len(set(paths)) == 4
+
+
+@needs_kernels
+def test_the_openmp_library_is_torchs_also_where_its_path_has_a_space(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [
+        "7f00-7f01 r-xp 00000000 08:01 17                         /usr/lib/libgomp.so.1.0.0",
+        "7f02-7f03 r-xp 00000000 08:01 18                         /home/a b/torch/lib/libgomp-24e.so.1",
+        "7f04-7f05 r-xp 00000000 08:01 19                         /home/a b/torch/lib/libtorch.so",
+    ]
+    monkeypatch.setattr(Path, "read_text", lambda path: "\n".join(lines))
+    assert kernels._openmp() == "/home/a b/torch/lib/libgomp-24e.so.1"
+    lines.clear()
+    with pytest.raises(kernels.BuildError, match="no OpenMP"):
+        kernels._openmp()
 
 
 def test_other_types_and_autocast_are_left_to_torch() -> None:
