@@ -500,7 +500,7 @@ def _methods(config: Config) -> list[str]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, machine, commit and whether the kernels are used, for config.json."""
+    """Versions, machine, commit and what there is of kernels, for config.json."""
     packages = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
@@ -573,9 +573,6 @@ def execute(config: Config, console: Console) -> int:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed % 2**63)
-    # The moments of words that have not been seen for 800 steps are too small for normal numbers, and a processor takes
-    # ten times as long for each step of them.
-    torch.set_flush_denormal(True)
     run: Run | None = None
     try:
         run = prepare(config, console, stop)
@@ -608,4 +605,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The moments of words that have not been seen for 800 steps are too small for normal numbers, and a processor takes
+    # ten times as long for them. It has to be said before there are threads.
+    torch.set_flush_denormal(True)
     sys.exit(main())

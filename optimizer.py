@@ -1,7 +1,7 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), with clipping in the same pass over memory.
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on clipped gradients.
 
-By our own kernel where there is one, else by torch's fused one, which torch.optim.AdamW calls too; its base class
-imports torch's compiler when it is made, which would be the longest part of a run's start.
+By our own kernel where there is one, which clips in the same pass over memory; else by torch's fused one, which
+torch.optim.AdamW calls too: its base class imports torch's compiler when it is made, the longest part of a run's start.
 """
 
 import math
@@ -19,9 +19,12 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
     """Euclidean norm of all gradients together; infinite or NaN where one of them is."""
-    if kernels.usable(*gradients) and all(gradient.is_contiguous() for gradient in gradients):
-        return math.sqrt(sum(kernels.squared_norm(gradient) for gradient in gradients))
-    return float(nn.utils.get_total_norm(gradients, foreach=True))
+    if kernels.usable(*gradients):
+        return math.sqrt(sum(kernels.squared_norm(gradient.contiguous()) for gradient in gradients))
+    norm = float(nn.utils.get_total_norm(gradients, foreach=True))
+    if math.isfinite(norm):
+        return norm
+    return float(nn.utils.get_total_norm([gradient.double() for gradient in gradients]))  # float32 ends at 1e19 here
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -39,7 +42,7 @@ class AdamW:
         self.parameters = parameters
         self.weight_decay = weight_decay
         self._moments: dict[str, dict[str, Tensor]] = {}
-        self._has_moments: dict[str, Tensor] = {}  # of parameters with `lines`: (V,) uint8, the lines ever moved
+        self._has_moments: dict[str, Tensor] = {}  # of parameters with `lines`: (V,) uint8, 0 where moments are zero
 
     @torch.no_grad()
     def step(self, lr: float, factor: float = 1.0, lines: Mapping[str, Tensor] = MappingProxyType({})) -> None:
@@ -57,13 +60,15 @@ class AdamW:
         self, names: Sequence[str], lr: float, factor: float, weight_decay: float, lines: Mapping[str, Tensor]
     ) -> None:
         parameters = [self.parameters[name] for name in names]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # Contiguous, as the parameters are: torch's kernel too goes by addresses alone.
+        gradients = [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None]
         moments = [self._moments_of(name) for name in names]
-        if all(kernels.usable(t) and t.is_contiguous() for t in (*parameters, *gradients)):
+        if kernels.usable(*parameters, *gradients):
             for name, parameter, gradient, of in zip(names, parameters, gradients, moments, strict=True):
-                state = self._line_states(name, lines[name]) if name in lines else None
+                state = self._line_states(name, lines.get(name))
                 _kernel_step(parameter, gradient, of, lr, factor, weight_decay, state)
             return
+        self._has_moments.clear()
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
         adamw(
@@ -93,12 +98,15 @@ class AdamW:
             }
         return self._moments[name]
 
-    def _line_states(self, name: str, lines: Tensor) -> Tensor:
-        """(V,) uint8, as the kernel wants them: 0 never moved, 1 moved before, 2 with a gradient now."""
+    def _line_states(self, name: str, lines: Tensor | None) -> Tensor | None:
+        """(V,) uint8, as the kernel wants them: 0 zero moments and gradient, 1 zero gradient, 2 neither; None where any
+        line may have a gradient."""
+        if lines is None:
+            self._has_moments.pop(name, None)
+            return None
         if name not in self._has_moments:
             moments = self._moments[name]
-            moved = moments["exp_avg"].any(1) | moments["exp_avg_sq"].any(1)
-            self._has_moments[name] = moved.to(torch.uint8)
+            self._has_moments[name] = (moments["exp_avg"].any(1) | moments["exp_avg_sq"].any(1)).to(torch.uint8)
         states = self._has_moments[name].clone()
         states[lines] = 2
         self._has_moments[name][lines] = 1

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import engine
+import kernels
 import multitask_classifier
 import plots
 import run_data
@@ -171,6 +172,56 @@ def check_predictions(out: Path) -> None:
             allowed = {"sst": list("01234"), "para": list("01")}
             assert all(0 <= float(v) <= 5 if task == "sts" else v in allowed[task] for v in values)
             assert all(value.endswith(" ") for _, value in cells)
+
+
+def test_a_run_says_and_records_why_it_has_no_compiled_kernels(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = "no C compiler: gcc was not found"
+    found = []
+    for build in (kernels.build(), kernels.Build(None, problem)):
+        monkeypatch.setattr(kernels, "build", lambda build=build: build)
+        out = tmp_path / f"run{len(found)}"
+        run(command(out, "--option pretrain --tasks sst --pretrain_epochs 1"))
+        shown = f"slower than it could be, without compiled kernels: {problem}" in capsys.readouterr().out
+        found.append((shown, json.loads((out / "config.json").read_text())["kernels"]))
+    assert found[0] == (False, "compiled") or kernels.build().library is None
+    assert found[1] == (True, problem)
+
+
+def test_the_embedding_gradient_is_kept_by_lines_where_the_encoder_is_trained(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    class Watched(multitask_classifier.Trainer):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            made.append((self.settings.name, self.embedding))
+
+    monkeypatch.setattr(multitask_classifier, "Trainer", Watched)
+    run(command(tmp_path / "run", "--pretrain_epochs 1 --epochs 1"))
+    assert made == [("pretrain", None), ("finetune", "encoder.word_embeddings.weight")]
+
+
+def test_the_program_rounds_numbers_that_are_not_normal_to_zero() -> None:
+    script = """
+import runpy, sys, torch
+sys.argv = ["multitask_classifier.py", "--help"]
+try:
+    runpy.run_path("multitask_classifier.py", run_name="__main__")
+except SystemExit:
+    pass
+print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(multitask_classifier.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_tensorboard_on_or_off_gives_the_same_weights(command: Command, tmp_path: Path) -> None:

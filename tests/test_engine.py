@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 import engine
+import kernels
 from datasets import Batch, RowStream, TokenizedRows, TokenRows
 from engine import LossScaler, Progress, StageSettings, Trainer, TrainingError, learning_rate_factor
 from evaluation import Precision, compute_features
 from helpers import random_batch, tiny_model
 from model import FrozenEncoder, MultitaskBert, TaskModel
 from pal import PalConfig
-from pcgrad import Sum, Treatment, make_treatment
+from pcgrad import Sum, TaskGradients, Treatment, make_treatment
 from regularizers import BregmanProximal, Regularizer, Smoothness
 from schedulers import SCHEDULERS, Scheduler, Setting
 from seeding import derive_seed
@@ -685,6 +686,62 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(num_steps: int, w
     gaps = np.diff([0.0, *factors[: rising + 1]])
     assert np.allclose(gaps, 1 / (rising + 1))
     assert np.allclose(np.diff([*factors[rising:], 0.0]), -1 / (num_steps - rising))
+
+
+@pytest.mark.parametrize("plan", [["para", "sts", "sts"], ["sts"], ["sts", "sst"]])
+@pytest.mark.parametrize("treatment", ["pcgrad", "sum"])
+def test_a_step_without_some_tasks_is_clipped_and_followed_in_all_its_lines(treatment: str, plan: list[str]) -> None:
+    """As the step that looks at every line of the embedding, in weights and moments."""
+    by_lines, whole = (make(treatment=treatment, draws=3, max_grad_norm=0.1, weight_decay=0.1) for _ in range(2))
+    whole.trainer.embedding, whole.trainer.gradients = (
+        None,
+        TaskGradients(
+            whole.trainer.gradients.parameters,
+            len(whole.trainer.gradients.rows),
+            [len(whole.trainer.gradients.parameters)],
+        ),
+    )
+    for setup in (by_lines, whole):
+        setup.step(0)
+        setup.trainer.scheduler = Planned(setup.trainer.scheduler, plan)
+        record = setup.step(1)
+        assert record["gradient_norm"] > 0.1
+        assert set(record["draws"]) == set(plan)
+        setup.step(2)
+    assert_close(by_lines.parameters(), whole.parameters())
+    assert_close(by_lines.trainer.optimizer.state(), whole.trainer.optimizer.state())
+
+
+class Planned:
+    """A scheduler of one plan."""
+
+    def __init__(self, scheduler: Any, names: list[str]) -> None:
+        self.scheduler, self.names = scheduler, names
+
+    def plan(self, *_: Any) -> list[str]:
+        return self.names
+
+    def draw_weight(self, *given: Any) -> float:
+        return float(self.scheduler.draw_weight(*given))
+
+
+@pytest.mark.parametrize("option", [{}, {"treatment": "pcgrad", "smart": True, "bregman": True}, {"adapters": True}])
+def test_steps_with_and_without_compiled_kernels_are_the_same(
+    option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setups = []
+    for usable in (kernels.usable, lambda *tensors: False):
+        monkeypatch.setattr(kernels, "usable", usable)
+        setups.append(make(draws=3, dropout=0.2, max_grad_norm=1.0, weight_decay=0.1, lr=1e-4, **option))
+        records = [setups[-1].step(number) for number in range(3)]
+        setups[-1].heard.steps = records
+    ours, theirs = setups
+    for one, other in zip(ours.heard.steps, theirs.heard.steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
+    names = [name for name in ours.parameters() if not name.endswith("qkv.bias")]  # keys' biases have no true gradient
+    found, expected = ({name: setup.parameters()[name] for name in names} for setup in setups)
+    assert_close(found, expected, rtol=1e-3)
 
 
 def test_every_step_is_taken_at_the_scheduled_rate() -> None:

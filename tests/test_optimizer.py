@@ -101,6 +101,23 @@ def test_the_norm_of_what_is_not_finite_is_not_finite() -> None:
         assert not math.isfinite(gradient_norm([torch.ones(3), torch.tensor([[1.0, wrong]])]))
 
 
+def test_the_norm_of_large_gradients_is_finite_as_long_as_they_are() -> None:
+    assert gradient_norm([torch.full((4, 4), 1e20), torch.zeros(3)]) == pytest.approx(4e20)
+    assert clip_factor(0.0, 1.0) == 1.0
+
+
+def test_gradients_that_do_not_lie_in_one_piece_are_clipped_and_followed_too() -> None:
+    gradient = torch.randn(6, 4, generator=generator()).T
+    ours, theirs = ({"weight": nn.Parameter(torch.ones(4, 6))} for _ in range(2))
+    ours["weight"].grad, theirs["weight"].grad = gradient.clone(), gradient.contiguous()
+    ours["weight"].grad = torch.empty(6, 4).T.copy_(gradient)
+    assert not ours["weight"].grad.is_contiguous()
+    assert gradient_norm([ours["weight"].grad]) == pytest.approx(float(gradient.norm()), rel=1e-6)
+    for named in (ours, theirs):
+        AdamW(named, 0.1).step(1e-2, 0.5)
+    torch.testing.assert_close(ours["weight"], theirs["weight"])
+
+
 def test_a_step_along_clipped_gradients_is_that_of_the_smaller_ones() -> None:
     ours, theirs = parameters_with_gradients(2), parameters_with_gradients(2)
     for parameter in theirs.values():
@@ -129,3 +146,34 @@ def test_steps_that_know_which_lines_have_gradients_are_the_same() -> None:
             second.load_state(state)
     for name, value in first.state().items():
         torch.testing.assert_close(second.state()[name], value, rtol=1e-6, atol=0)
+
+
+def test_lines_whose_average_gradient_has_vanished_go_on_after_a_checkpoint() -> None:
+    """exp_avg is zero there, exp_avg_sq is not."""
+    whole, stopped = ({"words": nn.Parameter(torch.ones(3, 4))} for _ in range(2))
+    state = {
+        "words:step": torch.tensor(900.0),
+        "words:exp_avg": torch.zeros(3, 4),
+        "words:exp_avg_sq": torch.tensor([[0.5], [0.0], [2.0]]).expand(3, 4).contiguous(),
+    }
+    first, second = AdamW(whole, 0.1), AdamW(stopped, 0.1)
+    for optimizer, named in ((first, whole), (second, stopped)):
+        optimizer.load_state({name: value.clone() for name, value in state.items()})
+        named["words"].grad = torch.zeros(3, 4)
+    first.step(1e-2)
+    second.step(1e-2, 1.0, {"words": torch.empty(0, dtype=torch.long)})
+    for name, value in first.state().items():
+        torch.testing.assert_close(second.state()[name], value, rtol=1e-7, atol=0)
+
+
+def test_steps_that_do_not_name_lines_are_remembered_by_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, by_lines = ({"words": nn.Parameter(torch.ones(5, 4))} for _ in range(2))
+    first, second = AdamW(whole, 0.0), AdamW(by_lines, 0.0)
+    usable = kernels.usable
+    for line, named, compiled in ((1, True, True), (2, True, False), (3, False, True), (1, True, True)):
+        monkeypatch.setattr(kernels, "usable", usable if compiled else lambda *tensors: False)
+        for parameters in (whole, by_lines):
+            parameters["words"].grad = torch.zeros(5, 4).index_fill_(0, torch.tensor([line]), 1.0)
+        first.step(1e-2)
+        second.step(1e-2, 1.0, {"words": torch.tensor([line])} if named else {})
+    torch.testing.assert_close(by_lines["words"], whole["words"], rtol=1e-6, atol=0)

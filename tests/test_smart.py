@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
-from torch import Tensor
+from torch import Tensor, nn
 
 from bert import DropoutMasks, PackedTokens
 from datasets import Batch
 from helpers import generator, random_batch, random_tokens, tiny_encoder, tiny_model
 from model import MultitaskBert
 from regularizers import BregmanProximal, Smoothness
-from smart import ProximalPoint, SmartConfig, ascend, proximity, smoothness
+from smart import ProximalPoint, SmartConfig, ascend, held_still, proximity, smoothness
 from tasks import TASKS, task_loss
 
 WIDE = SmartConfig(weight=1.0, eps=0.05, sigma=0.03, eta=0.04)  # large enough for a comparison in float32
@@ -213,6 +213,13 @@ def test_the_search_for_the_perturbation_needs_no_gradient_of_the_parameters_and
     assert torch.equal(found, expected)
     gradients = [torch.autograd.grad(of, parameters[0], retain_graph=True)[0] for of in (found, expected)]
     assert gradients[0].any() and torch.equal(*gradients)
+
+
+def test_a_search_that_fails_gives_the_parameters_back() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(torch.OutOfMemoryError), held_still([parameter]):
+        raise torch.OutOfMemoryError
+    assert parameter.requires_grad
 
 
 def test_the_perturbation_raises_the_divergence_above_that_of_its_start() -> None:
