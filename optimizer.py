@@ -54,7 +54,8 @@ class AdamW:
         decayed = [name for name in present if self.parameters[name].dim() > 1]
         others = [name for name in present if self.parameters[name].dim() <= 1]
         for names, weight_decay in ((decayed, self.weight_decay), (others, 0.0)):
-            self._step(names, lr, factor, weight_decay, lines)
+            if names:
+                self._step(names, lr, factor, weight_decay, lines)
 
     def _step(
         self, names: Sequence[str], lr: float, factor: float, weight_decay: float, lines: Mapping[str, Tensor]
