@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kernels
 from bert import EMBEDDED_MODEL, BertConfig, CheckpointError, matmul_flops
 from datasets import SAMPLE, DataError
 from dense import padded_rows, product, uses_onednn
@@ -391,6 +392,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
+        "kernels": kernels.build().problem or "compiled",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
 

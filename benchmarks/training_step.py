@@ -21,6 +21,7 @@ from benchmarks import workload
 from benchmarks.harness import (
     WARM_UP,
     Benchmark,
+    Check,
     Line,
     MatmulLimit,
     Options,
@@ -110,8 +111,8 @@ def measure(options: Options) -> Report:
         ratio_of_totals(seconds[GROUPED], sizes(seen_grouped, size), seconds[OURS], sizes(seen, size))
         for size in (len, np.sum)
     )
-    compared = {OURS: None, PADDED: Summary.of(ratios(seconds[PADDED], seconds[OURS])), GROUPED: by_row}
-    lines = [Line(n, seconds[n], "s", compared[n], shares.get(n), memory[n]) for n in of_kind]
+    compared = {PADDED: Summary.of(ratios(seconds[PADDED], seconds[OURS])), GROUPED: by_row}
+    lines = [Line(n, seconds[n], "s", compared.get(n), shares.get(n), memory[n]) for n in of_kind]
     padding = Summary.of([len(of) * int(of.max()) / int(of.sum()) for of in seen])
     notes = [
         per_unit("row", len, seconds, of_kind),
@@ -123,7 +124,12 @@ def measure(options: Options) -> Report:
         left_out(setup.checkpoint.config, seen, shares[OURS]),
     ]
     settings = {"rounds": options.rounds, "batch_size": workload.BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
-    return Report("seconds of an optimizer step on 32 rows; ratios to ours", lines, (), notes, settings)
+    checks = [
+        Check("our step over that with random padded batches", 1 / compared[PADDED].median, 1 / 2.7),
+        Check("our step over that with batches grouped by length, by the row", 1 / by_row.median, 1 / 1.5),
+        Check("our step over the matmul limit", 1 / shares[OURS], 1 / 0.6),
+    ]
+    return Report("seconds of an optimizer step on 32 rows; ratios to ours", lines, checks, notes, settings)
 
 
 Size = Callable[[np.ndarray], float]  # of a batch, from the lengths of its rows
