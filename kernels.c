@@ -17,9 +17,9 @@
 #define LANES 16 /* floats that are handled together; a processor with narrower registers takes several */
 #define QUERIES 4
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t int_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int16_t word_lanes __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int16_t word_lanes __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
