@@ -298,8 +298,9 @@ class DropoutMasks:
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         """seed: from 0 to 2**64 - 1."""
         self.seed, self.device = seed, torch.device(device)
-        self._key, self._drawn = int(kernels.random_words(seed, 0, 1)[0]), 0
         self._generator = None if self.device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+        if self._generator is None:
+            self._key, self._drawn = int(kernels.random_words(seed, 0, 1)[0]), 0
 
     def again(self) -> "DropoutMasks":
         """Masks that repeat this object's from its first on: two passes with the same draw can be compared."""

@@ -134,6 +134,11 @@ def _processor() -> str:
     return found[0] if found else platform.processor()
 
 
+def record(device: str) -> str:
+    """What the record of a run on a device says of the kernels: "compiled", why there are none, or "not used"."""
+    return (build().problem or "compiled") if device == "cpu" else "not used"
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these: float32 on the CPU, no autocast, and compiled."""
     return (

@@ -511,7 +511,7 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}",
         "commit": commit or None,
-        "kernels": (kernels.build().problem or "compiled") if device == "cpu" else "not used",
+        "kernels": kernels.record(device),
     }
 
 
