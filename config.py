@@ -1,57 +1,74 @@
-"""The command line: every flag is declared once, as a field of `Config` with its default, help and limits.
+"""The command line. A core flag is a field of `Config`; the flags of methods derive from the tables that hold them.
 
 `parse` reads the flags and reports every contradiction at once, before anything is loaded.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bert import EMBEDDED_MODEL
-from pal import KINDS
+from checkpoints import EMBEDDED_MODEL
+from datasets import AUGMENTATIONS
+from heads import HEADS
+from pal import ADAPTERS
+from parameters import Choice, Flag, flags_of, parameter, parameters_type
 from pcgrad import TREATMENTS, gramian_weightings
 from schedulers import SCHEDULERS
+from smart import REGULARIZERS
 from tasks import TASKS
 
-OPTIONS = ("finetune", "pretrain", "individual_pretrain", "test", "predict")
-PREDICT_FLAGS = (
-    "option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp"
-)  # fmt: skip
-DRAWS_WITH_TREATMENT = 16  # with --scheduler pal; the other schedulers draw each task once
+NO_TREATMENT = "sum"  # the tasks' gradients are added up
+NO_AUGMENTATION = "none"
+DRAWS_WITH_TREATMENT = 16
+OPTIONS = {
+    "finetune": "train the heads on the frozen encoder, then everything",
+    "pretrain": "train the heads on the frozen encoder",
+    "individual_pretrain": "the same, each task alone with its own best epoch",
+    "test": "score a checkpoint and write its predictions",
+    "predict": "predict new texts",
+}
+PREDICT_FLAGS = {
+    *("option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp")
+}
+RESUME_FLAGS = {"resume", "device", "threads"}
+
+# Of each table of methods: its entries, and how one is chosen on the command line.
+TABLES: dict[str, tuple[Mapping[str, Any], str]] = {
+    "scheduler": (SCHEDULERS, "--scheduler {}"),
+    "treatment": (TREATMENTS, "--{}"),
+    "regularizer": (REGULARIZERS, "--{}"),
+    "adapter": (ADAPTERS, "--{}"),
+    "head": (HEADS, "--head {}"),
+    "augment": (AUGMENTATIONS, "--augment {}"),
+}
 
 
 class FlagError(ValueError):
     """Flags that make no sense; one problem a line."""
 
 
-def flag(default: Any, help: str, limits: str = "", **options: Any) -> Any:
-    """A field that is a flag. limits: as in "> 0", "0 <= x < 1", checked and named in the error."""
-    return field(default=default, metadata={"help": help, "limits": limits, "options": options})
-
-
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run, as given."""
+    """All settings of a run. What is 0 or empty is chosen automatically, until run.resolve has filled it in."""
 
-    option: str = flag("finetune", "which stages to run", choices=OPTIONS)
-    tasks: tuple[str, ...] = flag(
-        tuple(TASKS), "tasks to train together; one is single-task training", choices=tuple(TASKS), nargs="+"
-    )
-    model: str = flag(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
-    data: str = flag("sample", "sample (the project's own) or a directory with CS224N's files")
-    out: str = flag("", "run directory to make; default runs/<time>-<option>", metavar="DIR")
-    resume: str = flag("", "run directory to continue; takes all other flags from it", metavar="DIR")
-    checkpoint: str = flag("", "run directory or checkpoint folder to start from", metavar="DIR")
+    option: str = parameter("finetune", "; ".join(f"{name}: {what}" for name, what in OPTIONS.items()), choices=OPTIONS)
+    tasks: tuple[str, ...] = parameter((), "tasks to train together; one is single-task training (default: all)")
+    model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
+    data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files")
+    out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
+    resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
+    checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
 
-    task: str = flag("", "predict: what to predict; sst reads sentences, para and sts pairs", choices=tuple(TASKS))
-    input: str = flag(
+    task: str = parameter("", "predict: what to predict; sst reads sentences, para and sts pairs", metavar="TASK")
+    input: str = parameter(
         "-",
         "predict: file with a sentence or tab-separated pair a line, not quoted; - is standard input",
         metavar="FILE",
     )
-    output: str = flag(
+    output: str = parameter(
         "-",
         "predict: file to make; - is standard output. No header; for each line of the input a line: the class and, "
         "behind a tab, its probability, or for sts the score alone. A broken line, named on standard error, leaves its "
@@ -59,111 +76,163 @@ class Config:
         metavar="FILE",
     )
 
-    scheduler: str = flag("pal", "how tasks are drawn", choices=tuple(SCHEDULERS))
-    draws_per_step: int = flag(
-        0, f"draws of one optimizer step; 0: 1, with a treatment one a task, {DRAWS_WITH_TREATMENT} with pal", ">= 0"
+    scheduler: str = parameter("pal", "how tasks are sampled: {}", metavar="NAME")
+    draws_per_step: int = parameter(
+        0,
+        f"draws that share the rows of an optimizer step; 0: 1, with a treatment {DRAWS_WITH_TREATMENT} or, of fewer "
+        "rows, as many as there are",
+        ">= 0",
     )
-    treatment: str = flag(
-        "sum",
-        f"how task gradients become one: {', '.join(TREATMENTS)}, or a Gramian weighting of torchjd by its name",
+    treatment: str = parameter(
+        NO_TREATMENT,
+        f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or a Gramian weighting of torchjd by its name",
         metavar="NAME",
     )
-    pcgrad: bool = flag(False, "short for --treatment pcgrad")
-    gradvac: bool = flag(False, "short for --treatment gradvac")
-    gradvac_beta: float = flag(0.01, "how far a step moves Gradient Vaccine's target cosines", "0 < x <= 1")
-    granularity: str = flag(
+    granularity: str = parameter(
         "model", "treat gradients over the whole model, or over each layer on its own", choices=("model", "layer")
     )
-    smart: bool = flag(False, "SMART's smoothness-inducing regularization in fine-tuning")
-    smart_weight: float = flag(1.0, "factor of the smoothness term (lambda)", "> 0")
-    smart_eps: float = flag(1e-5, "largest perturbation of an embedding's coordinate", "> 0")
-    smart_sigma: float = flag(1e-5, "standard deviation of the perturbation's start", "> 0")
-    smart_eta: float = flag(1e-3, "step size of the perturbation's ascent", "> 0")
-    smart_steps: int = flag(1, "ascent steps", ">= 1")
-    bregman: bool = flag(False, "SMART's Bregman proximal point term in fine-tuning")
-    bregman_weight: float = flag(1.0, "factor of the proximal term (mu)", "> 0")
-    pal: bool = flag(False, "projected attention layers: a small adapter of each task in the encoder's layers")
-    pal_kind: str = flag(
-        "attention", "attention: projections shared by the layers; low_rank: a bottleneck in each layer", choices=KINDS
+    regularizers: tuple[str, ...] = ()
+    adapter: str = ""
+    train: str = parameter(
+        "all", "what fine-tuning trains; all, or the adapters alone by their name: {}", metavar="PART"
     )
-    pal_size: int = flag(0, "width of the adapters; 0: the paper's proportion to the hidden size", ">= 0")
-    pal_heads: int = flag(0, "heads of an adapter's attention; 0: one for every 64 of the hidden size", ">= 0")
-    pal_layers: int = flag(0, "adapters in that many top layers; 0: in all", ">= 0")
-    train: str = flag(
-        "all", "what fine-tuning trains; pal: the adapters, everything else frozen", choices=("all", "pal")
+    head: tuple[str, ...] = parameter(
+        (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
     )
-    head_layers: int = flag(0, "hidden layers in each task's head", ">= 0")
 
-    augment: str = flag("none", "eda: fill up rarer classes of sst and para with edited rows", choices=("none", "eda"))
-    eda_alpha: float = flag(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
-    eda_deletion_prob: float = flag(0.1, "probability of a word to be deleted", "0 < x < 1")
-    wordnet: str = flag("", "directory of a WordNet database; default: nltk's or the system's", metavar="DIR")
-    drop_longest: float = flag(
+    augment: str = parameter(
+        NO_AUGMENTATION, f"augmentation of the training rows: {NO_AUGMENTATION}, {{}}", metavar="NAME"
+    )
+    drop_longest: float = parameter(
         0.0, "share of each task's longest training rows to leave out, such as 0.02", "0 <= x < 1"
     )
-    cache: str = flag(
-        "", "directory of tokenized files for later runs; default .cache beside the run, off: none", metavar="DIR"
+    cache: str = parameter(
+        "", "directory of tokenized files for later runs; off: none (default: .cache beside the run)", metavar="DIR"
     )
-    max_length: int = flag(0, "tokens of a row at most; 0: as many as the model has positions", ">= 0")
+    max_length: int = parameter(0, "tokens of a row at most; 0: as many as the model has positions", ">= 0")
 
-    epochs: int = flag(5, "epochs of fine-tuning", ">= 1")
-    pretrain_epochs: int = flag(10, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
-    steps_per_epoch: int = flag(
+    epochs: int = parameter(5, "epochs of fine-tuning", ">= 1")
+    pretrain_epochs: int = parameter(10, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
+    steps_per_epoch: int = parameter(
         0, "optimizer steps of an epoch; 0: as many as see as many rows as the training files hold", ">= 0"
     )
-    batch_size: int = flag(32, "rows of one forward pass", ">= 1")
-    accumulation_steps: int = flag(1, "forward passes of one draw", ">= 1")
-    eval_batch_size: int = flag(64, "rows of one forward pass in evaluation", ">= 1")
-    eval_every: int = flag(1, "epochs between evaluations; 0: after the last only", ">= 0")
-    save_every: int = flag(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
-    lr: float = flag(0.0, "peak learning rate of fine-tuning; 0: by the model's width and the draws of a step", ">= 0")
-    pretrain_lr: float = flag(1e-3, "peak learning rate of the frozen stage", "> 0")
-    warmup: float = flag(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
-    weight_decay: float = flag(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
-    patience: int = flag(0, "epochs without a gain after which a stage ends; 0: never", ">= 0")
-    seed: int = flag(0, "seed of everything that is random", ">= 0")
-    threads: int = flag(0, "CPU threads; 0: torch's default", ">= 0")
-    device: str = flag("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
-    amp: str = flag(
-        "off",
-        "mixed precision: bf16 (also the bare flag) or fp16",
-        choices=("off", "bf16", "fp16"),
-        nargs="?",
-        const="bf16",
+    batch_size: int = parameter(
+        32, "rows of an optimizer step, times --accumulation_steps; a forward pass takes no more of them", ">= 1"
     )
-    tensorboard: bool = flag(True, "write TensorBoard files too")
+    accumulation_steps: int = parameter(1, "how many times --batch_size rows make up an optimizer step", ">= 1")
+    eval_batch_size: int = parameter(64, "rows of one forward pass in evaluation", ">= 1")
+    eval_every: int = parameter(1, "epochs between evaluations; 0: after the last only", ">= 0")
+    save_every: int = parameter(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
+    lr: float = parameter(0.0, "peak learning rate of fine-tuning; 0: by the model's width", ">= 0")
+    pretrain_lr: float = parameter(1e-3, "peak learning rate of the frozen stage", "> 0")
+    warmup: float = parameter(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
+    weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
+    max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
+    patience: int = parameter(0, "epochs without a gain after which a stage ends; 0: never", ">= 0")
+    seed: int = parameter(0, "seed of everything that is random", "0 <= x < 2**63")
+    threads: int = parameter(0, "CPU threads; 0: torch's default", "0 <= x <= 1024")
+    device: str = parameter("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
+    amp: str = parameter("off", "mixed precision: bf16 (also the bare flag) or fp16", choices=("off", "bf16", "fp16"))
+    tensorboard: bool = parameter(True, "write TensorBoard files too")
+
+    method_parameters: Mapping[str, Any] = field(default_factory=dict)  # by flag: those of the tables' entries
+
+    @property
+    def is_treated(self) -> bool:
+        return self.treatment != NO_TREATMENT
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps
 
     @property
     def draws(self) -> int:
         """Draws of an optimizer step in fine-tuning."""
-        if self.draws_per_step:
-            return self.draws_per_step
-        if self.treatment == "sum":
-            return 1
-        return DRAWS_WITH_TREATMENT if self.scheduler == "pal" else len(self.tasks)
+        return self.draws_per_step or (min(DRAWS_WITH_TREATMENT, self.rows_per_step) if self.is_treated else 1)
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """The heads that are asked for, by task; empty where --head is not given."""
+        whole = [name for name in self.head if "=" not in name]
+        single = [name.partition("=") for name in self.head if "=" in name]
+        return {task: whole[-1] for task in self.tasks if whole} | {task: name for task, _, name in single}
+
+    def chosen(self, table: str) -> tuple[str, ...]:
+        """Names of the entries of a table that this run uses."""
+        found = {
+            "scheduler": (self.scheduler,),
+            "treatment": (self.treatment,),
+            "regularizer": self.regularizers,
+            "adapter": (self.adapter,),
+            "head": tuple(self.heads.values()),
+            "augment": (self.augment,),
+        }[table]
+        return tuple(name for name in found if name in TABLES[table][0])
+
+    def choice(self, table: str, name: str) -> Choice:
+        """An entry of a table with its parameters as the flags say."""
+        entries, _ = TABLES[table]
+        kind = parameters_type(entries.get(name))
+        given = {part: self.method_parameters.get(flag.name, flag.default) for part, flag in flags_of(kind, f"{name}_")}
+        return Choice(name, kind(**given))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tasks": list(self.tasks)}
+        """Every flag with its value."""
+        core = {name: getattr(self, name) for name, _ in flags_of(Config)}
+        switches = {name: name in self.chosen(table) for table, name in _switches()}
+        parameters = {flag.name: self.method_parameters.get(flag.name, flag.default) for _, _, flag in _method_flags()}
+        values = {**core, **switches, **parameters}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-_BRACKETS: Mapping[str, Callable[[float], bool]] = {
-    "": lambda x: True,
-    "> 0": lambda x: x > 0,
-    ">= 0": lambda x: x >= 0,
-    ">= 1": lambda x: x >= 1,
-    "0 < x <= 1": lambda x: 0 < x <= 1,
-    "0 < x < 1": lambda x: 0 < x < 1,
-    "0 <= x < 1": lambda x: 0 <= x < 1,
-}
-_IN_WORDS = {
-    "> 0": "a number above 0",
-    ">= 0": "0 or more",
-    ">= 1": "1 or more",
-    "0 < x <= 1": "a number above 0 and at most 1",
-    "0 < x < 1": "a number above 0 and below 1",
-    "0 <= x < 1": "a number from 0 to below 1",
-}
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The settings that `to_dict` gave."""
+    core = {name: values[name] for name, _ in flags_of(Config) if name in values}
+    core = {name: tuple(value) if isinstance(value, list) else value for name, value in core.items()}
+    adapters = [name for name in ADAPTERS if values.get(name)]
+    parameters = {flag.name: values[flag.name] for _, _, flag in _method_flags() if flag.name in values}
+    regularizers = tuple(name for name in REGULARIZERS if values.get(name))
+    return Config(**core, regularizers=regularizers, adapter="".join(adapters), method_parameters=parameters)
+
+
+# ---------------------------------------------------------------------------------------------------- the flags
+
+
+def _method_flags() -> Iterator[tuple[str, str, Flag]]:
+    """(table, entry, flag) of every parameter of every entry of the tables."""
+    for table, (entries, _) in TABLES.items():
+        for name, entry in entries.items():
+            for _, flag in flags_of(parameters_type(entry), f"{name}_"):
+                yield table, name, flag
+
+
+def _switches() -> Iterator[tuple[str, str]]:
+    """(table, entry) of those that are flags by their own names."""
+    for table, (entries, way) in TABLES.items():
+        if way == "--{}":
+            yield from ((table, name) for name in entries)
+
+
+GROUPS = {
+    "option": "what to run",
+    "tasks": "tasks and data",
+    "scheduler": "methods",
+    "epochs": "training",
+    "seed": "machine",
+}  # by the first flag of each
+DATA_FLAGS = ("augment", "drop_longest", "cache", "max_length")
+
+
+def _shown_choices(flag: Flag) -> str:
+    """Help with the names of the table's entries in it."""
+    entries: dict[str, Mapping[str, Any]] = {
+        "scheduler": SCHEDULERS,
+        "treatment": TREATMENTS,
+        "train": ADAPTERS,
+        "head": HEADS,
+    }
+    entries["augment"] = AUGMENTATIONS
+    return flag.help.format(", ".join(entries.get(flag.name, ())))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,173 +243,210 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """argparse's parser of all fields. Flags that are not given stay absent from its result."""
+    """argparse's parser of all flags. Flags that are not given stay absent from its result."""
     parser = _Parser(
         prog="multitask_classifier.py",
+        usage="%(prog)s [--option NAME] [flags]",
         description="Trains one BERT for sentiment, paraphrase and similarity together.",
+        epilog="""examples:
+  python multitask_classifier.py --option finetune --scheduler pal --pcgrad
+  python multitask_classifier.py --data DIR --epochs 3 --seed 1 --out runs/mine
+  python multitask_classifier.py --option predict --checkpoint runs/mine --task sst --input texts.txt""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for item in fields(Config):
-        default = item.default
-        assert default is not MISSING
-        options = dict(item.metadata["options"])
-        shown = " ".join(default) if isinstance(default, tuple) else default
-        help = item.metadata["help"] + (f" (default {shown})" if shown not in ("", False) else "")
-        help = help.replace("%", "%%")
-        if isinstance(default, bool):
-            parser.add_argument(f"--{item.name}", action=argparse.BooleanOptionalAction, help=help)
-        else:
-            kind = str if isinstance(default, tuple) else type(default)
-            parser.add_argument(f"--{item.name}", type=kind, help=help, **options)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS.values()}
+    title = ""
+    for name, flag in flags_of(Config):
+        title = GROUPS.get(name, title)
+        _add(groups["tasks and data" if name in DATA_FLAGS else title], replace(flag, help=_shown_choices(flag)))
+    for table, name in _switches():
+        summary = (inspect.getdoc(TABLES[table][0][name]) or name).split("\n")[0]
+        what = f"short for --treatment {name}" if table == "treatment" else summary.split(". ")[0].rstrip(".:")
+        _add(groups["methods"], Flag(name, False, what))
+    for _, _, flag in _method_flags():
+        _add(groups["methods"], flag)
     return parser
+
+
+def _add(group: Any, flag: Flag) -> None:
+    default = flag.default
+    help = flag.help + (f" (default {default})" if default not in ("", ()) and default is not False else "")
+    help = help.replace("%", "%%")
+    metavar = flag.metavar or ("{" + ",".join(flag.choices) + "}" if flag.choices else None)
+    if isinstance(default, bool):
+        group.add_argument(f"--{flag.name}", action=argparse.BooleanOptionalAction, help=help)
+    elif isinstance(default, tuple):
+        group.add_argument(f"--{flag.name}", nargs="+", metavar=metavar or flag.name.upper().rstrip("S"), help=help)
+    elif flag.name == "amp":
+        group.add_argument("--amp", nargs="?", const="bf16", metavar=metavar, help=help)
+    else:
+        kind = type(default)
+        group.add_argument(f"--{flag.name}", type=kind, metavar=metavar or kind.__name__.upper(), help=help)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean X?" where a known word is like this one."""
+    found = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _with_underscores(argument: str) -> str:
+    """--batch-size as --batch_size; --no-tensorboard keeps its first."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    start = "--no-" if name.startswith("--no-") else "--"
+    return start + name[len(start) :].replace("-", "_") + equals + value
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """The settings of a command line. Raises FlagError with all problems, one a line."""
-    given = vars(make_parser().parse_args(arguments))
-    if "tasks" in given:
-        given["tasks"] = tuple(given["tasks"])
-    problems = [*_out_of_limits(given), *_contradictions(given)]
+    parser = make_parser()
+    parsed, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
+    if unknown:
+        flags = list(parser._option_string_actions)
+        wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
+        raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
+    config = _config_of(given)
+    problems = [*_wrong_values(config, given), *_contradictions(config, given)]
     if problems:
-        raise FlagError("\n".join(problems))
-    for name in ("pcgrad", "gradvac"):
-        if given.get(name):
-            given["treatment"] = name
-    return Config(**given)
+        raise FlagError("\n".join(dict.fromkeys(problems)))
+    return config
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The settings that a run directory's config.json holds."""
-    known = {item.name for item in fields(Config)}
-    return Config(**{**{k: v for k, v in values.items() if k in known}, "tasks": tuple(values["tasks"])})
+def _config_of(given: Mapping[str, Any]) -> Config:
+    core = {name: given[name] for name, _ in flags_of(Config) if name in given}
+    treatments = [name for name in TREATMENTS if given.get(name)]
+    return Config(
+        **{"tasks": tuple(TASKS), **core, **({"treatment": treatments[0]} if treatments else {})},
+        regularizers=tuple(name for name in REGULARIZERS if given.get(name)),
+        adapter=next((name for name in ADAPTERS if given.get(name)), ""),
+        method_parameters={flag.name: given[flag.name] for _, _, flag in _method_flags() if flag.name in given},
+    )
 
 
-def _out_of_limits(given: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for item in fields(Config):
-        limits = item.metadata["limits"]
-        value = given.get(item.name)
-        if value is not None and limits and not (math.isfinite(value) and _BRACKETS[limits](value)):
-            problems.append(f"--{item.name} {value}: expected {_IN_WORDS[limits]}")
-    if 0 < given.get("max_length", 0) < 5:
-        problems.append(f"--max_length {given['max_length']}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]")
-    tasks = given.get("tasks", ())
-    if len(set(tasks)) != len(tasks):
-        problems.append(f"--tasks {' '.join(tasks)}: expected each task once")
-    return problems
+# ------------------------------------------------------------------------------------------------------- checks
 
 
-def _contradictions(given: Mapping[str, Any]) -> list[str]:
+def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are outside their limits, and names of what is not there."""
+    flags = [flag for _, flag in flags_of(Config)] + [flag for _, _, flag in _method_flags()]
+    for flag in flags:
+        if flag.name in given and (problem := flag.problem(given[flag.name])):
+            yield problem + (nearest(given[flag.name], list(flag.choices)) if flag.choices else "")
+    if 0 < config.max_length < 5:
+        yield f"--max_length {config.max_length}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]"
+    if len(set(config.tasks)) != len(config.tasks):
+        yield f"--tasks {' '.join(config.tasks)}: expected each task once"
+    known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
+        ("tasks", config.tasks, list(TASKS)),
+        ("task", [config.task] if config.task else [], list(TASKS)),
+        ("scheduler", [config.scheduler], list(SCHEDULERS)),
+        ("augment", [config.augment], [NO_AUGMENTATION, *AUGMENTATIONS]),
+        ("train", [config.train], ["all", *ADAPTERS]),
+        ("head", list(config.heads.values()), list(HEADS)),
+        ("head", list(config.heads), list(config.tasks)),
+    )
+    for name, values, names in known:
+        for value in values:
+            if value not in names:
+                yield f"--{name} {value}: expected one of {', '.join(names)}{nearest(value, names)}"
+    if config.is_treated and config.treatment not in TREATMENTS and config.treatment not in gramian_weightings():
+        of_torchjd = gramian_weightings()
+        names = [NO_TREATMENT, *TREATMENTS, *of_torchjd]
+        more = (
+            nearest(config.treatment, names) if of_torchjd else "; with torchjd installed also its Gramian weightings"
+        )
+        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{more}"
+
+
+def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
-    config = Config(**given)
-    chosen = [name for name in ("pcgrad", "gradvac") if given.get(name)]
-    treatment = chosen[0] if chosen else config.treatment
-    is_treated = treatment != "sum"
-    problems: list[str] = []
-
-    def needs(names: Sequence[str], condition: bool, reason: str) -> None:
-        problems.extend(f"--{name}: {reason}" for name in names if name in given and not condition)
-
     if config.resume:
-        others = [name for name in given if name not in ("resume", "device", "threads")]
-        problems.extend(f"--{name}: --resume takes it from the run; leave it out" for name in others)
-        return problems
+        others = [name for name in given if name not in RESUME_FLAGS]
+        return [f"--{name}: --resume takes it from the run; leave it out" for name in others]
     if config.option == "predict":
         return _contradictions_of_predict(config, given)
-    needs(["task", "input", "output"], False, "expected only with --option predict")
-    if len(chosen) == 2 or (chosen and "treatment" in given and config.treatment != chosen[0]):
-        problems.append("--pcgrad, --gradvac, --treatment: they name different treatments, expected one")
-    if treatment not in TREATMENTS and treatment not in (known := gramian_weightings()):
-        problems.append(
-            f"--treatment {treatment}: expected one of {', '.join(TREATMENTS)}"
-            + (f", or torchjd's {', '.join(known)}" if known else ", or with torchjd installed one of its weightings")
-        )
-    trains = config.option != "test"
-    full = config.option == "finetune"
-    sizes = [name for name in given if name.startswith("pal_")]
-    needs(["gradvac_beta"], treatment == "gradvac", "expected only with --gradvac")
-    needs(["granularity"], is_treated, "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)")
-    needs([n for n in given if n.startswith("smart_")], config.smart, "expected only with --smart")
-    needs(["bregman_weight"], config.bregman, "expected only with --bregman")
-    needs(sizes, config.pal, "expected only with --pal")
+    option, is_full, num_tasks = f"--option {config.option}", config.option == "finetune", len(config.tasks)
+    problems: list[str] = []
+
+    def needs(condition: bool, reason: str, *names: str) -> None:
+        is_given = [name for name in names if name in given and given[name] is not False]
+        problems.extend(f"--{name}: {reason}" for name in is_given if not condition)
+
+    needs(False, "expected only with --option predict", "task", "input", "output")
+    for table, name, flag in _method_flags():
+        way = TABLES[table][1].format(name)
+        if flag.name in given and name not in config.chosen(table):
+            problems.append(f"--{flag.name}: expected only with {way}")
+    treatments = {name for name in TREATMENTS if given.get(name)} | {given.get("treatment", config.treatment)}
+    if len(treatments) > 1 and ("treatment" in given or len(treatments - {NO_TREATMENT}) > 1):
+        names = ", ".join(f"--{name}" for name in (*TREATMENTS, "treatment"))
+        problems.append(f"{names}: they name different treatments, expected one")
+    if sum(bool(given.get(name)) for name in ADAPTERS) > 1:
+        problems.append(f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them")
     needs(
-        [n for n in given if n.startswith("eda_")] + ["wordnet"],
-        config.augment == "eda",
-        "expected only with --augment eda",
+        config.is_treated, "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)", "granularity"
     )
-    tuning = ["smart", "bregman", "pal", "train", "epochs", "lr", "draws_per_step"]
-    needs(
-        [n for n in tuning if given.get(n)],
-        full,
-        f"--option {config.option} does not fine-tune, expected only with finetune",
-    )
-    if is_treated and not full:
-        problems.append(f"--treatment {treatment}: --option {config.option} shares no trained parameters between tasks")
-    needs(
-        [
-            "augment",
-            "drop_longest",
-            "steps_per_epoch",
-            "accumulation_steps",
-            "warmup",
-            "weight_decay",
-            "patience",
-            "pretrain_epochs",
-            "pretrain_lr",
-            "scheduler",
-            "save_every",
-            "max_grad_norm",
-        ],
-        trains,
-        "--option test does not train",
-    )
-    needs(["scheduler"], config.option != "individual_pretrain", "individual_pretrain trains one task at a time")
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step")
+    needs(is_full, f"{option} does not fine-tune, expected only with finetune", *tuning)
+    if config.is_treated and not is_full:
+        problems.append(f"--treatment {config.treatment}: {option} shares no trained parameters between tasks")
+    training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "batch_size", "warmup", "scheduler"]
+    training += ["weight_decay", "patience", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm"]
+    needs(config.option != "test", f"{option} does not train", *training)
+    needs(config.option != "individual_pretrain", "individual_pretrain trains one task at a time", "scheduler")
     if config.option == "test" and not config.checkpoint:
-        problems.append("--option test: expected --checkpoint DIR")
+        problems.append(f"{option}: expected --checkpoint DIR")
     if config.option in ("pretrain", "individual_pretrain") and config.pretrain_epochs == 0:
-        problems.append(f"--pretrain_epochs 0: --option {config.option} would do nothing")
-    if full and config.checkpoint and given.get("pretrain_epochs"):
+        problems.append(f"--pretrain_epochs 0: {option} would do nothing")
+    if is_full and config.checkpoint and given.get("pretrain_epochs"):
         problems.append("--pretrain_epochs: --checkpoint has trained heads, the frozen stage is skipped")
-    needs(
-        ["pretrain_lr"], not (full and (config.checkpoint or config.pretrain_epochs == 0)), "there is no frozen stage"
-    )
+    has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
+    needs(has_frozen_stage, "there is no frozen stage", "pretrain_lr")
     if config.checkpoint and "model" in given:
         problems.append("--model, --checkpoint: the checkpoint holds the encoder, expected one of them")
-    if config.train == "pal":
-        if not config.pal:
-            problems.append("--train pal: expected with --pal")
-        if is_treated:
-            problems.append(f"--train pal: adapters are each task's own, --treatment {treatment} would do nothing")
-    if is_treated and config.draws_per_step and config.draws_per_step < len(config.tasks):
+    if config.train in ADAPTERS and config.train != config.adapter:
+        problems.append(f"--train {config.train}: expected with --{config.train}")
+    if config.train in ADAPTERS and config.is_treated:
         problems.append(
-            f"--draws_per_step {config.draws_per_step}: a treatment takes every task in every step, "
-            f"expected at least {len(config.tasks)}"
+            f"--train {config.train}: adapters are each task's own, --treatment {config.treatment} would do nothing"
         )
-    if is_treated and len(config.tasks) == 1:
+    if config.is_treated and num_tasks == 1:
         problems.append(
-            f"--treatment {treatment}: one task has no other to conflict with, expected two --tasks or more"
+            f"--treatment {config.treatment}: one task has no other to conflict with, expected two --tasks or more"
         )
-    if (
-        is_treated
-        and config.scheduler == "pal"
-        and len(config.tasks) > 1
-        and config.draws_per_step == len(config.tasks)
-    ):
+    if config.is_treated and config.rows_per_step < num_tasks:
         problems.append(
-            f"--draws_per_step {config.draws_per_step}: with every task exactly once in every step --scheduler pal "
-            f"would do nothing, expected more than {len(config.tasks)} or --scheduler round_robin"
+            f"--batch_size {config.batch_size}: a treatment takes every task in every step, at least {num_tasks} rows"
+        )
+    elif config.draws > config.rows_per_step:
+        problems.append(f"--draws_per_step {config.draws}: expected at most the rows of a step, {config.rows_per_step}")
+    elif config.is_treated and config.draws < num_tasks:
+        problems.append(
+            f"--draws_per_step {config.draws}: a treatment takes every task in every step, at least {num_tasks} draws"
+        )
+    elif config.is_treated and config.draws == num_tasks > 1 and "scheduler" in given:
+        problems.append(
+            f"--draws_per_step {config.draws}: with every task exactly once in every step --scheduler "
+            f"{config.scheduler} would do nothing, expected more than {num_tasks}, or no --scheduler"
         )
     if config.patience and config.eval_every == 0:
         problems.append(f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch")
-    if "scheduler" in given and len(config.tasks) == 1:
+    if "scheduler" in given and num_tasks == 1:
         problems.append(f"--scheduler {config.scheduler}: there is one task to schedule, expected two --tasks or more")
+    if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):
+        problems.append(f"--augment {config.augment}: no task of {' '.join(config.tasks)} has classes to fill up")
     return problems
 
 
 def _contradictions_of_predict(config: Config, given: Mapping[str, Any]) -> list[str]:
-    others = [name for name in given if name not in PREDICT_FLAGS]
-    problems = [f"--{name}: --option predict does not use it; leave it out" for name in others]
+    problems = [
+        f"--{name}: --option predict does not use it; leave it out" for name in given if name not in PREDICT_FLAGS
+    ]
     if not config.checkpoint:
         problems.append("--option predict: expected --checkpoint DIR")
     if not config.task:

@@ -1,7 +1,8 @@
 """What a run prints: lines on standard output, and a progress bar on a terminal's standard error."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -12,14 +13,21 @@ class Console:
     def __init__(self) -> None:
         self._bars: list[Any] = []  # None without a terminal
 
-    def start(self, title: str, total: int, done: int, unit: str = "step") -> None:
-        """Opens a bar, which stays until `finish`."""
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0, unit: str = "step") -> Iterator[None]:
+        """A bar for what is done within it."""
         bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, leave=False)
         self._bars.append(bar)
+        try:
+            yield
+        finally:
+            self._bars.pop()
+            if bar is not None:
+                bar.close()
 
     def advance(self, amount: int = 1, record: Mapping[str, Any] | None = None) -> None:
         """Moves the newest bar."""
@@ -30,12 +38,6 @@ class Console:
             shown = {"loss": f"{record['loss']:.3f}", "rows/s": f"{record['examples_per_second']:.0f}"}
             bar.set_postfix(shown, refresh=False)
         bar.update(amount)
-
-    def finish(self) -> None:
-        """Closes the newest bar."""
-        bar = self._bars.pop()
-        if bar is not None:
-            bar.close()
 
     def say(self, line: str) -> None:
         """A line of its own, above the bars where there are some."""

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bert import CheckpointError, PackedTokens
-from eda import EdaConfig, Synonyms, augment_rows
+from bert import CheckpointError
+from eda import EdaConfig, EdaError, WordNet, augment_rows
+from ops import PackedTokens
+from parameters import parameter
 from tasks import Task
 from tsv import numbered_rows
 
@@ -412,12 +414,49 @@ def text_hashes(examples: Sequence[Example]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), dtype=np.uint64)
 
 
-def edited_examples(examples: Sequence[Example], config: EdaConfig, seed: int, synonyms: Synonyms) -> list[Example]:
-    """Edited rows (eda.py) that make rarer classes as frequent as the most common one; the given rows are not in it."""
-    rows = [example.texts for example in examples]
-    labels = [int(example.label) for example in examples]
-    new = augment_rows(rows, labels, config, seed, synonyms)
-    return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]
+class Augmentation(Protocol):
+    """Makes training rows of training rows."""
+
+    def __init__(self, parameters: Any) -> None: ...
+
+    def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
+        """New rows; the given ones are not among them. Raises DataError if there can be none."""
+        ...
+
+
+class Eda:
+    """Easy data augmentation (Wei and Zou 2019): edited rows make rarer classes as frequent as the most common one."""
+
+    @dataclass(frozen=True)
+    class Parameters:
+        alpha: float = parameter(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
+        deletion_prob: float = parameter(0.1, "probability of a word to be deleted", "0 < x < 1")
+        wordnet: str = parameter(
+            "", "directory of a WordNet database; default: nltk's or the system's", flag="wordnet", metavar="DIR"
+        )
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+
+    def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
+        if task.output.num_classes is None:
+            return []
+        alpha, folder = self.parameters.alpha, self.parameters.wordnet
+        rows, labels = [example.texts for example in examples], [int(example.label) for example in examples]
+        try:
+            eda = EdaConfig(
+                alpha_replacement=alpha,
+                alpha_insertion=alpha,
+                alpha_swap=alpha,
+                deletion_prob=self.parameters.deletion_prob,
+            )
+            new = augment_rows(rows, labels, eda, seed, WordNet(Path(folder) if folder else None))
+        except EdaError as error:
+            raise DataError(str(error)) from None
+        return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]
+
+
+AUGMENTATIONS: dict[str, type[Augmentation]] = {"eda": Eda}
 
 
 def longest_cut(lengths: np.ndarray, share: float) -> tuple[np.ndarray, int]:
@@ -440,27 +479,25 @@ def epoch_order(num_rows: int, generator: np.random.Generator) -> np.ndarray:
 class RowStream:
     """Row numbers for a task's draws: pass after pass over its rows, each in a new order.
 
-    Pass p is a function of the seed and p alone, so that a position, the number of draws so far, says all.
+    Pass p is a function of the seed and p alone, so that a position, the number of rows so far, says all.
     """
 
-    def __init__(self, num_rows: int, rows_per_draw: int, seed: int) -> None:
-        self.num_rows = num_rows
-        self.rows_per_draw = rows_per_draw
-        self.seed = seed
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows, self.seed = num_rows, seed
         self._pass = -1
         self._order = np.empty(0, dtype=np.int64)
 
-    @property
-    def draws_per_pass(self) -> int:
-        return -(-self.num_rows // self.rows_per_draw)
-
-    def rows(self, draw: int) -> np.ndarray:
-        """Row numbers of a draw, counted from 0; the last draw of a pass may be shorter."""
-        number, place = divmod(draw, self.draws_per_pass)
-        if number != self._pass:
-            self._pass = number
-            self._order = epoch_order(self.num_rows, np.random.default_rng([self.seed, number]))
-        return self._order[place * self.rows_per_draw : (place + 1) * self.rows_per_draw]
+    def rows(self, position: int, count: int) -> np.ndarray:
+        """(count,) row numbers from a position on; where a pass ends the next one goes on."""
+        parts = []
+        while count > 0:
+            number, place = divmod(position, self.num_rows)
+            if number != self._pass:
+                self._pass = number
+                self._order = epoch_order(self.num_rows, np.random.default_rng([self.seed, number]))
+            parts.append(self._order[place : place + count])
+            position, count = position + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
 from finished_run import DevRows
 from model import MultitaskBert, TaskModel
-from tasks import TASKS, is_degenerate, scores
+from tasks import TASKS, is_degenerate
 
 Warn = Callable[[str], None]
 
@@ -94,7 +94,7 @@ def metrics_of(logits: Mapping[str, Tensor], dev_rows: Mapping[str, Rows], warn:
         predictions = TASKS[task].output.decode(logits[task]).numpy()
         if TASKS[task].output.num_classes is None and is_degenerate(predictions):
             warn(f"warning: {task}: all predictions are equal, the correlation is undefined and counts as 0")
-        result[task] = scores(TASKS[task], predictions, rows.labels)
+        result[task] = TASKS[task].output.scores(predictions, rows.labels)
     return result
 
 

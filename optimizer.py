@@ -1,150 +1,95 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) on clipped gradients.
+"""Parameters, their gradients and AdamW's moments in vectors of one layout.
 
-By our own kernel where there is one, which clips in the same pass over memory; else by torch's fused one, which
-torch.optim.AdamW calls too: its base class imports torch's compiler when it is made, the longest part of a run's start.
+Every parameter becomes a view into one vector, and its `grad` a view into another, so that autograd accumulates
+straight into it and the optimizer is one pass over memory. For gradient treatments there is a gradient vector for each
+task.
+
+Shape letters: P parameters, T tasks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
-import kernels
+from ops import Moments, adamw_step
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+class FlatParameters:
+    """Some parameters in one vector: first the matrices, which weight decay applies to, then biases and LayerNorms.
+
+    values: (P,). gradients: (num_gradients, P), in which `point_to` chooses what backward passes accumulate into.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parameters: Mapping[str, nn.Parameter], num_gradients: int = 1) -> None:
+        matrices = [name for name, parameter in parameters.items() if parameter.dim() > 1]
+        self.names = [*matrices, *(name for name in parameters if name not in set(matrices))]
+        self._parameters = [parameters[name] for name in self.names]
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self.num_decayed = sum(self._sizes[: len(matrices)])
+        flat = [parameter.detach().flatten() for parameter in self._parameters]
+        self.values = torch.cat(flat) if flat else torch.empty(0)
+        self.gradients = self.values.new_zeros(num_gradients, len(self.values))
+        self.moments = Moments.zeros_like(self.values)
+        for parameter, value in zip(self._parameters, self._views(self.values), strict=True):
+            parameter.data = value
+        self._gradient_views = [self._views(gradient) for gradient in self.gradients]
+        self.point_to(0)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        """(P,) as tensors of the parameters' shapes."""
+        parts = vector.split(self._sizes) if self._sizes else ()
+        return [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
+
+    def point_to(self, row: int) -> None:
+        """From here on backward passes accumulate into this one of the gradients."""
+        for parameter, view in zip(self._parameters, self._gradient_views[row], strict=True):
+            parameter.grad = view
+
+    def columns(self, names: Collection[str]) -> list[slice]:
+        """Where the parameters of these names stand in the vectors: as few ranges as there are."""
+        ranges: list[list[int]] = []
+        first = 0
+        for name, size in zip(self.names, self._sizes, strict=True):
+            if name in names and ranges and ranges[-1][1] == first:
+                ranges[-1][1] += size
+            elif name in names:
+                ranges.append([first, first + size])
+            first += size
+        return [slice(*bounds) for bounds in ranges]
+
+    def step(self, gradient: Tensor, lr: float, weight_decay: float, factor: float) -> None:
+        """One AdamW step along factor * gradient, (P,), which is undefined afterwards."""
+        if len(self):
+            adamw_step(self.values, gradient, self.moments, lr, weight_decay, self.num_decayed, factor)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments, for a checkpoint."""
+        return dict(vars(self.moments))
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up what `state` gave. Raises ValueError if it is of other parameters."""
+        for name, target in vars(self.moments).items():
+            if name not in state or state[name].shape != target.shape:
+                raise ValueError(f"{name} is missing or of another shape than {tuple(target.shape)}")
+            target.copy_(state[name])
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
     """Euclidean norm of all gradients together; infinite or NaN where one of them is."""
-    if kernels.usable(*gradients):
-        return math.sqrt(sum(kernels.squared_norm(gradient.contiguous()) for gradient in gradients))
-    norm = float(nn.utils.get_total_norm(gradients, foreach=True))
+    norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
     if math.isfinite(norm):
         return norm
-    return float(nn.utils.get_total_norm([gradient.double() for gradient in gradients]))  # float32 ends at 1e19 here
+    return math.hypot(
+        *(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients)
+    )  # float32 ends at 1e19
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
     """What gradients of this norm are multiplied by so that it is at most max_norm; 0 for no limit."""
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
-
-
-class AdamW:
-    """AdamW without weight decay for biases and LayerNorms, which are the parameters of one dimension.
-
-    A parameter without a gradient is left alone, its moments and its count of steps too.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float) -> None:
-        self.parameters = parameters
-        self.weight_decay = weight_decay
-        self._moments: dict[str, dict[str, Tensor]] = {}
-        self._has_moments: dict[str, Tensor] = {}  # of parameters with `lines`: (V,) uint8, 0 where moments are zero
-
-    @torch.no_grad()
-    def step(self, lr: float, factor: float = 1.0, lines: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Moves the parameters along their gradients times `factor`. What `grad` holds afterwards is nobody's.
-
-        lines: of matrices by name the lines whose gradient may not be zero; nothing else of it has to be looked at.
-        """
-        present = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
-        decayed = [name for name in present if self.parameters[name].dim() > 1]
-        others = [name for name in present if self.parameters[name].dim() <= 1]
-        for names, weight_decay in ((decayed, self.weight_decay), (others, 0.0)):
-            if names:
-                self._step(names, lr, factor, weight_decay, lines)
-
-    def _step(
-        self, names: Sequence[str], lr: float, factor: float, weight_decay: float, lines: Mapping[str, Tensor]
-    ) -> None:
-        parameters = [self.parameters[name] for name in names]
-        # Contiguous, as the parameters are: torch's kernel too goes by addresses alone.
-        gradients = [parameter.grad.contiguous() for parameter in parameters if parameter.grad is not None]
-        moments = [self._moments_of(name) for name in names]
-        if kernels.usable(*parameters, *gradients):
-            for name, parameter, gradient, of in zip(names, parameters, gradients, moments, strict=True):
-                state = self._line_states(name, lines.get(name))
-                _kernel_step(parameter, gradient, of, lr, factor, weight_decay, state)
-            return
-        self._has_moments.clear()
-        if factor != 1:
-            torch._foreach_mul_(gradients, factor)
-        adamw(
-            parameters,  # type: ignore[arg-type]
-            gradients,
-            [of["exp_avg"] for of in moments],
-            [of["exp_avg_sq"] for of in moments],
-            [],
-            [of["step"] for of in moments],
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=EPSILON,
-            maximize=False,
-        )
-
-    def _moments_of(self, name: str) -> dict[str, Tensor]:
-        if name not in self._moments:
-            parameter = self.parameters[name]
-            self._moments[name] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        return self._moments[name]
-
-    def _line_states(self, name: str, lines: Tensor | None) -> Tensor | None:
-        """(V,) uint8, as the kernel wants them: 0 zero moments and gradient, 1 zero gradient, 2 neither; None where any
-        line may have a gradient."""
-        if lines is None:
-            self._has_moments.pop(name, None)
-            return None
-        if name not in self._has_moments:
-            moments = self._moments[name]
-            self._has_moments[name] = (moments["exp_avg"].any(1) | moments["exp_avg_sq"].any(1)).to(torch.uint8)
-        states = self._has_moments[name].clone()
-        states[lines] = 2
-        self._has_moments[name][lines] = 1
-        return states
-
-    def state(self) -> dict[str, Tensor]:
-        """ "<parameter>:<moment>" to tensor, for all parameters that have been moved."""
-        return {f"{name}:{key}": value for name, of in self._moments.items() for key, value in of.items()}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up what `state` gave."""
-        self._moments, self._has_moments = {}, {}
-        for name, value in tensors.items():
-            parameter, key = name.rsplit(":", 1)
-            self._moments.setdefault(parameter, {})[key] = value.to(self.parameters[parameter].device)
-
-
-def _kernel_step(
-    parameter: Tensor,
-    gradient: Tensor,
-    moments: Mapping[str, Tensor],
-    lr: float,
-    factor: float,
-    weight_decay: float,
-    line_states: Tensor | None,
-) -> None:
-    step = float(moments["step"].add_(1))
-    kernels.adamw(
-        parameter,
-        gradient,
-        moments["exp_avg"],
-        moments["exp_avg_sq"],
-        line_states,
-        factor=factor,
-        decay=1 - lr * weight_decay,
-        betas=BETAS,
-        step_size=lr / (1 - BETAS[0] ** step),
-        root_correction=math.sqrt(1 - BETAS[1] ** step),
-        epsilon=EPSILON,
-    )

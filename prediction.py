@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from model import TEXTS_AT_A_TIME, Prediction, Predictor
+from predictor import TEXTS_AT_A_TIME, Prediction, Predictor
 from tasks import TASKS, Task
 
 BLOCK_BYTES = 1 << 16

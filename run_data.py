@@ -10,18 +10,15 @@ import torch
 
 from config import Config
 from datasets import (
+    AUGMENTATIONS,
     SPLITS,
-    DataError,
-    Example,
     TokenizedRows,
     Tokenizer,
     data_folder,
-    edited_examples,
     longest_cut,
     read_examples,
     tokenize,
 )
-from eda import EdaConfig, EdaError, WordNet
 from seeding import derive_seed
 from tasks import TASKS, Task
 from token_cache import TokenCache, TokenFile, Warn, tokenize_file
@@ -105,24 +102,13 @@ def _training_rows(config: Config, path: Path, rows: TokenizedRows, tokenizer: T
             f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens"
         )
         data.files[path.name].update(dropped_longest=num_dropped, longest_tokens=longest)
-    if config.augment == "eda" and rows.task.output.num_classes is not None:
-        added = _edited(config, path, rows.task, kept)
-        data.notes.append(f"{path.name}: added {len(added)} edited rows (EDA)")
-        data.files[path.name]["augmented_rows"] = len(added)
-        rows = rows.followed_by(tokenize(rows.task, added, tokenizer, rows.device))
+    for name in config.chosen("augment"):
+        examples = read_examples(path, rows.task, labelled=True).examples
+        augmentation = AUGMENTATIONS[name](config.choice("augment", name).parameters)
+        seed = derive_seed(config.seed, name, rows.task.name)
+        added = augmentation.added(rows.task, [examples[row] for row in kept], seed)
+        if added:
+            data.notes.append(f"{path.name}: added {len(added)} edited rows ({name})")
+            data.files[path.name]["augmented_rows"] = len(added)
+            rows = rows.followed_by(tokenize(rows.task, added, tokenizer, rows.device))
     return rows
-
-
-def _edited(config: Config, path: Path, task: Task, kept: np.ndarray) -> list[Example]:
-    """The rows that fill rarer classes up to the most common one among the rows that were kept."""
-    examples = read_examples(path, task, labelled=True).examples
-    alpha = config.eda_alpha
-    try:
-        eda = EdaConfig(
-            alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=config.eda_deletion_prob
-        )
-        synonyms = WordNet(Path(config.wordnet) if config.wordnet else None)
-        seed = derive_seed(config.seed, "eda", task.name)
-        return edited_examples([examples[row] for row in kept], eda, seed, synonyms)
-    except EdaError as error:
-        raise DataError(str(error)) from None

@@ -252,12 +252,17 @@ def write_trainer(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[st
     write_json(folder / TRAINER_STATE, state)
 
 
-def read_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_trainer` wrote. Raises RunError if it is absent or damaged."""
+def read_trainer(folder: Path, format: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_trainer` wrote. Raises RunError if it is absent, damaged or not of this format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     state = read_json(folder / TRAINER_STATE)
+    if not isinstance(state, dict) or state.get("format") != format:
+        raise RunError(
+            f"{folder / TRAINER_STATE}: written by another version of the program, which alone can resume this run "
+            f"(--checkpoint {folder.parent} starts a new one from its model)"
+        )
     try:
         return load_file(folder / TRAINER_TENSORS), state
     except (SafetensorError, OSError) as error:

@@ -1,31 +1,83 @@
-"""SMART (Jiang et al. 2020, arXiv 1911.03437): smoothness-inducing regularization and Bregman proximal point steps.
+"""Regularizers: SMART (Jiang et al. 2020, arXiv 1911.03437), its smoothness term and its Bregman proximal point term.
 
-Both compare two predictions of the same rows by the task's own divergence (`Output.divergence` in tasks.py).
+Both compare two predictions of the same rows by the task's own divergence (`Output.divergence` in tasks.py), in float32
+also under mixed precision: a perturbation of 1e-5 would be lost in the rounding of half precision. A new regularizer is
+a class and an entry of REGULARIZERS.
+
+Shape letters: N packed tokens, B rows, D hidden, K outputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from datasets import Batch
+from model import MultitaskBert
+from ops import DropoutMasks
+from parameters import parameter
+from seeding import derive_seed
+from tasks import TASKS
+
 Divergence = Callable[[Tensor, Tensor], Tensor]  # two predictions (B, K) -> (B,)
 
 
-@dataclass(frozen=True)
-class SmartConfig:
-    """The paper's parameters.
+class Regularizer(Protocol):
+    """A term of the loss.
 
-    weight: lambda, factor of the term. eps: largest perturbation of any coordinate. sigma: standard deviation of the
-    perturbation's start. eta: step size of the ascent. steps: ascent steps.
+    state: what a checkpoint holds besides the model; tensors that are changed in place, none for most.
     """
 
-    weight: float = 1.0
-    eps: float = 1e-5
-    sigma: float = 1e-5
-    eta: float = 1e-3
-    steps: int = 1
+    state: dict[str, Tensor]
+
+    def __init__(self, parameters: Any, model: MultitaskBert, num_steps: int) -> None:
+        """num_steps: optimizer steps of the stage."""
+        ...
+
+    def term(self, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
+        """A scalar to add to the loss. logits: (B, K) float32 prediction made with these masks."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step number `step`, counted from 0, unless the step was skipped."""
+        ...
+
+
+class Smoothness:
+    """lambda times the smoothness-inducing adversarial term."""
+
+    @dataclass(frozen=True)
+    class Parameters:
+        weight: float = parameter(1.0, "factor of the smoothness term (lambda)", "> 0")
+        eps: float = parameter(1e-5, "largest perturbation of an embedding's coordinate", "> 0")
+        sigma: float = parameter(1e-5, "standard deviation of the perturbation's start", "> 0")
+        eta: float = parameter(1e-3, "step size of the perturbation's ascent", "> 0")
+        steps: int = parameter(1, "ascent steps", ">= 1")
+
+    def __init__(self, parameters: Parameters, model: MultitaskBert, num_steps: int) -> None:
+        self.parameters, self.model = parameters, model
+        self.state: dict[str, Tensor] = {}
+
+    def term(self, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
+        assert batch.tokens is not None, "smoothness perturbs input embeddings"
+        generator = torch.Generator(logits.device).manual_seed(derive_seed(masks.seed, "smart"))
+        term = smoothness(
+            lambda perturbation: self.model(task, batch, masks.again(), perturbation),
+            logits,
+            TASKS[task].output.divergence,
+            batch.tokens.row_of_token,
+            self.model.encoder.config.hidden_size,
+            self.parameters,
+            generator,
+            list(self.model.parameters()),
+        )
+        return self.parameters.weight * term
+
+    def after_step(self, step: int) -> None:
+        pass
 
 
 def smoothness(
@@ -34,16 +86,16 @@ def smoothness(
     divergence: Divergence,
     row_of_token: Tensor,
     hidden_size: int,
-    config: SmartConfig,
+    config: Smoothness.Parameters,
     generator: torch.Generator,
     parameters: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Mean over rows of max over |d|_inf <= eps of divergence(f(x + d), f(x)), a scalar, without the factor lambda.
 
     predict: logits (B, K) under a perturbation (N, D) of the input embeddings, with the dropout masks that `logits`
-    (B, K), the prediction without perturbation, was made with. row_of_token: (N,) which row a token belongs to.
-    Gradients flow through both predictions. parameters: of the model behind `predict`; the search for the perturbation
-    needs no gradients of theirs, and computes none of those that are named.
+    (B, K), the prediction without perturbation, was made with. row_of_token: (N,) which row a token belongs to, B for
+    none. Gradients flow through both predictions. parameters: of the model behind `predict`; the search for the
+    perturbation needs no gradients of theirs, and computes none of those that are named.
     """
     start = torch.randn(len(row_of_token), hidden_size, generator=generator, device=row_of_token.device)
     perturbation = start * config.sigma
@@ -59,48 +111,61 @@ def smoothness(
 @contextmanager
 def held_still(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within it these parameters are constants."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    trained = [weight for weight in parameters if weight.requires_grad]
+    for weight in trained:
+        weight.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for weight in trained:
+            weight.requires_grad_(True)
 
 
-def ascend(perturbation: Tensor, gradient: Tensor, row_of_token: Tensor, num_rows: int, config: SmartConfig) -> Tensor:
+def ascend(
+    perturbation: Tensor, gradient: Tensor, row_of_token: Tensor, num_rows: int, config: Smoothness.Parameters
+) -> Tensor:
     """project(d + eta * gradient / |gradient|_inf), the projection onto |d|_inf <= eps, each row on its own.
 
     Code that only divides by the norm, without projecting, perturbs by about 1 where the paper perturbs by 1e-5.
     perturbation, gradient: (N, D).
     """
-    largest = gradient.abs().amax(-1)  # (N,)
-    norms = torch.zeros(num_rows, device=largest.device).scatter_reduce(0, row_of_token, largest, "amax")
-    norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)[row_of_token, None]  # (N, 1)
+    largest = gradient.abs().amax(-1)  # (N, D) -> (N,)
+    norms = torch.zeros(num_rows + 1, device=largest.device).scatter_reduce(
+        0, row_of_token, largest, "amax"
+    )  # (B + 1,)
+    norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)[row_of_token, None]  # (B + 1,) -> (N, 1)
     return (perturbation + config.eta * (gradient / norms)).clamp(-config.eps, config.eps)
 
 
-class ProximalPoint:
-    """The Bregman proximal term's reference: a moving average of the weights, theta~ := b theta~ + (1 - b) theta.
+class BregmanProximal:
+    """mu times the divergence from the prediction of averaged weights.
 
-    The average b is 0.99 in the first tenth of the steps and 0.999 after that. Buffers are none: BERT has only weights.
+    After each step theta~ := b theta~ + (1 - b) theta; b is 0.99 in the first tenth of the steps and 0.999 after that.
     """
 
-    def __init__(self, model: nn.Module, average: nn.Module, num_steps: int) -> None:
-        """average: a copy of the model, which this object owns from here on."""
-        self.average = average.requires_grad_(False)
-        self.num_steps = num_steps
-        self._targets: list[Tensor] = list(average.parameters())
-        self._sources: list[Tensor] = list(model.parameters())
+    @dataclass(frozen=True)
+    class Parameters:
+        weight: float = parameter(1.0, "factor of the proximal term (mu)", "> 0")
+
+    def __init__(self, parameters: Parameters, model: MultitaskBert, num_steps: int) -> None:
+        self.weight, self.model, self.num_steps = parameters.weight, model, num_steps
+        self.average = model.duplicate().requires_grad_(False)
+        self.state: dict[str, Tensor] = dict(self.average.named_parameters())
+
+    def term(self, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = self.average(task, batch, masks.again())
+        return self.weight * proximity(logits, reference, TASKS[task].output.divergence)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After an optimizer step; step: counted from 0."""
+    def after_step(self, step: int) -> None:
         beta = 0.99 if step < 0.1 * self.num_steps else 0.999
-        torch._foreach_lerp_(self._targets, self._sources, 1 - beta)
+        torch._foreach_lerp_(list(self.state.values()), list(self.model.parameters()), 1 - beta)
 
 
 def proximity(logits: Tensor, reference: Tensor, divergence: Divergence) -> Tensor:
     """Mean over rows of divergence(f(x; theta), f(x; theta~)), a scalar. logits, reference: (B, K)."""
     return divergence(logits, reference.detach()).mean()
+
+
+REGULARIZERS: dict[str, type[Regularizer]] = {"smart": Smoothness, "bregman": BregmanProximal}

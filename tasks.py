@@ -10,9 +10,7 @@ Shape letters: B rows of a batch, K outputs of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -68,6 +66,10 @@ class Output(Protocol):
         """The prediction as it stands in a prediction file."""
         ...
 
+    def scores(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Metrics of predictions, both (R,) in the units of the label."""
+        ...
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -108,6 +110,9 @@ class Classes:
 
     def format(self, prediction: float) -> str:
         return str(int(prediction))
+
+    def scores(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return class_scores(predictions, labels, self.num_outputs)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,9 @@ class Binary:
     def format(self, prediction: float) -> str:
         return str(int(prediction))
 
+    def scores(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return class_scores(predictions, labels, self.num_classes)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -188,6 +196,34 @@ class Score:
     def format(self, prediction: float) -> str:
         return f"{prediction:.6f}"
 
+    def scores(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Pearson and Spearman correlation; one that is undefined (`is_degenerate`) counts as 0."""
+        if is_degenerate(predictions) or is_degenerate(labels):
+            return {"pearson": 0.0, "spearman": 0.0}
+        from scipy.stats import pearsonr, spearmanr
+
+        predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
+        return {
+            "pearson": float(pearsonr(predictions, labels).statistic),
+            "spearman": float(spearmanr(predictions, labels).statistic),
+        }
+
+
+def class_scores(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
+    """Accuracy and macro F1."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    classes = list(range(num_classes))
+    return {
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "macro_f1": float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0)),
+    }
+
+
+def is_degenerate(values: np.ndarray) -> bool:
+    """Whether a correlation with these values is undefined: they are all equal, or fewer than two."""
+    return len(values) < 2 or bool(np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -210,64 +246,17 @@ class Task:
         return f"{self.file_prefix}-{'test-student' if split == 'test' else split}.csv"
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        task.name: task
-        for task in (
-            Task("sst", "SST-5 sentiment", "ids-sst", ("sentence",), "sentiment", Classes(5), "Predicted_Sentiment"),
-            Task(
-                "para",
-                "Quora paraphrase",
-                "quora",
-                ("sentence1", "sentence2"),
-                "is_duplicate",
-                Binary(),
-                "Predicted_Is_Paraphrase",
-            ),
-            Task(
-                "sts",
-                "STS similarity",
-                "sts",
-                ("sentence1", "sentence2"),
-                "similarity",
-                Score(0.0, 5.0),
-                "Predicted_Similiary",
-            ),
-        )
-    }
-)
+_PAIR = ("sentence1", "sentence2")
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("sst", "SST-5 sentiment", "ids-sst", ("sentence",), "sentiment", Classes(5), "Predicted_Sentiment"),
+        Task("para", "Quora paraphrase", "quora", _PAIR, "is_duplicate", Binary(), "Predicted_Is_Paraphrase"),
+        Task("sts", "STS similarity", "sts", _PAIR, "similarity", Score(0.0, 5.0), "Predicted_Similiary"),
+    )
+}
 
 
 def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     """Mean loss over the rows of a batch, a scalar. logits (B, K), labels (B,)."""
     return task.output.losses(logits, labels).mean()
-
-
-def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Metrics of a task's predictions: accuracy and macro F1 for classes, Pearson and Spearman for a scale.
-
-    predictions, labels: (R,) in the units of the label. An undefined correlation (all predictions equal, or fewer
-    than two rows) counts as 0; `is_degenerate` tells.
-    """
-    if task.output.num_classes is not None:
-        from sklearn.metrics import accuracy_score, f1_score
-
-        classes = list(range(task.output.num_classes))
-        return {
-            "accuracy": float(accuracy_score(labels, predictions)),
-            "macro_f1": float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0)),
-        }
-    if is_degenerate(predictions) or is_degenerate(labels):
-        return {"pearson": 0.0, "spearman": 0.0}
-    from scipy.stats import pearsonr, spearmanr
-
-    predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
-    return {
-        "pearson": float(pearsonr(predictions, labels).statistic),
-        "spearman": float(spearmanr(predictions, labels).statistic),
-    }
-
-
-def is_degenerate(values: np.ndarray) -> bool:
-    """Whether a correlation with these values is undefined."""
-    return len(values) < 2 or bool(np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())))

@@ -22,14 +22,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import kernels
 import numpy as np
 import torch
+from dense import padded_rows, product, uses_onednn
 from torch import Tensor
 
-import kernels
 from bert import EMBEDDED_MODEL, BertConfig, CheckpointError, matmul_flops
 from datasets import SAMPLE, DataError
-from dense import padded_rows, product, uses_onednn
 from run_record import RunError, finite, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

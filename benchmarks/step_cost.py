@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from regularizers import Smoothness
+
 from benchmarks import workload
 from benchmarks.harness import Benchmark, Check, Line, Memory, Options, Report, Step, Summary, alternate, ratios, run
 from bert import BertConfig
@@ -22,7 +24,6 @@ from engine import Trainer
 from evaluation import Precision
 from model import MultitaskBert
 from pal import PalConfig
-from regularizers import Smoothness
 from smart import SmartConfig
 
 AT_MOST = {"pcgrad": 1.10, "smart": 3.0, "pal": 1.25}  # times a plain step

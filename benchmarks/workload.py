@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from regularizers import Regularizer
 
 from bert import BertConfig, find_checkpoint, read_config
 from datasets import Rows, RowStream, TokenizedRows, Tokenizer, data_folder, read_examples
@@ -16,7 +16,6 @@ from evaluation import Precision
 from model import Layout, MultitaskBert, TaskModel, load_model
 from pal import PalConfig
 from pcgrad import make_treatment
-from regularizers import Regularizer
 from schedulers import RoundRobinScheduler, Setting
 from seeding import derive_seed
 from tasks import TASKS
@@ -40,7 +39,7 @@ class Checkpoint:
     def find(cls, model: str) -> "Checkpoint":
         """Raises CheckpointError if there is none."""
         folder = find_checkpoint(model)
-        return cls(folder, BertConfig.from_dict(read_config(folder), str(folder / "config.json")))
+        return cls(folder, read_bert_config(folder))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder, self.config.max_position_embeddings)
@@ -52,81 +51,51 @@ class Checkpoint:
         device = torch.device("cpu")
         return {task.name: tokenize_file(file, task, tokenizer, device).rows for task, file in files.items()}
 
-    def model(self, tasks: Sequence[str], adapters: PalConfig | None = None) -> MultitaskBert:
+    def model(self, tasks: Sequence[str], adapter: Choice | None = None) -> MultitaskBert:
         """The encoder with new heads, the same every time."""
-        return load_model(self.folder, Layout(tuple(tasks), 0, adapters), torch.Generator().manual_seed(SEED)).model
-
-
-class Silent:
-    """A listener that does nothing."""
-
-    stop_requested = False
-
-    def on_step(self, record: Mapping[str, Any]) -> None: ...
-
-    def on_evaluation(self, record: Mapping[str, Any], is_best: bool) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-    def save(self) -> None: ...
-
-    def check_stop(self) -> None: ...
+        layout = Layout(dict.fromkeys(tasks, Choice("linear")), adapter)
+        return load_model(self.folder, layout, torch.Generator().manual_seed(SEED)).model
 
 
 def make_trainer(
     model: TaskModel,
-    shared: Mapping[str, nn.Parameter],
-    of_tasks: Mapping[str, Mapping[str, nn.Parameter]],
+    trained: Trained,
     rows: Mapping[str, Rows],
     draws_per_step: int = 1,
-    treatment: str = "sum",
+    treatment: str = "",
     regularizers: Sequence[Regularizer] = (),
     precision: Precision = CPU,
     batch_size: int = BATCH_SIZE,
-    embedding: str | None = None,
+    accumulation_steps: int = 1,
 ) -> Trainer:
-    """A trainer that draws the tasks in turn, `draws_per_step` of them in a step."""
+    """A trainer that draws the tasks in turn, `draws_per_step` of them in a step of batch_size rows for each draw."""
     tasks = tuple(rows)
-    settings = StageSettings(
+    stage = Stage(
         name=STAGE,
         tasks=tasks,
         epochs=1,
         steps_per_epoch=10**6,
-        batch_size=batch_size,
-        accumulation_steps=1,
+        batch_size=batch_size * draws_per_step,
+        accumulation_steps=accumulation_steps,
         lr=1e-5,
         warmup=0.0,
         weight_decay=0.01,
         max_grad_norm=1.0,
         patience=0,
         eval_every=1,
-        save_every=0,
+        eval_batch_size=64,
         seed=SEED,
     )
     sizes = tuple(len(of_task) for of_task in rows.values())
-    return Trainer(
-        settings=settings,
-        model=model,
-        shared=shared,
-        of_tasks=of_tasks,
-        segment_sizes=[len(shared)],
-        train_rows=rows,
-        dev_rows={},
-        scheduler=RoundRobinScheduler(Setting(tasks, sizes, 1, draws_per_step, every_task=treatment != "sum")),
-        treatment=make_treatment(treatment, len(tasks), 1, 0.01),
-        precision=precision,
-        eval_batch_size=64,
-        listener=Silent(),
-        regularizers=regularizers,
-        embedding=embedding,
-    )
+    setting = Setting(tasks, sizes, 1, draws_per_step, every_task=bool(treatment))
+    scheduler = RoundRobinScheduler(NoParameters(), setting)
+    method = find_treatment(treatment)(NoParameters(), len(tasks), 1) if treatment else None
+    return Trainer(stage, model, trained, StageData(rows, {}), Methods(scheduler, method, regularizers), precision)
 
 
 def full_trainer(model: MultitaskBert, rows: Mapping[str, Rows], **options: Any) -> Trainer:
     """A trainer of the whole model; options: those of `make_trainer`."""
-    embedding = model.sparse_embedding_gradient(options.get("precision", CPU).device.type == "cpu")
-    of_tasks = {task: model.task_parameters(task) for task in rows}
-    return make_trainer(model, model.shared_parameters(), of_tasks, rows, embedding=embedding, **options)
+    return make_trainer(model, model.trained(), rows, **options)
 
 
 class Draws:
@@ -136,9 +105,9 @@ class Draws:
         self.tasks = tuple(rows)
         self.draws_per_step = draws_per_step
         self._streams = {
-            task: RowStream(len(of_task), batch_size, derive_seed(SEED, "rows", STAGE, task))
-            for task, of_task in rows.items()
+            task: RowStream(len(of_task), derive_seed(SEED, STAGE, "rows", task)) for task, of_task in rows.items()
         }
+        self.batch_size = batch_size
 
     def __call__(self, step: int) -> list[Draw]:
         """The draws of a step, counted from 0."""
@@ -147,7 +116,7 @@ class Draws:
 
     def _draw(self, number: int) -> Draw:
         task = self.tasks[number % len(self.tasks)]
-        return task, self._streams[task].rows(number // len(self.tasks))
+        return task, self._streams[task].rows(number // len(self.tasks) * self.batch_size, self.batch_size)
 
 
 def lengths_of(rows: Mapping[str, TokenizedRows], draws: Sequence[Draw]) -> np.ndarray:

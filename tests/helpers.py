@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from kernels import DropoutBits
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bert import Bert, BertConfig, DropoutMasks, PackedTokens, empty_bert, initialize, to_huggingface
 from datasets import Batch
-from kernels import DropoutBits
 from model import Layout, MultitaskBert
 from pal import PalConfig
 from tasks import TASKS, Classes, Score

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import dense
+import kernels
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import dense
 import engine
-import kernels
 import model as model_module
 from benchmarks import __main__ as everything
 from benchmarks import (

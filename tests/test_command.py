@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import kernels
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import engine
-import kernels
 import multitask_classifier
 import plots
 import run_data

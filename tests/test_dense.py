@@ -2,13 +2,12 @@
 
 from contextlib import nullcontext
 
+import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import dense
 from dense import Linear, weight_gradients_in_place
+from torch import Tensor, nn
 
 needs_onednn = pytest.mark.skipif(dense._onednn() is None, reason="a torch without oneDNN")
 SHAPES = [(1, 8, 24), (7, 24, 8), (64, 16, 16), (130, 48, 16), (130, 16, 48)]

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+import kernels
 import numpy as np
 import pytest
 import torch
+from regularizers import BregmanProximal, Regularizer, Smoothness
 from torch import Tensor
 
 import engine
-import kernels
 from datasets import Batch, RowStream, TokenizedRows, TokenRows
 from engine import LossScaler, Progress, StageSettings, Trainer, TrainingError, learning_rate_factor
 from evaluation import Precision, compute_features
@@ -24,7 +25,6 @@ from helpers import random_batch, tiny_model
 from model import FrozenEncoder, MultitaskBert, TaskModel
 from pal import PalConfig
 from pcgrad import Sum, TaskGradients, Treatment, make_treatment
-from regularizers import BregmanProximal, Regularizer, Smoothness
 from schedulers import SCHEDULERS, Scheduler, Setting
 from seeding import derive_seed
 from smart import SmartConfig

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import kernels
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import AttentionRows, DropoutBits
 from torch import Tensor, nn
 
-import kernels
 from bert import AttentionLayout, DropoutMasks, PackedTokens
 from helpers import RecordedMasks, generator, tiny_encoder, tiny_model
-from kernels import AttentionRows, DropoutBits
 from pal import PalConfig
 
 PROJECT = Path(kernels.__file__).resolve().parent

@@ -2,11 +2,11 @@
 
 import math
 
+import kernels
 import pytest
 import torch
 from torch import nn
 
-import kernels
 from helpers import generator, tiny_model
 from optimizer import AdamW, clip_factor, gradient_norm
 from pal import PalConfig

@@ -5,11 +5,11 @@ import math
 import random
 from collections.abc import Sequence
 
+import kernels
 import pytest
 import torch
 from torch import Tensor, nn
 
-import kernels
 from helpers import random_batch, tiny_model
 from pcgrad import (
     GradientVaccine,

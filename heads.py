@@ -1,0 +1,60 @@
+"""Heads: from the pooled output of a row to the task's logits. A new head is a class and an entry of HEADS.
+
+Shape letters: B rows, D hidden, K outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import ops
+from bert import BertConfig
+from ops import DropoutMasks
+from parameters import NoParameters, parameter
+
+
+class Head(Protocol):
+    """A module. Its matrices, biases and LayerNorms are initialized as BERT's are after it has been made."""
+
+    def __init__(self, parameters: Any, encoder: BertConfig, num_outputs: int) -> None: ...
+
+    def __call__(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
+        """pooled (B, D) -> logits (B, K)."""
+        ...
+
+
+class LinearHead(nn.Module):
+    """Dropout and a linear layer."""
+
+    def __init__(self, parameters: NoParameters, encoder: BertConfig, num_outputs: int) -> None:
+        super().__init__()
+        self.dropout_prob = encoder.hidden_dropout_prob
+        self.output = nn.Linear(encoder.hidden_size, num_outputs)
+
+    def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
+        return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+
+
+class MlpHead(nn.Module):
+    """Dropout and a linear layer behind hidden layers, each of dropout, a linear layer and ReLU."""
+
+    @dataclass(frozen=True)
+    class Parameters:
+        layers: int = parameter(1, "hidden layers of the head", ">= 1")
+
+    def __init__(self, parameters: Parameters, encoder: BertConfig, num_outputs: int) -> None:
+        super().__init__()
+        size = encoder.hidden_size
+        self.dropout_prob = encoder.hidden_dropout_prob
+        self.hidden = nn.ModuleList(nn.Linear(size, size) for _ in range(parameters.layers))
+        self.output = nn.Linear(size, num_outputs)
+
+    def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
+        for layer in self.hidden:
+            pooled = torch.relu(layer(ops.dropout(pooled, self.dropout_prob, masks)))  # (B, D)
+        return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+
+
+HEADS: dict[str, type[Head]] = {"linear": LinearHead, "mlp": MlpHead}

@@ -1,0 +1,34 @@
+"""What the encoder computes with. Each operation's plain torch form stands first: it is the definition, what runs where
+nothing faster is to be had, and what tests compare with. Below it one dispatch decides who answers: torch, oneDNN, or a
+kernel of our own that is compiled when it is first needed (kernels.py). Nobody outside this package knows which.
+
+Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
+"""
+
+from ops.activation import ACTIVATIONS, activated_linear
+from ops.adamw import Moments, adamw_step
+from ops.attention import attention, first_token_attention
+from ops.dropout import DropoutMasks, dropout
+from ops.embedding import embedding
+from ops.kernels import speed_report
+from ops.linear import Linear, linear
+from ops.packed import PackedTokens, Packing
+from ops.residual_norm import residual_norm
+
+__all__ = [
+    "ACTIVATIONS",
+    "DropoutMasks",
+    "Linear",
+    "Moments",
+    "PackedTokens",
+    "Packing",
+    "activated_linear",
+    "adamw_step",
+    "attention",
+    "dropout",
+    "embedding",
+    "first_token_attention",
+    "linear",
+    "residual_norm",
+    "speed_report",
+]

@@ -1,0 +1,168 @@
+"""Multi-head self-attention within each row of a packed batch, without an output matrix."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ops import kernels
+from ops.dropout import DropoutBits, DropoutMasks
+from ops.packed import Packing
+
+
+def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V of every token over the tokens of its row: (N, 3 D) -> (N, D).
+
+    prob: of dropping an attention probability. The result is zero for tokens that belong to no row.
+    """
+    if kernels.can_run(qkv):
+        return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
+    query, key, value = qkv.chunk(3, -1)  # (N, D) each
+    contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=False)
+    tokens = packing.grouped_order[1]
+    context = torch.cat([c[group.is_real] for c, group in zip(contexts, packing.groups, strict=True)])  # (tokens, D)
+    return torch.zeros_like(query).index_copy(0, tokens, context.to(query.dtype))  # (N, D)
+
+
+def first_token_attention(
+    query: Tensor, key_value: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None
+) -> Tensor:
+    """The same for the first token of each row alone: query (B, D), key_value (N, 2 D) -> (B, D)."""
+    if kernels.can_run(query, key_value):
+        bits = _bits(packing, num_heads, prob, masks, True)
+        return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
+    key, value = key_value.chunk(2, -1)  # (N, D) each
+    contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=True)
+    context = torch.cat([context[:, 0] for context in contexts])  # (B, D) in the order of the groups
+    return torch.zeros_like(query).index_copy(0, packing.grouped_order[0], context.to(query.dtype))
+
+
+def _by_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    num_heads: int,
+    prob: float,
+    masks: DropoutMasks | None,
+    first_only: bool,
+) -> list[Tensor]:
+    """The definition, on padded blocks of rows of similar length: of each group the context (b, L or 1, D).
+
+    query: (N, D), or (B, D) where only the first tokens are wanted. One mask is drawn for the scores of all groups.
+    """
+    mask = None
+    if masks is not None and prob > 0:
+        mask = masks.mask((packing.num_scores(num_heads, first_only),), prob, query.dtype)
+    contexts, first = [], 0
+    for group in packing.groups:
+        q = query[group.rows][:, None] if first_only else query[group.tokens]  # (b, L or 1, D)
+        q, k, v = (
+            part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, key[group.tokens], value[group.tokens])
+        )  # (b, H, L or 1, E), (b, H, L, E), (b, H, L, E)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
+        probs = scores.masked_fill(~group.is_real[:, None, None], -torch.inf).softmax(-1)
+        if mask is not None:
+            probs = probs * mask[first : first + probs.numel()].view(probs.shape)
+            first += probs.numel()
+        contexts.append((probs @ v).transpose(1, 2).flatten(2))  # (b, H, L or 1, E) -> (b, L or 1, D)
+    return contexts
+
+
+# ------------------------------------------------------------------------------------------------------- kernel
+
+
+def _bits(
+    packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None, first_only: bool
+) -> DropoutBits | None:
+    """The mask that `_by_groups` draws."""
+    if masks is None or prob == 0:
+        return None
+    return masks.bits(packing.num_scores(num_heads, first_only), prob)
+
+
+class _Rows(ctypes.Structure):
+    """`Rows` of kernels.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("num_rows", "num_heads", "head_size", "first_only")),
+        *((name, ctypes.c_void_p) for name in ("starts", "lengths", "bits_starts", "bits_strides", "bits")),
+        ("threshold", ctypes.c_int),
+        ("keep", ctypes.c_float),
+    )
+
+
+def _rows(packing: Packing, num_heads: int, head_size: int, first_only: bool, bits: DropoutBits | None) -> Any:
+    """Where the kernel finds the rows, and the random bits of each, which lie as the scores of the padded blocks do."""
+    bits_starts, bits_strides = np.empty_like(packing.starts), np.empty_like(packing.starts)  # (B,)
+    first = 0
+    for rows in packing.groups_of_rows:
+        length = int(packing.lengths[rows].max())
+        size = num_heads * length * (1 if first_only else length)  # scores of a row
+        bits_starts[rows], bits_strides[rows] = first + size * np.arange(len(rows)), length
+        first += size * len(rows)
+    arrays = (packing.starts, packing.lengths, bits_starts, bits_strides)
+    addresses = (array.ctypes.data for array in arrays)
+    structure = _Rows(
+        len(packing), num_heads, head_size, first_only, *addresses, *map(kernels.plain, kernels.bits_arguments(bits))
+    )
+    structure.arrays = arrays, bits  # alive for as long as their addresses are
+    return structure
+
+
+class _Attention(torch.autograd.Function):
+    """From row to row: nothing is gathered or padded, and the backward pass computes the probabilities again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys_values: Tensor | None,
+        packing: Packing,
+        num_heads: int,
+        bits: DropoutBits | None,
+    ) -> Tensor:
+        """queries: (N, 3 D) with keys and values beside them, or (B, D) where keys_values (N, 2 D) are given."""
+        first_only = keys_values is not None
+        queries = queries.contiguous()
+        keys_values = None if keys_values is None else keys_values.contiguous()
+        width = queries.shape[1] // (1 if first_only else 3)
+        num_queries = len(packing) if first_only else packing.num_tokens
+        assert num_queries <= len(queries)
+        assert packing.num_tokens <= len(queries if keys_values is None else keys_values)
+        context = queries.new_empty(len(queries), width)
+        context[num_queries:].zero_()
+        softmax = queries.new_empty(len(queries), num_heads, 2)  # what the backward pass finds the probabilities by
+        rows = _rows(packing, num_heads, width // num_heads, first_only, bits)
+        places = _places(queries, keys_values, width)
+        kernels.call("attention_forward", ctypes.byref(rows), *places, context, softmax)
+        ctx.save_for_backward(queries, keys_values, softmax)
+        ctx.rows, ctx.width, ctx.num_queries, ctx.num_tokens = rows, width, num_queries, packing.num_tokens
+        return context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys_values, softmax = ctx.saved_tensors
+        grad_queries = torch.empty_like(queries)
+        grad_queries[ctx.num_queries :].zero_()
+        grad_keys_values = None
+        if keys_values is not None:
+            grad_keys_values = torch.empty_like(keys_values)
+            grad_keys_values[ctx.num_tokens :].zero_()
+        into_queries, _, into_keys, into_values, _ = _places(grad_queries, grad_keys_values, ctx.width)
+        places = _places(queries, keys_values, ctx.width)
+        into = (into_queries, into_keys, into_values)
+        kernels.call("attention_backward", ctypes.byref(ctx.rows), *places, softmax, grad.contiguous(), *into)
+        return grad_queries, grad_keys_values, None, None, None
+
+
+def _places(queries: Tensor, keys_values: Tensor | None, width: int) -> Sequence[Tensor | int]:
+    """Queries and the stride of their lines; keys, values, and the stride of theirs. Views tell their addresses."""
+    if keys_values is None:
+        return queries, queries.shape[1], queries[:, width:], queries[:, 2 * width :], queries.shape[1]
+    return queries, width, keys_values, keys_values[:, width:], keys_values.shape[1]

@@ -1,0 +1,97 @@
+"""Dense layers. On a CPU the product is that of the faster library.
+
+torch multiplies float32 matrices with MKL, which uses the 512-bit registers of Intel's processors only; oneDNN, which
+torch carries for other precisions, uses them wherever they are: there the product is oneDNN's. The mathematics is the
+same, sums are taken in another order.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """inputs weight^T + bias: (N, I), (O, I), (O,) -> (N, O)."""
+    if uses_onednn(inputs):
+        return _OnednnLinear.apply(inputs, weight, bias)  # type: ignore[no-any-return]
+    return F.linear(inputs, weight, bias)
+
+
+class Linear(nn.Linear):
+    """A dense layer with torch's parameters."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return linear(inputs, self.weight, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------------- oneDNN
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """With AVX-512 everywhere but on Intel's processors, where MKL is. Where there is no telling it is one."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        is_intel = True
+    return not (is_intel and torch.backends.mkl.is_available())
+
+
+def uses_onednn(inputs: Tensor) -> bool:
+    """Whether these inputs are multiplied by oneDNN."""
+    return (
+        inputs.dtype == torch.float32
+        and inputs.device.type == "cpu"
+        and inputs.dim() == 2
+        and len(inputs) > 0
+        and _onednn_is_faster()
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def rows_multiple(device: torch.device) -> int:
+    """The number of tokens of a batch is filled up to a multiple of this, so that few different shapes occur.
+
+    oneDNN compiles a kernel for each shape it meets, which takes as long as a layer's products; packed batches have
+    another number of tokens every time.
+    """
+    return 32 if device.type == "cpu" and _onednn_is_faster() else 1
+
+
+def onednn_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None) -> Tensor:
+    """inputs weight^T + bias: (N, I), (O, I), (O,) -> (N, O). Either factor may be a transposed view.
+
+    gelu: the approximation ("none", "tanh") of a GELU on the result; None for no GELU.
+    """
+    attribute = "none" if gelu is None else "gelu"
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, attribute, [], gelu or "")  # type: ignore[no-any-return]
+
+
+class _OnednnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return onednn_product(inputs, weight, bias)  # (N, O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        wants_inputs, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_inputs = onednn_product(grad, weight.t()) if wants_inputs else None  # (N, I)
+        grad_weight = None
+        if wants_weight and grad.shape[1] <= inputs.shape[1]:  # a transposed first factor is copied: the smaller one
+            grad_weight = onednn_product(grad.t(), inputs.t())  # (O, I)
+        elif wants_weight:
+            grad_weight = onednn_product(inputs.t(), grad.t()).t()  # (O, I)
+        return grad_inputs, grad_weight, grad.sum(0) if wants_bias else None

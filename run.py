@@ -1,0 +1,493 @@
+"""One run: its stages, what is shown of them and what is saved."""
+
+import itertools
+import os
+import platform
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
+from config import Config, FlagError, from_dict
+from console import Console, duration
+from datasets import SPLITS, DeferredRows, Rows, TokenizedRows, Tokenizer
+from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
+from evaluation import (
+    Precision,
+    compute_features,
+    confusion_matrices,
+    format_scores,
+    format_table,
+    mean_score,
+    metrics_of,
+    predict_all,
+    write_dev_rows,
+    write_predictions,
+)
+from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
+from ops import speed_report
+from parameters import Choice
+from pcgrad import find_treatment
+from run_data import Data, load_data
+from run_record import MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_trainer
+from schedulers import SCHEDULERS, Setting
+from seeding import derive_seed
+from smart import REGULARIZERS
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMAT = 2  # of what `last/` holds besides the model
+
+
+class Stopped(Exception):
+    """The run was told to stop; its last finished step is in the checkpoint."""
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask the run to stop after the step that is running; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.number = signal.SIGINT
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(self) -> None:
+        """Gives the signals back to those who had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Stopped if the run was told to stop."""
+        if self.requested:
+            raise Stopped
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested, self.number = True, signal.Signals(number)
+
+
+# ---------------------------------------------------------------------------------------------- flags to objects
+
+
+def resolve(config: Config) -> tuple[Config, Path]:
+    """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
+    folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
+    encoder = read_bert_config(folder)
+    out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
+    settled = replace(
+        config,
+        device=resolve_device(config.device),
+        out=str(Path(out)),
+        data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
+        checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
+        lr=config.lr or default_learning_rate(encoder.hidden_size),
+        draws_per_step=config.draws,
+        max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
+        threads=torch.get_num_threads(),
+    )
+    return settled, folder
+
+
+def resolve_device(name: str) -> str:
+    """ "cpu" or "cuda". Raises FlagError if there is no GPU where one is asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise FlagError("--device cuda: no CUDA GPU found, expected cpu or auto")
+    return name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_learning_rate(width: int) -> float:
+    """Peak learning rate of fine-tuning: 8e-5 for a hidden size of 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
+    return float(f"{8e-5 * (384 / width) ** 1.5:.2g}")
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """The name in the folder, with a number behind it where runs that began in the same second have it already."""
+    candidates = (folder / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in candidates if not path.exists())
+
+
+def model_layout(config: Config, folder: Path) -> Layout:
+    """Heads and adapters: what the checkpoint holds, with what the flags add to it."""
+    saved = read_layout(folder) or Layout({})
+    asked = {task: config.choice("head", name) for task, name in config.heads.items()}
+    heads = {task: asked.get(task) or saved.heads.get(task) or config.choice("head", "linear") for task in config.tasks}
+    adapter = config.choice("adapter", config.adapter) if config.adapter else saved.adapter
+    if saved.adapter and adapter == Choice(saved.adapter.name, type(saved.adapter.parameters)()):
+        adapter = saved.adapter  # asked for by name alone
+    return Layout(heads, adapter)
+
+
+def plan_stages(config: Config, data: Data) -> list[Stage]:
+    """What `--option` runs, in order."""
+    if config.option == "test":
+        return []
+    if config.option == "individual_pretrain":
+        return [make_stage(config, data, f"pretrain_{task}", (task,), is_frozen=True) for task in config.tasks]
+    frozen = make_stage(config, data, "pretrain", config.tasks, is_frozen=True)
+    if config.option == "pretrain":
+        return [frozen]
+    has_frozen = config.pretrain_epochs > 0 and not config.checkpoint
+    return [*([frozen] if has_frozen else []), make_stage(config, data, "finetune", config.tasks, is_frozen=False)]
+
+
+def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is_frozen: bool) -> Stage:
+    num_rows = sum(len(data.train[task]) for task in tasks)
+    return Stage(
+        name=name,
+        tasks=tasks,
+        epochs=config.pretrain_epochs if is_frozen else config.epochs,
+        steps_per_epoch=config.steps_per_epoch or -(-num_rows // config.rows_per_step),
+        batch_size=config.batch_size,
+        accumulation_steps=config.accumulation_steps,
+        lr=config.pretrain_lr if is_frozen else config.lr,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        patience=config.patience,
+        eval_every=config.eval_every,
+        eval_batch_size=config.eval_batch_size,
+        seed=config.seed,
+        is_frozen=is_frozen,
+    )
+
+
+def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: StageData) -> Methods:
+    """The methods of a stage; the frozen one has no treatment and no regularizers."""
+    is_treated = config.is_treated and not stage.is_frozen
+    num_examples = tuple(len(data.train[task]) for task in stage.tasks)
+    draws = 1 if stage.is_frozen else config.draws
+    setting = Setting(stage.tasks, num_examples, stage.epochs, draws, every_task=is_treated)
+    scheduler = SCHEDULERS[config.scheduler](config.choice("scheduler", config.scheduler).parameters, setting)
+    if stage.is_frozen:
+        return Methods(scheduler)
+    segments = model.parameters_by_part() if config.granularity == "layer" else [list(model.shared_parameters())]
+    treatment = None
+    if is_treated:
+        parameters = config.choice("treatment", config.treatment).parameters
+        treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+    chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
+    regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
+    return Methods(scheduler, treatment, regularizers, segments)
+
+
+def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
+    """What a stage moves."""
+    if stage.is_frozen:
+        return Trained({}, {task: model.head_parameters(task) for task in stage.tasks})
+    if config.train == config.adapter:
+        return Trained({}, {task: model.adapter_parameters(task) for task in stage.tasks})
+    return model.trained()
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """One run from loaded data to results."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MultitaskBert,
+        tokenizer_folder: Path,
+        data: Data,
+        directory: RunDirectory,
+        console: Console,
+        stop: StopSignals,
+    ) -> None:
+        self.config, self.model, self.data, self.directory = config, model, data, directory
+        self.tokenizer_folder, self.console, self.stop = tokenizer_folder, console, stop
+        self.precision = Precision(torch.device(config.device), AMP[config.amp])
+        self.stages = plan_stages(config, data)
+        self.seconds: dict[str, float] = {}
+        self.best_epochs: dict[str, int] = {}
+        self.conflicts: dict[str, Any] = {}
+        self.metrics: MetricsLog
+
+    def train(self) -> None:
+        """All stages, from the checkpoint on where there is one."""
+        tensors, state = read_trainer(self.directory.last, FORMAT) if self.directory.last.exists() else ({}, {})
+        self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
+        for name in ("seconds", "best_epochs", "conflicts"):
+            getattr(self, name).update(state.get(name, {}))
+        first = state.get("stage", 0)
+        for number in range(first, len(self.stages)):
+            if number > first:
+                self.save(number, None)  # a stage that has ended is not begun again, nor are its features computed
+            trainer = self.make_trainer(number)
+            if number == first and state.get("progress"):
+                self.load_trainer(trainer, tensors, state["progress"])
+            self.run_stage(number, trainer)
+        if self.stages and self.stages[-1].is_frozen:
+            self.save_best()
+
+    def load_trainer(self, trainer: Trainer, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
+        try:
+            trainer.load_state(tensors, progress)
+        except (KeyError, ValueError) as error:
+            raise RunError(f"{self.directory.last}: not the state of this run's training ({error})") from None
+
+    def make_trainer(self, number: int) -> Trainer:
+        """The trainer of a stage."""
+        stage, model = self.stages[number], self.model
+        rows: list[dict[str, Rows]] = [{t: of[t] for t in stage.tasks} for of in (self.data.train, self.data.dev)]
+        stage_model: TaskModel = model
+        if stage.is_frozen:
+            rows = [{t: self.features(stage, of[t]) for t in stage.tasks} for of in (self.data.train, self.data.dev)]
+            stage_model = FrozenEncoder(model)
+        data = StageData(*rows)
+        trained = trained_parameters(self.config, stage, model)
+        trained.freeze_others(model)
+        methods = make_methods(self.config, stage, model, data)
+        return Trainer(stage, stage_model, trained, data, methods, self.precision)
+
+    def features(self, stage: Stage, rows: TokenizedRows) -> Rows:
+        """Features of the frozen encoder, computed when they are first needed."""
+        name, size = rows.task.name, self.config.eval_batch_size
+
+        def between() -> None:
+            self.stop.check()
+            self.console.advance(size)
+
+        def compute() -> Rows:
+            started = time.perf_counter()
+            with self.console.bar(f"features of the frozen encoder, {name}", len(rows), unit="row"):
+                found = compute_features(self.model, name, rows, size, self.precision, between)
+            key = f"{stage.name}_features"
+            self.seconds[key] = round(self.seconds.get(key, 0) + time.perf_counter() - started, 3)
+            return found
+
+        return DeferredRows(rows.labels, compute)
+
+    def run_stage(self, number: int, trainer: Trainer) -> None:
+        """Trains a stage to its end; stopped, or at an error, the last finished step is saved."""
+        stage, progress, save_every = trainer.stage, trainer.progress, self.config.save_every
+        with self.console.bar(stage.name, stage.num_steps, progress.step):
+            try:
+                for event in trainer.run(self.stop.check):
+                    self.show(stage, event)
+                    if event.is_best and not stage.is_frozen:
+                        self.save_best()
+                    if event.is_epoch or (save_every and progress.step % save_every == 0):
+                        self.save(number, trainer)
+                    self.stop.check()
+            except (Stopped, TrainingError):
+                self.save(number, trainer)
+                raise
+        self.seconds[stage.name] = round(progress.seconds, 3)
+        self.best_epochs[stage.name] = progress.best_epoch
+        if trainer.is_treated:
+            self.conflicts[stage.name] = mean_conflicts(progress.conflicts)
+
+    def show(self, stage: Stage, event: Event) -> None:
+        """Logs and prints what has just been done."""
+        for note in event.notes:
+            self.console.say(note)
+        if event.record is None:
+            return
+        self.metrics.write(event.record)
+        if not event.is_epoch:
+            self.console.advance(1, event.record)
+            return
+        scores = {task: event.record["dev"][task] for task in stage.tasks}
+        mark = f"  (best of {stage.name})" if event.is_best else ""
+        of = f"epoch {event.record['epoch']}/{stage.epochs}"
+        self.console.say(f"{stage.name} {of}: dev {format_scores(scores)}{mark}")
+
+    def save_best(self) -> None:
+        replace_folder(self.directory.best, lambda folder: save_checkpoint(self.model, self.tokenizer_folder, folder))
+
+    def save(self, number: int, trainer: Trainer | None) -> None:
+        """Writes `last/`: the model, and where stage `number` stands; without a trainer, that it has not begun."""
+
+        def write(folder: Path) -> None:
+            save_checkpoint(self.model, self.tokenizer_folder, folder)
+            state = {
+                "format": FORMAT,
+                "stage": number,
+                "progress": asdict(trainer.progress) if trainer else None,
+                "metrics_size": self.metrics.size,
+                "seconds": self.seconds,
+                "best_epochs": self.best_epochs,
+                "conflicts": self.conflicts,
+            }
+            write_trainer(folder, trainer.state_tensors() if trainer else {}, state)
+
+        replace_folder(self.directory.last, write)
+
+    def finish(self) -> None:
+        """Scores of the best checkpoint, prediction files, results, and the table."""
+        config, folder, size = self.config, self.directory.predictions, self.config.eval_batch_size
+        if self.stages and not self.stages[-1].is_frozen:
+            device = self.precision.device
+            self.model = load_model(self.directory.best, self.model.layout, torch.Generator()).model.to(device)
+        started = time.perf_counter()
+        num_rows = sum(len(rows) for of in (self.data.dev, self.data.test) for rows in of.values())
+
+        def between() -> None:
+            self.stop.check()
+            self.console.advance(size)
+
+        with self.console.bar("predictions", num_rows, unit="row"):
+            logits = predict_all(self.model, self.data.dev, size, self.precision, between)
+            test_logits = predict_all(self.model, self.data.test, size, self.precision, between)
+        dev, confusion = metrics_of(logits, self.data.dev, self.console.say), confusion_matrices(logits, self.data.dev)
+        folder.mkdir(exist_ok=True)
+        for task, rows in self.data.dev.items():
+            write_predictions(task, rows, logits[task], folder / f"{task}-dev-output.csv")
+            write_dev_rows(task, rows, logits[task], folder)
+        for task, rows in self.data.test.items():
+            write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
+        self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
+        main_stages = [stage.name for stage in self.stages if stage.is_frozen == self.stages[-1].is_frozen]
+        epochs = {name: self.best_epochs[name] for name in main_stages}
+        training = round(sum(self.seconds.get(stage.name, 0) for stage in self.stages), 3)
+        results: dict[str, Any] = {
+            "dev": {**dev, "mean": mean_score(dev)},
+            "best_epoch": next(iter(epochs.values()), None) if len(epochs) < 2 else epochs,
+            "parameters": parameter_counts(self.model),
+            "seconds": {**self.seconds, "training": training},
+            "peak_memory_mb": peak_memory_mb(self.precision.device),
+            "confusion": confusion,
+            **({"gradients": self.conflicts} if self.conflicts else {}),
+        }
+        self.directory.write_results(results)
+        self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
+        self.metrics.close()
+        self.console.say("\n" + format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}) + "\n")
+        if missing := [task for task in config.tasks if task not in self.data.test]:
+            self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
+        holds = "results, predictions" + (" and the best checkpoint are" if self.stages else " are")
+        times = f"training {duration(training)}, " if self.stages else ""
+        memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
+        self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
+        self.draw_plots()
+
+    def draw_plots(self) -> None:
+        """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""
+        try:
+            from reports.plots import write_run_plots
+
+            write_run_plots(self.directory.path)
+        except Exception as error:
+            self.console.say(f"warning: no plots: {error}")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory that the process held: on the GPU by torch's count, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+# -------------------------------------------------------------------------------------------------------- start
+
+
+def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
+    """A new run, or the one to resume, with everything loaded and its start told."""
+    resumed = RunDirectory.existing(Path(config.resume)) if config.resume else None
+    if resumed is not None:
+        saved = resumed.config()
+        flags = config
+        config = replace(from_dict(saved), out=str(resumed.path))
+        config = replace(config, threads=flags.threads or config.threads)
+        config = replace(config, device=flags.device if flags.device != "auto" else config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config, folder = resolve(config)
+    if resumed is None and Path(config.out).exists():
+        RunDirectory.create(Path(config.out), {})  # raises before anything is loaded
+    if resumed is not None and resumed.last.exists():
+        folder = resumed.last
+    layout = model_layout(config, folder)
+    device = torch.device(config.device)
+    tokenizer = Tokenizer(folder, config.max_length)
+    data = load_data(config, tokenizer, device)
+    try:
+        loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
+    except ValueError as error:  # an adapter that does not fit, or a checkpoint: one line
+        raise FlagError(str(error)) from None
+    record = {**config.to_dict(), **environment(config.device), "data_files": data.files, "layout": layout.to_dict()}
+    if resumed is not None and saved["data_files"] != data.files:
+        changed = [name for name in data.files if saved["data_files"].get(name) != data.files[name]]
+        raise RunError(
+            f"--resume {config.out}: {', '.join(changed)} changed since the run began, expected the same files"
+        )
+    stages = [asdict(stage) for stage in plan_stages(config, data)]
+    directory = resumed or RunDirectory.create(Path(config.out), {**record, "stages": stages})
+    run = Run(config, loaded.model.to(device), folder, data, directory, console, stop)
+    for line in start_block(run, loaded.new_parts):
+        console.say(line)
+    return run
+
+
+def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
+    """What a run is about to do: model, data, batch, methods, parameters."""
+    config, encoder, counts = run.config, run.model.encoder.config, parameter_counts(run.model)
+    is_cpu = config.device == "cpu"
+    precision = "float32" if config.amp == "off" else config.amp
+    threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
+    speed = speed_report(config.device)
+    is_slow = is_cpu and config.amp == "off" and speed != "compiled"
+    layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
+    lines = [
+        f"model       {config.checkpoint or config.model}: {layers}; {config.device}{threads}, {precision}",
+        *([f"            slower than it could be, without compiled kernels: {speed}"] if is_slow else []),
+        f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
+        f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
+        f"data        {config.data}",
+    ]
+    for task in config.tasks:
+        rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]
+        lines.append(f"            {task:<5} {', '.join(rows)}")
+    for stage in run.stages:
+        passes = f", {stage.accumulation_steps} passes" if stage.accumulation_steps > 1 else ""
+        draws = f", {config.draws} draws" if config.draws > 1 and not stage.is_frozen else ""
+        lines.append(
+            f"{stage.name:<11} {stage.epochs} epochs of {stage.steps_per_epoch} steps of {stage.rows_per_step} rows"
+            f"{passes}{draws}, learning rate {stage.lr:g}{', encoder frozen' if stage.is_frozen else ''}"
+        )
+    if run.stages:
+        sampling = f"tasks sampled by {config.scheduler}" if len(config.tasks) > 1 else "single task"
+        lines.append(f"methods     {', '.join([sampling, *_methods(config)])}")
+    if new_parts:
+        lines.append(f"new         {', '.join(new_parts)}: not in the checkpoint, initialized")
+    return [*lines, f"run         {config.out}", *run.data.notes, ""]
+
+
+def _methods(config: Config) -> list[str]:
+    """What is chosen beside the scheduler, in words."""
+    treatment = f"gradients aggregated by {config.treatment} ({config.granularity})"
+    return [
+        *([treatment] if config.is_treated else []),
+        *config.regularizers,
+        *([f"adapters {config.adapter}"] if config.adapter else []),
+        *([f"training only {config.train}"] if config.train == config.adapter else []),
+        *(f"augmentation {name}" for name in config.chosen("augment")),
+    ]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine, commit and what there is of kernels, for config.json."""
+    packages = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "commit": commit or None,
+        "kernels": speed_report(device),
+    }
