@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from regularizers import Regularizer
 
-from bert import BertConfig, find_checkpoint, read_config
+from bert import BertConfig
+from checkpoints import find_checkpoint, load_model, read_bert_config
 from datasets import Rows, RowStream, TokenizedRows, Tokenizer, data_folder, read_examples
-from engine import StageSettings, Trainer
+from engine import Methods, Stage, StageData, Trainer
 from evaluation import Precision
-from model import Layout, MultitaskBert, TaskModel, load_model
-from pal import PalConfig
-from pcgrad import make_treatment
+from model import Layout, MultitaskBert, TaskModel, Trained
+from parameters import Choice, NoParameters
+from pcgrad import find_treatment
 from schedulers import RoundRobinScheduler, Setting
 from seeding import derive_seed
+from smart import Regularizer
 from tasks import TASKS
 from token_cache import tokenize_file
 

@@ -24,17 +24,15 @@ from torch import Tensor
 from ops.dropout import DropoutBits
 
 SOURCE = Path(__file__).resolve().with_suffix(".c")
-FLAGS = tuple(
-    [
-        "-O3",
-        "-std=gnu11",
-        "-ffp-contract=fast",
-        "-fPIC",
-        "-fopenmp",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-Wno-psabi",
-    ]
+FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
 )
 FLAGS_OF = {"x86_64": ("-march=native", "-mprefer-vector-width=512"), "aarch64": ("-mcpu=native",)}
 

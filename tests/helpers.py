@@ -20,6 +20,7 @@ from tasks import TASKS, Classes, Score
 
 TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
 WORDS = TEXT.split()
+LINEAR = Choice("linear")
 STD = 0.2  # ten times BERT's: differences between the rows of a batch must be well above rounding
 
 
@@ -49,7 +50,7 @@ class RecordedMasks(DropoutMasks):
 
     def bits(self, numel: int, prob: float) -> DropoutBits:
         bits = super().bits(numel, prob)
-        self.drawn.append((prob, bits.mask((numel,), torch.float32)))
+        self.drawn.append((prob, (bits.words[:numel] >= bits.threshold).float() * bits.keep))
         return bits
 
 
@@ -80,7 +81,12 @@ def random_tokens(num_rows: int, seed: int = 0, config: BertConfig | None = None
     for length in lengths:
         first = int(random.integers(1, length + 1))
         types.append([0] * first + [min(1, config.type_vocab_size - 1)] * int(length - first))
-    return PackedTokens.from_rows(rows, types)
+    return pack(rows, types)
+
+
+def pack(rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> PackedTokens:
+    """Rows of token ids and token types as a packed batch."""
+    return PackedTokens.from_arrays(np.concatenate(rows), np.concatenate(types), np.array([len(row) for row in rows]))
 
 
 def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | None = None) -> Batch:
@@ -97,14 +103,14 @@ def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | N
 
 def tiny_model(
     tasks: Sequence[str] = ("sst", "para", "sts"),
-    adapters: PalConfig | None = None,
-    head_layers: int = 0,
+    adapter: Choice | None = None,
+    head: Choice = LINEAR,
     seed: int = 0,
     **overrides: Any,
 ) -> MultitaskBert:
     """A random encoder with random heads and, where wanted, fresh adapters."""
     encoder = tiny_encoder(seed, **overrides)
-    model = MultitaskBert(encoder, Layout(tuple(tasks), head_layers, adapters), generator(seed + 2))
+    model = MultitaskBert(encoder, Layout(dict.fromkeys(tasks, head), adapter), generator(seed + 2))
     initialize(model.heads, STD, generator(seed + 3))
     return model
 
