@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from kernels import DropoutBits
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bert import Bert, BertConfig, DropoutMasks, PackedTokens, empty_bert, initialize, to_huggingface
+from bert import Bert, BertConfig, empty_bert, initialize
+from checkpoints import to_huggingface
 from datasets import Batch
 from model import Layout, MultitaskBert
-from pal import PalConfig
+from ops import DropoutMasks, PackedTokens
+from ops.dropout import DropoutBits
+from parameters import Choice
 from tasks import TASKS, Classes, Score
 
 TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
