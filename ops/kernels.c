@@ -1,12 +1,12 @@
-/* Attention within rows, GELU, and dropout + residual sum + LayerNorm, forward and backward, each in one go over memory, in
-   float32 on the CPU. kernels.py compiles this file and calls it; the definitions are in torch's operations, in the module
-   of each operation.
+/* Attention within rows, GELU, and dropout + residual sum + LayerNorm, forward and backward, each in one go over
+   memory, in float32 on the CPU. kernels.py compiles this file and calls it; the definitions are in torch's operations,
+   in the module of each operation.
 
    Shape letters: N packed tokens, B rows of tokens, L tokens of a row, D hidden, H heads, E = D / H. All matrices are
-   row-major. Dropout comes as 16 random bits an element: it is kept where (int16_t) bits >= threshold, and then multiplied
-   by `keep`; without bits nothing is dropped. (Attention may read up to LANES words more than there are elements.) Work is
-   shared out over `threads` threads. Sums over rows depend on their number; nothing depends on which thread does what, so
-   that the same call gives the same bits. */
+   row-major. Dropout comes as 16 random bits an element: it is kept where (int16_t) bits >= threshold, and then
+   multiplied by `keep`; without bits nothing is dropped. (Attention may read up to LANES words more than there are
+   elements.) Work is shared out over `threads` threads. Sums over rows depend on their number; nothing depends on which
+   thread does what, so that the same call gives the same bits. */
 
 #include <math.h>
 #include <stdint.h>
@@ -85,8 +85,8 @@ static inline lanes exponential(lanes x)
 }
 
 /* The normal distribution function Phi(x) and its density. The tail beyond |x| is exp(-x^2 / 2) times a polynomial in
-   t = 1 / (1 + 0.3 |x|) (the form of Hastings 1955; coefficients fitted to the scaled complementary error function up to
-   |x| = 13.5, relative error 1.3e-7). */
+   t = 1 / (1 + 0.3 |x|) (the form of Hastings 1955; coefficients fitted to the scaled complementary error function up
+   to |x| = 13.5, relative error 1.3e-7). */
 static inline lanes normal(lanes x, lanes *density)
 {
     const lanes size = (lanes)((int_lanes)x & 0x7fffffff);
@@ -223,10 +223,11 @@ void residual_norm_backward(long num_rows, long size, const float *grad, const f
 
 /* ------------------------------------------------------------------------------------------------------- attention */
 
-/* Where the rows and heads of a batch lie. Key and value k of row r stand in line starts[r] + k of theirs, and so does query
-   k, unless there is only one query a row: that of row r stands in line r. A line is `stride` floats, of which head h has
-   those from h * E on. The random bits of query q, key k of head h in row r are at
-   bits_starts[r] + (h * bits_strides[r] + q) * bits_strides[r] + k, with one query at bits_starts[r] + h * bits_strides[r] + k. */
+/* Where the rows and heads of a batch lie. Key and value k of row r stand in line starts[r] + k of theirs, and so does
+   query k, unless there is only one query a row: that of row r stands in line r. A line is `stride` floats, of which
+   head h has those from h * E on. The random bits of query q, key k of head h in row r are at
+   bits_starts[r] + (h * bits_strides[r] + q) * bits_strides[r] + k, with one query a row at
+   bits_starts[r] + h * bits_strides[r] + k. */
 typedef struct {
     long num_rows, num_heads, head_size, first_only;
     const int64_t *starts, *lengths, *bits_starts, *bits_strides;
@@ -261,7 +262,8 @@ static inline void product(long inner, long columns, const float *a, long a_stri
     for (; column < columns; column += LANES) {
         lanes sum[QUERIES] = {0};
         for (long k = 0; k < inner; k++)
-            for (int q = 0; q < QUERIES; q++) sum[q] += a[q * a_stride + k] * *(const lanes *)(b + k * columns + column);
+            for (int q = 0; q < QUERIES; q++)
+                sum[q] += a[q * a_stride + k] * *(const lanes *)(b + k * columns + column);
         for (int q = 0; q < QUERIES; q++) *(lanes *)(out + q * columns + column) = sum[q];
     }
 }
@@ -331,8 +333,8 @@ static inline lanes tail_of(long length, long padded)
     return tail;
 }
 
-/* `padded` scores, a multiple of LANES, become exponentials of their distance from the largest one; returns what divides
-   them by their sum. */
+/* `padded` scores, a multiple of LANES, become exponentials of their distance from the largest one; returns what
+   divides them by their sum. */
 static inline float exponentials(long padded, lanes tail, float *scores, float *largest)
 {
     const long last = padded - LANES;
@@ -353,7 +355,8 @@ static inline float exponentials(long padded, lanes tail, float *scores, float *
 void attention_forward(const Rows *rows, const float *query, long query_stride, const float *key, const float *value,
                        long stride, float *context, float *softmax, int threads)
 {
-    const long size = rows->head_size, hidden = rows->num_heads * size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
+    const long size = rows->head_size, hidden = rows->num_heads * size, width = round_up(size, LANES);
+    const long most = round_up(longest(rows), LANES);
     const float factor = 1.0f / sqrtf(size);
 #pragma omp parallel num_threads(threads)
     {
@@ -371,7 +374,8 @@ void attention_forward(const Rows *rows, const float *query, long query_stride, 
             for (long start = 0; start < num_queries(rows, row); start += QUERIES) {
                 const long left = num_queries(rows, row) - start, count = left < QUERIES ? left : QUERIES;
                 const long line = first_query(rows, row) + start;
-                load_queries(count, size, width, query + line * query_stride + head * size, query_stride, factor, queries);
+                const float *from = query + line * query_stride + head * size;
+                load_queries(count, size, width, from, query_stride, factor, queries);
                 product(size, padded, queries, width, keys, scores);
                 for (long q = 0; q < count; q++) {
                     float *p = scores + q * padded, *of_query = softmax + 2 * ((line + q) * rows->num_heads + head);
@@ -398,7 +402,8 @@ void attention_backward(const Rows *rows, const float *query, long query_stride,
                         long stride, const float *softmax, const float *grad, float *grad_query, float *grad_key,
                         float *grad_value, int threads)
 {
-    const long size = rows->head_size, hidden = rows->num_heads * size, width = round_up(size, LANES), most = round_up(longest(rows), LANES);
+    const long size = rows->head_size, hidden = rows->num_heads * size, width = round_up(size, LANES);
+    const long most = round_up(longest(rows), LANES);
     const float factor = 1.0f / sqrtf(size);
 #pragma omp parallel num_threads(threads)
     {
