@@ -23,36 +23,22 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from tsv import numbered_rows
 
 Synonyms = Callable[[str], Sequence[str]]  # lower-case word -> its synonyms, in an order that never changes
 
-_STOP_WORDS = """
-    i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
-    herself it its itself they them their theirs themselves one oneself this that these those who whom whose which
-    what when where why how there here
-    am is are was were be been being have has had having do does did doing done can could may might must shall should
-    will would ought cannot
-    a an the and but or nor so yet if then than because as until while although though unless whether since
-    of at by for with without about against between among into onto through during before after above below to from
-    up down in out on off over under upon within along across behind beyond near again further once per via
-    all any both each either neither every few more most much many other another some such no not only own same too
-    very just now also even still ever never
-    ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't isn't mightn't mustn't needn't shan't
-    shouldn't wasn't weren't won't wouldn't i'm i've i'll i'd you're you've you'll you'd he's he'll he'd she's she'll
-    she'd it's it'll it'd we're we've we'll we'd they're they've they'll they'd that's there's here's what's who's
-    where's when's why's how's let's
-    arent cant couldnt didnt doesnt dont hadnt hasnt havent im isnt ive shouldnt thats wasnt werent whats wont wouldnt
-    s t d m ll re ve n't ca wo ai gon na wan lrb rrb
-"""
-STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+@cache
+def stop_words() -> frozenset[str]:
+    """The words of data/eda_stop_words.txt."""
+    lines = (Path(__file__).parent / "data" / "eda_stop_words.txt").read_text("utf-8").splitlines()
+    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
+
 
 # Letters with inner hyphens and apostrophes, between punctuation. Words with digits or in other scripts do not match.
 _WORD = re.compile(r"([!-/:-@\[-`{-~‘’“”…–—¿¡]*)([A-Za-z]+(?:['’-][A-Za-z]+)*)([!-/:-@\[-`{-~‘’“”…–—¿¡]*)")
@@ -87,39 +73,34 @@ def num_edits(alpha: float, num_words: int) -> int:
     return max(1, int(alpha * num_words))
 
 
+def _parts(word: str) -> tuple[str, ...]:
+    """Punctuation, letters, punctuation; ("", "", "") for numbers, punctuation alone and other scripts."""
+    match = _WORD.fullmatch(word)
+    return match.groups() if match else ("", "", "")
+
+
 def word_synonyms(word: str, synonyms: Synonyms) -> list[str]:
-    """Synonyms of a word as it stands in a text; none for stop words, numbers, punctuation and other scripts."""
-    match = _WORD.fullmatch(word)
-    if match is None:
+    """Synonyms of a word as it stands in a text; none for stop words and where `_parts` finds no letters."""
+    core = _parts(word)[1].lower().replace("’", "'")
+    if not core or core in stop_words():
         return []
-    core = match[2].lower().replace("’", "'")
-    if core in STOP_WORDS:
-        return []
-    return [synonym for synonym in synonyms(core) if synonym.lower() != core and synonym.lower() not in STOP_WORDS]
-
-
-def _in_place_of(word: str, synonym: str) -> str:
-    """The synonym with the punctuation of the word that it replaces, and with its capital."""
-    match = _WORD.fullmatch(word)
-    assert match is not None
-    before, core, after = match.groups()
-    return before + (synonym[:1].upper() + synonym[1:] if core[0].isupper() else synonym) + after
+    return [synonym for synonym in synonyms(core) if synonym.lower() != core and synonym.lower() not in stop_words()]
 
 
 def synonym_replacement(words: Sequence[str], generator: random.Random, n: int, synonyms: Synonyms) -> list[str]:
     """Up to n words, drawn at random among those with synonyms, give way to a random synonym each.
 
-    A synonym of several words takes the place of one word as one entry with spaces.
+    It keeps their punctuation and capital. A synonym of several words stands in one entry, with spaces.
     """
     edited = list(words)
     places = list(range(len(words)))
     generator.shuffle(places)
     for place in places:
-        if n == 0:
-            break
-        choices = word_synonyms(words[place], synonyms)
+        choices = word_synonyms(words[place], synonyms) if n else []
         if choices:
-            edited[place] = _in_place_of(words[place], generator.choice(choices))
+            synonym = generator.choice(choices)
+            before, core, after = _parts(words[place])
+            edited[place] = before + (synonym[:1].upper() + synonym[1:] if core[0].isupper() else synonym) + after
             n -= 1
     return edited
 
@@ -162,20 +143,16 @@ def _is_visible(word: str) -> bool:
 
 Edit = Callable[[Sequence[str], random.Random, EdaConfig, Synonyms], list[str]]
 
-EDITS: Mapping[str, Edit] = MappingProxyType(
-    {
-        "replacement": lambda words, generator, config, synonyms: synonym_replacement(
-            words, generator, num_edits(config.alpha_replacement, len(words)), synonyms
-        ),
-        "insertion": lambda words, generator, config, synonyms: random_insertion(
-            words, generator, num_edits(config.alpha_insertion, len(words)), synonyms
-        ),
-        "swap": lambda words, generator, config, synonyms: random_swap(
-            words, generator, num_edits(config.alpha_swap, len(words))
-        ),
-        "deletion": lambda words, generator, config, synonyms: random_deletion(words, generator, config.deletion_prob),
-    }
-)
+EDITS: Mapping[str, Edit] = {
+    "replacement": lambda words, generator, config, synonyms: synonym_replacement(
+        words, generator, num_edits(config.alpha_replacement, len(words)), synonyms
+    ),
+    "insertion": lambda words, generator, config, synonyms: random_insertion(
+        words, generator, num_edits(config.alpha_insertion, len(words)), synonyms
+    ),
+    "swap": lambda words, generator, config, _: random_swap(words, generator, num_edits(config.alpha_swap, len(words))),
+    "deletion": lambda words, generator, config, _: random_deletion(words, generator, config.deletion_prob),
+}
 
 
 def edited_text(text: str, edit: Edit, generator: random.Random, config: EdaConfig, synonyms: Synonyms) -> str:
@@ -194,18 +171,14 @@ def balance(labels: Sequence[int], generator: random.Random) -> list[int]:
     Class after class in ascending order. Within a class every row is used equally often before any is used again, in
     a new random order each round.
     """
-    rows_of: dict[int, list[int]] = {}
-    for row, label in enumerate(labels):
-        rows_of.setdefault(label, []).append(row)
-    most = max(map(len, rows_of.values()), default=0)
+    frequency = Counter(labels)
     sources: list[int] = []
-    for label in sorted(rows_of):
-        rows = rows_of[label]
-        missing = most - len(rows)
+    for label in sorted(frequency):
+        rows = [row for row, other in enumerate(labels) if other == label]
+        missing = max(frequency.values()) - len(rows)
         while missing > 0:
-            one_round = generator.sample(rows, min(missing, len(rows)))
-            sources += one_round
-            missing -= len(one_round)
+            sources += generator.sample(rows, min(missing, len(rows)))
+            missing -= len(rows)
     return sources
 
 
@@ -249,10 +222,19 @@ class WordNet:
         self._found: dict[str, tuple[str, ...]] = {}
 
     def __call__(self, word: str) -> tuple[str, ...]:
-        """The other lemmas of all senses of the word, most frequent sense first; several words with spaces."""
+        """The other lemmas of all senses of the word, most frequent sense first; several words with spaces.
+
+        Raises EdaError if WordNet cannot be read.
+        """
         if word not in self._found:
-            with _wordnet_errors(self._root):
-                self._found[word] = self._look_up(word)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    self._found[word] = self._look_up(word)
+            except Exception as error:  # what nltk makes of damaged files is no one class of errors
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                message = f"{self._root}: not readable as WordNet ({reason}), expected WordNet 3's files"
+                raise EdaError(message) from None
         return self._found[word]
 
     def _look_up(self, word: str) -> tuple[str, ...]:
@@ -262,7 +244,21 @@ class WordNet:
 
     @cached_property
     def _reader(self) -> Any:
-        return _wordnet_reader(self._root)
+        from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+        class Reader(WordNetCorpusReader):  # type: ignore[misc,unused-ignore]
+            """nltk's reader, content with the files that synonyms need."""
+
+            def open(self, file: str) -> Any:
+                """lexnames, the names of WordNet's 45 source files, is left out by Debian; no synonym needs them."""
+                if file == "lexnames":
+                    return io.StringIO("".join(f"{i:02d}\tunknown\t0\n" for i in range(45)))
+                return super().open(file)
+
+            def map_wn(self, version: str = "wordnet") -> None:
+                """No map to another WordNet's numbers, which other languages need and which reads index.sense."""
+
+        return Reader(self._root, None)
 
 
 def _wordnet_root(folder: Path | None) -> Any:
@@ -290,41 +286,12 @@ def _wordnet_root(folder: Path | None) -> Any:
     return nltk.data.FileSystemPathPointer(root)
 
 
-def _wordnet_reader(root: Any) -> Any:
-    from nltk.corpus.reader.wordnet import WordNetCorpusReader
-
-    class Reader(WordNetCorpusReader):  # type: ignore[misc,unused-ignore]
-        """nltk's reader, content with the files that synonyms need."""
-
-        def open(self, file: str) -> Any:
-            """The names of WordNet's 45 source files stand in a file that Debian leaves out; no synonym needs them."""
-            if file == "lexnames":
-                return io.StringIO("".join(f"{i:02d}\tunknown\t0\n" for i in range(45)))
-            return super().open(file)
-
-        def map_wn(self, version: str = "wordnet") -> None:
-            """No map to another WordNet's numbers, which other languages need and which reads index.sense."""
-
-    return Reader(root, None)
-
-
-@contextmanager
-def _wordnet_errors(root: Any) -> Iterator[None]:
-    """Turns whatever nltk makes of damaged files (no one class of errors) into one line, without its warnings."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            yield
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise EdaError(f"{root}: not readable as WordNet ({reason}), expected WordNet 3's files") from None
-
-
 # ------------------------------------------------------------------------------------------------------ command
 
-LABELS: Mapping[str, tuple[range, str]] = MappingProxyType(
-    {"sentiment": (range(5), "a whole number from 0 to 4"), "is_duplicate": (range(2), "0 or 1")}
-)
+LABELS: Mapping[str, tuple[Sequence[int], str]] = {
+    "sentiment": (range(5), "a whole number from 0 to 4"),
+    "is_duplicate": (range(2), "0 or 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -336,11 +303,15 @@ class Table:
     header: list[str]
     rows: list[tuple[int, list[str]]]
 
+    @property
+    def names(self) -> str:
+        """The named columns, for messages."""
+        return ", ".join(repr(column) for column in self.header if column) or "none"
+
     def column(self, name: str) -> int:
         """Where a column stands. Raises EdaError if it is not there."""
         if name not in self.header:
-            found = ", ".join(repr(column) for column in self.header if column) or "none"
-            raise EdaError(f"{self.path}:1: no column {name!r}, found {found}")
+            raise EdaError(f"{self.path}:1: no column {name!r}, found {self.names}")
         return self.header.index(name)
 
 
@@ -351,8 +322,7 @@ def read_table(path: Path) -> Table:
     except OSError as error:
         raise EdaError(f"{path}: {error.strerror or error}") from None
     numbered = numbered_rows(path, content, EdaError)
-    _, header = next(numbered, (1, []))
-    header = [name.strip() for name in header]
+    header = [name.strip() for name in next(numbered, (1, []))[1]]
     rows = list(numbered)
     if not rows:
         raise EdaError(f"{path}: no rows, expected a header line and rows")
@@ -369,61 +339,46 @@ def label_column(table: Table, name: str) -> str:
             f"{table.path}:1: similarity is a number on a scale, not a class, so there is nothing to balance; "
             "expected a column 'sentiment' or 'is_duplicate'"
         )
-    if name != "auto":
-        return name
     present = [column for column in LABELS if column in table.header]
-    if len(present) != 1:
-        found = ", ".join(repr(column) for column in table.header if column) or "none"
+    if name == "auto" and len(present) != 1:
         raise EdaError(
-            f"{table.path}:1: found the columns {found}, expected 'sentiment' or 'is_duplicate' "
+            f"{table.path}:1: found the columns {table.names}, expected 'sentiment' or 'is_duplicate' "
             "(--label_column names another)"
         )
-    return present[0]
+    return present[0] if name == "auto" else name
 
 
-def text_column_names(table: Table) -> tuple[str, ...]:
-    """The columns that are edited: one sentence, or the two of a pair."""
-    return ("sentence",) if "sentence" in table.header else ("sentence1", "sentence2")
-
-
-def row_label(table: Table, row: int, column: str) -> int | None:
-    """The class of a row, None where the cell is empty."""
-    line, cells = table.rows[row]
-    cell = cells[table.column(column)].strip()
+def row_labels(table: Table, column: str) -> dict[int, int]:
+    """Row number -> class, for the rows that have one."""
     allowed, in_words = LABELS.get(column, (None, "a whole number"))
-    try:
-        label = float(cell) if cell else None
-    except ValueError:
-        label = math.nan
-    if label is None:
-        return None
-    if not label.is_integer() or (allowed is not None and label not in allowed):
-        raise EdaError(f"{table.path}:{line}: {column} is {cell!r}, expected {in_words}")
-    return int(label)
+    place, labels = table.column(column), dict[int, int]()
+    for row, (line, cells) in enumerate(table.rows):
+        if cell := cells[place].strip():
+            try:
+                label = float(cell)
+            except ValueError:
+                label = math.nan
+            if not label.is_integer() or (allowed is not None and label not in allowed):
+                raise EdaError(f"{table.path}:{line}: {column} is {cell!r}, expected {in_words}")
+            labels[row] = int(label)
+    if not labels:
+        raise EdaError(f"{table.path}: no row has a label in the column {column!r}")
+    return labels
 
 
-def next_index(table: Table) -> int | None:
-    """What the unnamed first column goes on with, None where there is no such column."""
-    if table.header[0] != "":
-        return None
-    largest = -1
-    for line, cells in table.rows:
-        if not re.fullmatch(r"[0-9]{1,18}", cells[0]):
-            raise EdaError(f"{table.path}:{line}: the unnamed first column is {cells[0]!r}, expected a whole number")
-        largest = max(largest, int(cells[0]))
-    return largest + 1
+def new_lines(table: Table, new_rows: Sequence[tuple[int, tuple[str, ...]]], text_columns: Sequence[int]) -> str:
+    """The new rows as lines of the file, with ids and numbers that it does not have.
 
-
-def new_lines(
-    table: Table, new_rows: Sequence[tuple[int, tuple[str, ...]]], text_columns: Sequence[int]
-) -> Iterator[str]:
-    """The new rows as lines of the file. new_rows: (number of the source row in the table, texts)."""
+    new_rows: (number of the source row in the table, texts). Raises EdaError if the rows are not numbered.
+    """
     newline = "\r\n" if table.content.split(b"\n", 1)[0].endswith(b"\r") else "\n"
-    id_column = table.column("id")
-    index = next_index(table)
-    ids = {cells[id_column] for _, cells in table.rows}
-    copies: Counter[str] = Counter()
-    for source, texts in new_rows:
+    id_column, is_numbered, lines = table.column("id"), table.header[0] == "", []
+    for line, cells in table.rows:
+        if is_numbered and not re.fullmatch(r"[0-9]{1,18}", cells[0]):
+            raise EdaError(f"{table.path}:{line}: the unnamed first column is {cells[0]!r}, expected a whole number")
+    next_number = max(int(cells[0]) for _, cells in table.rows) + 1 if is_numbered else 0
+    ids, copies = {cells[id_column] for _, cells in table.rows}, Counter[str]()
+    for number, (source, texts) in enumerate(new_rows, next_number):
         cells = list(table.rows[source][1])
         original = cells[id_column]
         while cells[id_column] in ids:
@@ -432,12 +387,20 @@ def new_lines(
         ids.add(cells[id_column])
         for column, text in zip(text_columns, texts, strict=True):
             cells[column] = text
-        if index is not None:
-            cells[0] = str(index)
-            index += 1
-        line = io.StringIO()
-        csv.writer(line, delimiter="\t").writerow(cells)  # with its own line end, so that it quotes both \r and \n
-        yield line.getvalue().removesuffix("\r\n") + newline
+        if is_numbered:
+            cells[0] = str(number)
+        stream = io.StringIO()
+        csv.writer(stream, delimiter="\t").writerow(cells)  # with its own line end, so that it quotes both \r and \n
+        lines.append(stream.getvalue().removesuffix("\r\n") + newline)
+    return "".join(lines)
+
+
+def check_is_new(path: Path) -> None:
+    """Raises EdaError where a file cannot be written without replacing another."""
+    if os.path.lexists(path):
+        raise EdaError(f"{path}: exists already, expected the name of a new file")
+    if not path.parent.is_dir():
+        raise EdaError(f"{path}: no directory {path.parent}")
 
 
 def write_new_file(path: Path, content: bytes) -> None:
@@ -454,14 +417,6 @@ def write_new_file(path: Path, content: bytes) -> None:
         raise EdaError(f"{path}: {error.strerror or error}, nothing was written") from None
 
 
-def check_is_new(path: Path) -> None:
-    """Raises EdaError where a file cannot be written without replacing another."""
-    if os.path.lexists(path):
-        raise EdaError(f"{path}: exists already, expected the name of a new file")
-    if not path.parent.is_dir():
-        raise EdaError(f"{path}: no directory {path.parent}")
-
-
 def augment_file(
     source: Path, target: Path, column: str, config: EdaConfig, seed: int, wordnet: Path | None
 ) -> list[str]:
@@ -469,17 +424,15 @@ def augment_file(
     check_is_new(target)
     table = read_table(source)
     column = label_column(table, column)
-    text_columns = [table.column(name) for name in text_column_names(table)]
-    labels = {row: label for row in range(len(table.rows)) if (label := row_label(table, row, column)) is not None}
-    if not labels:
-        raise EdaError(f"{source}: no row has a label in the column {column!r}")
+    names = ("sentence",) if "sentence" in table.header else ("sentence1", "sentence2")
+    text_columns = [table.column(name) for name in names]
+    labels = row_labels(table, column)
     numbers = list(labels)
     texts = [tuple(table.rows[row][1][i] for i in text_columns) for row in numbers]
     new = edited_rows(texts, list(labels.values()), config, seed, WordNet(wordnet))
     new_rows = [(numbers[row], edited) for row, edited in new]
-    lines = "".join(new_lines(table, new_rows, text_columns)).encode()
     end = b"" if table.content.endswith(b"\n") else b"\n"
-    write_new_file(target, table.content + end + lines)
+    write_new_file(target, table.content + end + new_lines(table, new_rows, text_columns).encode())
 
     skipped = [str(line) for row, (line, _) in enumerate(table.rows) if row not in labels]
     before, added = Counter(labels.values()), Counter(labels[row] for row, _ in new_rows)
@@ -495,48 +448,28 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists what is allowed)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code: 0, 2 for an input that cannot be used, 130 when interrupted."""
     parser = _Parser(
         prog="eda.py",
         description="Write a CS224N training file with augmented rows appended, so that its classes are equal in "
         "number. Synonyms come from WordNet.",
     )
-    parser.add_argument("source", metavar="IN.csv", type=Path, help="tab-separated file with sentiment or is_duplicate")
-    parser.add_argument("target", metavar="OUT.csv", type=Path, help="new file; an existing one is never replaced")
-    parser.add_argument(
-        "--label_column", metavar="NAME", default="auto", help="column of the classes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--eda_alpha", metavar="SHARE", type=float, default=0.1, help="share of the words edited (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--eda_deletion_prob",
-        metavar="P",
-        type=float,
-        default=0.1,
-        help="chance that a word goes (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="the same seed writes the same bytes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files (default: nltk's, else the system's)"
-    )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, 2 for an input that cannot be used, 130 when interrupted."""
-    args = build_parser().parse_args(arguments)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("source", metavar="IN.csv", type=Path, help="tab-separated file with sentiment or is_duplicate")
+    add("target", metavar="OUT.csv", type=Path, help="new file; an existing one is never replaced")
+    add("--label_column", metavar="NAME", default="auto", help=f"column of the classes {default}")
+    add("--eda_alpha", metavar="SHARE", type=float, default=0.1, help=f"share of the words edited {default}")
+    add("--eda_deletion_prob", metavar="P", type=float, default=0.1, help=f"chance that a word goes {default}")
+    add("--seed", metavar="N", type=int, default=0, help=f"the same seed writes the same bytes {default}")
+    add("--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files (default: nltk's, else the system's)")
+    args = parser.parse_args(arguments)
     try:
         if args.seed < 0:
             raise EdaError(f"--seed {args.seed}: expected a whole number from 0 up")
+        alpha = args.eda_alpha
         config = EdaConfig(
-            alpha_replacement=args.eda_alpha,
-            alpha_insertion=args.eda_alpha,
-            alpha_swap=args.eda_alpha,
-            deletion_prob=args.eda_deletion_prob,
+            alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=args.eda_deletion_prob
         )
         for line in augment_file(args.source, args.target, args.label_column, config, args.seed, args.wordnet):
             print(line)

@@ -13,6 +13,8 @@ import pytest
 DATA = Path(__file__).parent.parent / "data"
 SAMPLE = DATA / "sample"
 NUM_ROWS = {"ids-sst": (1400, 400, 300), "quora": (1600, 400, 300), "sts": (1000, 300, 300)}
+COLUMNS = {"ids-sst": "sentence sentiment", "quora": "sentence1 sentence2 is_duplicate"}
+COLUMNS["sts"] = "sentence1 sentence2 similarity"
 SPLITS = ("train", "dev", "test-student")
 FILES = [f"{stem}-{split}.csv" for stem in NUM_ROWS for split in SPLITS]
 
@@ -28,6 +30,7 @@ def load(name: str) -> ModuleType:
 
 
 make_sample = load("make_sample")
+REVIEWS, QUESTIONS, STATEMENTS = map(make_sample.read_tables, ("reviews", "questions", "statements"))
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -50,19 +53,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_committed_files_equal_what_the_generator_writes(name: str, fresh: Path) -> None:
-    assert (SAMPLE / name).read_bytes() == (fresh / name).read_bytes()
-
-
-def test_generator_writes_nine_files_and_leaves_no_others(fresh: Path) -> None:
-    assert sorted(path.name for path in fresh.iterdir()) == sorted(FILES)
+def test_committed_files_are_those_that_the_generator_writes_and_no_others(fresh: Path) -> None:
+    assert sorted(path.name for path in fresh.iterdir()) == sorted(path.name for path in SAMPLE.iterdir())
+    assert [name for name in FILES if (SAMPLE / name).read_bytes() != (fresh / name).read_bytes()] == []
 
 
 def test_command_writes_into_the_folder_it_is_given(
-    fresh: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["make_sample.py", "--out", str(tmp_path / "new" / "folder"), "--seed", "1"])
     make_sample.main()
@@ -76,19 +73,12 @@ def test_another_seed_writes_other_rows(fresh: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stem", NUM_ROWS)
 def test_files_have_the_columns_and_the_rows_of_their_task(stem: str) -> None:
-    columns = {
-        "ids-sst": "sentence\tsentiment",
-        "quora": "sentence1\tsentence2\tis_duplicate",
-        "sts": "sentence1\tsentence2\tsimilarity",
-    }[stem]
-    unlabelled = columns.rpartition("\t")[0]
-    index = "0\t" if stem == "ids-sst" else ""
-    headers = (f"\tid\t{columns}", f"\tid\t{columns}", f"{index}\tid\t{unlabelled}")
-    for split, header, num_rows in zip(SPLITS, headers, NUM_ROWS[stem], strict=True):
-        lines = (SAMPLE / f"{stem}-{split}.csv").read_text(encoding="utf-8").splitlines()
-        assert lines[0] == header
-        assert len(lines) == 1 + num_rows
-        assert {line.count("\t") for line in lines} == {header.count("\t")}
+    labelled = ["", "id", *COLUMNS[stem].split()]
+    unlabelled = [*(["0"] if stem == "ids-sst" else []), *labelled[:-1]]
+    for split, header, num_rows in zip(SPLITS, (labelled, labelled, unlabelled), NUM_ROWS[stem], strict=True):
+        lines = [line.split("\t") for line in (SAMPLE / f"{stem}-{split}.csv").read_text("utf-8").splitlines()]
+        assert lines[0] == header and len(lines) == 1 + num_rows
+        assert {len(cells) for cells in lines} == {len(header)}
 
 
 def test_ids_are_unique_and_of_25_hexadecimal_characters() -> None:
@@ -133,18 +123,8 @@ ALL_TEXTS = [text for name in FILES for row in rows(name) for text in texts(row)
 @pytest.mark.parametrize(
     "fault",
     [
-        r"\s\s|^\s|\s$",
-        r"\s[.,;?]",
-        r"[.,;?]{2}",
-        r"[{}|*=_]",
-        r"\b[Aa] [aeioAEIO]",
-        r"\b[Aa]n [^aeiouhAEIOH]",
-        r"(?i)\b(\w+) \1\b",
-        r"^[^A-Z0-9]",
-        r"[.?] [a-z]",
-        r"[^.?]$",
-        r"\bNone\b",
-        r'["\t]',
+        *(r"\s\s|^\s|\s$", r"\s[.,;?]", r"[.,;?]{2}", r"[{}|*=_]", r"\b[Aa] [aeioAEIO]", r"\b[Aa]n [^aeiouhAEIOH]"),
+        *(r"(?i)\b(\w+) \1\b", r"^[^A-Z0-9]", r"[.?] [a-z]", r"[^.?]$", r"\bNone\b", r'["\t]'),
     ],
 )
 def test_texts_are_free_of(fault: str) -> None:
@@ -158,45 +138,62 @@ def test_texts_have_the_length_of_a_sentence() -> None:
 
 
 def test_starred_words_appear_in_dev_and_never_in_train() -> None:
-    starred = {word.removeprefix("*") for words in make_sample.GRADES.values() for word in words if word[0] == "*"}
+    starred = [word[1:] for words in REVIEWS["grades"].values() for word in words if word.startswith("*")]
     train, dev = (" ".join(" ".join(texts(row)) for row in rows(f"ids-sst-{split}.csv")) for split in ("train", "dev"))
     assert [word for word in starred if re.search(rf"\b{word}\b", train)] == []
     assert [word for word in starred if not re.search(rf"\b{word}\b", dev)] == []
 
 
 def test_every_contrast_has_its_mirror_image() -> None:
-    assert {(-first, -second, -value) for first, second, value in make_sample.CONTRASTS} == set(make_sample.CONTRASTS)
+    contrasts = {tuple(map(int, contrast)) for contrast in REVIEWS["contrasts"]}
+    assert {(4 - first, 4 - second, 4 - whole) for first, second, whole in contrasts} == contrasts
 
 
 def test_every_wording_asks_about_everything_its_topic_names() -> None:
-    for topic in make_sample.TOPICS:
-        for wording in (wording for intent in topic.intents for wording in intent):
+    for topic in QUESTIONS["topics"]:
+        for wording in (wording for intent in topic["intents"] for wording in intent):
             slots = {name for name in re.findall(r"\{([^{}]+)\}", wording) if "|" not in name}
-            assert slots == set(topic.slots), wording
+            assert slots == set(topic["slots"]), wording
 
 
 def test_every_intent_can_be_reworded_with_the_words_of_train() -> None:
-    for topic in make_sample.TOPICS:
-        assert all(sum(wording[0] != "*" for wording in intent) >= 2 for intent in topic.intents)
+    for topic in QUESTIONS["topics"]:
+        assert all(sum(wording[0] != "*" for wording in intent) >= 2 for intent in topic["intents"])
 
 
 def test_every_action_has_its_three_or_four_forms() -> None:
-    names = [name for scene in make_sample.SCENES for action in scene.actions for name in action.split("=")]
+    names = [name for scene in STATEMENTS["scenes"] for entry in scene["core"]["action"] for name in entry.split("=")]
     assert [name for name in names if len(name.split()) not in (3, 4) or not name.split()[1].endswith("ing")] == []
+
+
+def test_groups_have_the_keys_that_are_read_and_every_table_of_words_is_used() -> None:
+    keys = {
+        "domains": {"unseen", "items", "maker", "earlier", "aspects", "verdicts", "contexts"},
+        "topics": {"unseen", "slots", "order", "intents"},
+        "scenes": {"unseen", "told_as", "reversible", "core", "numbers", "details"},
+    }
+    groups = {"domains": REVIEWS["domains"], "topics": QUESTIONS["topics"], "scenes": STATEMENTS["scenes"]}
+    assert {name: {key for group in found for key in group} for name, found in groups.items()} == keys
+    tables = [topic["slots"] for topic in groups["topics"]]
+    tables += [scene[part] for scene in groups["scenes"] for part in ("core", "numbers", "details")]
+    used = {words for table in tables for words in table.values() if isinstance(words, str)}
+    assert used == set(QUESTIONS["words"])
 
 
 def test_reversed_roles_are_less_similar_than_a_changed_place() -> None:
     told = {"agent": "dog", "action": "chase", "patient": "cat", "place": "in a field"}
     reversed_roles = told | {"agent": "cat", "patient": "dog"}
-    elsewhere = told | {"place": "by the river"}
-    assert make_sample.common_share(told, told) == 1
-    assert make_sample.common_share(told, reversed_roles) < 0.6 < make_sample.common_share(told, elsewhere) < 1
+    same, exchanged, elsewhere = (
+        make_sample.common_share(told, other, STATEMENTS)
+        for other in (told, reversed_roles, told | {"place": "by the river"})
+    )
+    assert same == 1
+    assert exchanged < 0.6 < elsewhere < 1
 
 
 def test_a_number_counts_only_for_the_same_agent() -> None:
     dogs = {"agent": "dog", "action": "chase", "patient": "cow", "agent_count": "two"}
-    cats = dogs | {"agent": "cat"}
-    assert make_sample.common_share(dogs, cats) == pytest.approx(7 / 11)
+    assert make_sample.common_share(dogs, dogs | {"agent": "cat"}, STATEMENTS) == pytest.approx(7 / 11)
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +203,10 @@ def counting() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("task", "at_least", "at_most"),
-    [("sst", 0.40, 0.55), ("para", 0.64, 0.75), ("sts", 0.50, 0.70)],
+    ("task", "at_least", "at_most"), [("sst", 0.40, 0.55), ("para", 0.64, 0.75), ("sts", 0.50, 0.70)]
 )
 def test_counting_words_beats_chance_and_stays_far_from_the_ceiling(
-    task: str,
-    at_least: float,
-    at_most: float,
-    counting: dict[str, dict[str, float]],
+    task: str, at_least: float, at_most: float, counting: dict[str, dict[str, float]]
 ) -> None:
     assert at_least < counting[task]["bag of words"] < at_most
     assert counting[task]["bag of words"] > counting[task].get("majority class", 0) + 0.05

@@ -27,6 +27,7 @@ from prediction import LINE_BYTES, READ_AHEAD, LineReader, PredictionError, text
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
+Lines, Line = Callable[..., list[str]], Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +81,8 @@ def random_rows(task: str, num_rows: int) -> list[tuple[str, ...]]:
     ]
 
 
-def content(rows: Sequence[tuple[str, ...]]) -> str:
-    return "".join("\t".join(row) + "\n" for row in rows)
+def content(rows: Sequence[tuple[str, ...]]) -> bytes:
+    return "".join("\t".join(row) + "\n" for row in rows).encode()
 
 
 def arguments(run: Path, task: str, **flags: Any) -> list[str]:
@@ -89,25 +90,40 @@ def arguments(run: Path, task: str, **flags: Any) -> list[str]:
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
-def predicted(run: Path, task: str, text: bytes, folder: Path, status: int = 0, **flags: Any) -> list[str]:
+@pytest.fixture
+def predicted(trained: Path, tmp_path: Path) -> Lines:
     """The lines that the command makes of a text."""
-    source, target = folder / "input.txt", folder / "output.tsv"
-    source.write_bytes(text)
-    target.unlink(missing_ok=True)
-    assert multitask_classifier.main(arguments(run, task, input=source, output=target, **flags)) == status
-    lines = target.read_text().split("\n")
-    assert lines.pop() == ""
-    return lines
+
+    def predicted(task: str, text: bytes, run: Path = trained, status: int = 0, **flags: Any) -> list[str]:
+        source, target = tmp_path / "input.txt", tmp_path / "output.tsv"
+        source.write_bytes(text)
+        target.unlink(missing_ok=True)
+        assert multitask_classifier.main(arguments(run, task, input=source, output=target, **flags)) == status
+        *lines, end = target.read_text().split("\n")
+        assert end == ""
+        return lines
+
+    return predicted
 
 
-def error_line(command: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+def numbers(lines: Sequence[str]) -> np.ndarray:
+    """The values, and probabilities where there are some, of output lines that are not empty."""
+    return np.array([line.split("\t") for line in lines if line.strip()], float)
+
+
+@pytest.fixture
+def error_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> Line:
     """The one line of a command that fails and writes nothing."""
-    capsys.readouterr()
-    assert multitask_classifier.main(command) == 2
-    shown = capsys.readouterr()
-    (line,) = shown.err.splitlines()
-    assert shown.out == "" and line.startswith("error: ")
-    return line.removeprefix("error: ")
+
+    def error_line(task: str = "sst", run: Path = trained, **flags: Any) -> str:
+        capsys.readouterr()
+        assert multitask_classifier.main(arguments(run, task, **flags)) == 2
+        shown = capsys.readouterr()
+        (line,) = shown.err.splitlines()
+        assert shown.out == "" and line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return error_line
 
 
 # ------------------------------------------------------------------------------------------------- predictions
@@ -120,11 +136,10 @@ def values_of_file(run: Path, task: str) -> list[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_predictions_are_those_of_the_runs_prediction_file(
-    task: str, trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: str, predicted: Lines, trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    rows = dev_rows(data, task)
-    lines = predicted(trained, task, content(rows).encode(), tmp_path)
+    lines = predicted(task, content(dev_rows(data, task)))
     expected = values_of_file(trained, task)
     assert len(set(expected)) > 1
     assert [line.split("\t")[0] for line in lines] == expected
@@ -133,19 +148,17 @@ def test_predictions_are_those_of_the_runs_prediction_file(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_probability_is_that_of_the_predicted_answer(task: str, trained: Path, tmp_path: Path) -> None:
+def test_the_probability_is_that_of_the_predicted_answer(task: str, predicted: Lines, trained: Path) -> None:
     """Against SciPy on the logits of each row alone."""
     rows = random_rows(task, 20)
-    lines = [line.split("\t") for line in predicted(trained, task, content(rows).encode(), tmp_path)]
+    found = numbers(predicted(task, content(rows)))
     alone = logits_of(load(trained, "cpu"), task, rows)
     if task == "sts":
-        assert [len(line) for line in lines] == [1] * 20
-        assert [float(line[0]) for line in lines] == pytest.approx(alone[:, 0].clip(0, 5), abs=1e-5)
+        assert found == pytest.approx(alone.clip(0, 5), abs=1e-5)
         return
     p = softmax(alone, -1) if task == "sst" else np.stack([1 - expit(alone[:, 0]), expit(alone[:, 0])], 1)
-    assert [int(line[0]) for line in lines] == p.argmax(1).tolist()
-    assert len({line[0] for line in lines}) > 1
-    assert [float(line[1]) for line in lines] == pytest.approx(p.max(1), abs=2e-6)
+    assert found[:, 0].tolist() == p.argmax(1).tolist() and len(set(found[:, 0])) > 1
+    assert found[:, 1] == pytest.approx(p.max(1), abs=2e-6)
 
 
 def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) -> np.ndarray:
@@ -163,19 +176,18 @@ def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("at_a_time", [1, 7, 4096])
 def test_predictions_come_in_the_order_of_the_input_whatever_the_chunks(
-    at_a_time: int, task: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_a_time: int, task: str, predicted: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = random_rows(task, 30)
-    whole = predicted(trained, task, content(rows).encode(), tmp_path)
+    text = content(random_rows(task, 30))
+    whole = predicted(task, text)
     for module in (model, prediction):
         monkeypatch.setattr(module, "TEXTS_AT_A_TIME", at_a_time)
-    parts = predicted(trained, task, content(rows).encode(), tmp_path, eval_batch_size=4)
-    numbers = [np.array([line.split("\t") for line in lines], float) for lines in (whole, parts)]
-    assert len(set(map(tuple, numbers[0]))) > 5
-    np.testing.assert_allclose(numbers[0], numbers[1], atol=5e-6)
+    parts = predicted(task, text, eval_batch_size=4)
+    assert len(set(whole)) > 5
+    np.testing.assert_allclose(numbers(whole), numbers(parts), atol=5e-6)
 
 
-def test_forward_passes_have_the_given_size_and_begin_with_the_longest_texts(trained: Path, tmp_path: Path) -> None:
+def test_forward_passes_have_the_given_size_and_begin_with_the_longest_texts(trained: Path) -> None:
     sizes: list[tuple[int, int]] = []
     predictor = load(trained, "cpu", batch_size=8)
     original = predictor.model.forward
@@ -191,12 +203,12 @@ def test_forward_passes_have_the_given_size_and_begin_with_the_longest_texts(tra
     assert tokens == sorted(tokens, reverse=True) and tokens[0] > 2 * tokens[2]
 
 
-def test_rows_are_cut_as_in_the_run(start_point: Path, data: Path, tmp_path: Path) -> None:
+def test_rows_are_cut_as_in_the_run(predicted: Lines, start_point: Path, data: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "run", start_point, data, "--max_length 7 --tasks sts")
-    text, expected = content(dev_rows(data, "sts")).encode(), values_of_file(run, "sts")
+    text, expected = content(dev_rows(data, "sts")), values_of_file(run, "sts")
     for folder in (run, run / "best", run / "last"):
-        assert predicted(folder, "sts", text, tmp_path) == expected
-    assert predicted(run, "sts", text, tmp_path, max_length=64) != expected
+        assert predicted("sts", text, folder) == expected
+    assert predicted("sts", text, run, max_length=64) != expected
     (tmp_path / "moved").mkdir()  # beside a config.json that is no run's
     (tmp_path / "moved" / "config.json").write_text('{"max_length": 20}')
     (run / "best").rename(tmp_path / "moved" / "checkpoint")
@@ -207,18 +219,19 @@ def test_rows_are_cut_as_in_the_run(start_point: Path, data: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_python_form_gives_what_the_command_gives(task: str, trained: Path, tmp_path: Path) -> None:
+def test_the_python_form_gives_what_the_command_gives(task: str, predicted: Lines, trained: Path) -> None:
     rows = random_rows(task, 30)
-    lines = [line.split("\t") for line in predicted(trained, task, content(rows).encode(), tmp_path)]
+    lines = [line.split("\t") for line in predicted(task, content(rows))]
     texts = [row[0] for row in rows] if task == "sst" else rows
     for folder in (trained, str(trained / "best")):
-        found = load(folder, device="cpu").predict(task, texts)
+        predictor = load(folder, device="cpu")
+        found = predictor.predict(task, texts)
         if task == "sts":
-            assert [f"{value:.6f}" for value in found] == [line[0] for line in lines]
+            assert [[f"{value:.6f}"] for value in found] == lines
         else:
-            assert found == [int(line[0]) for line in lines] and type(found[0]) is int
-            pairs = load(folder, device="cpu").predict(task, texts, probabilities=True)
-            assert [(value, f"{p:.6f}") for value, p in pairs] == [(int(a), b) for a, b in lines]
+            assert [str(value) for value in found] == [value for value, _ in lines] and type(found[0]) is int
+            pairs = predictor.predict(task, texts, probabilities=True)
+            assert [[str(value), f"{p:.6f}"] for value, p in pairs] == lines
 
 
 def test_the_python_form_needs_texts_of_the_tasks_form(trained: Path) -> None:
@@ -282,36 +295,36 @@ def test_texts_of_a_line() -> None:
 
 @pytest.mark.parametrize("task", ["sts", "para"])
 def test_broken_lines_are_named_and_left_empty_and_the_others_predicted(
-    task: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    task: str,
+    predicted: Lines,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (model, prediction):
         monkeypatch.setattr(module, "TEXTS_AT_A_TIME", 3)  # of the chunks one is broken in whole
     good = random_rows(task, 5)
-    lines = [content([row]).encode().strip() for row in good]
+    lines = [content([row]).strip() for row in good]
     broken = [lines[0], b"no tab", lines[1], b"", b"\xff\tx", b"a\tb\tc", lines[2], lines[3], b"", lines[4]]
-    found = predicted(trained, task, b"\n".join(broken), tmp_path, status=1)
+    found = predicted(task, b"\n".join(broken), status=1)
     empty = "" if task == "sts" else "\t"
     assert [number for number, line in enumerate(found, 1) if line == empty] == [2, 4, 5, 6, 9]
     messages = capsys.readouterr().err.splitlines()
     start = f"error: {tmp_path / 'input.txt'}:"
     assert [message.removeprefix(start).split(":")[0] for message in messages] == ["2", "4", "5", "6", "9"]
-    alone = predicted(trained, task, b"\n".join(lines), tmp_path)
-    numbers = [np.array([line.split("\t") for line in of if line.strip()], float) for of in (found, alone)]
-    np.testing.assert_allclose(numbers[0], numbers[1], atol=5e-6)
+    alone = predicted(task, b"\n".join(lines))
+    np.testing.assert_allclose(numbers(found), numbers(alone), atol=5e-6)
 
 
 def test_line_ends_of_windows_a_byte_order_mark_and_a_missing_last_line_feed_change_nothing(
-    trained: Path, tmp_path: Path
+    predicted: Lines,
 ) -> None:
-    text = content(random_rows("sst", 5)).encode()
-    expected = predicted(trained, "sst", text, tmp_path)
-    assert predicted(trained, "sst", b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"), tmp_path) == expected
-    assert predicted(trained, "sst", text.removesuffix(b"\n"), tmp_path) == expected
-    assert predicted(trained, "sst", b"\xef\xbb\xbf\n" + text, tmp_path, status=1)[0] == "\t"  # a mark is no text
-
-
-def test_empty_input_gives_empty_output(trained: Path, tmp_path: Path) -> None:
-    assert predicted(trained, "sst", b"", tmp_path) == []
+    text = content(random_rows("sst", 5))
+    expected = predicted("sst", text)
+    assert predicted("sst", b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n")) == expected
+    assert predicted("sst", text.removesuffix(b"\n")) == expected
+    assert predicted("sst", b"\xef\xbb\xbf\n" + text, status=1)[0] == "\t"  # a mark is no text
+    assert predicted("sst", b"") == []
 
 
 # -------------------------------------------------------------------------------------------------------- input
@@ -375,7 +388,7 @@ def test_a_line_from_a_pipe_does_not_wait_for_the_next_and_lines_that_come_toget
     assert next(chunks, None) is None
 
 
-def test_a_steady_trickle_is_not_collected_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_steady_trickle_is_not_collected_for_long() -> None:
     """A line every 20 ms: the gaps are shorter than the patience, yet a chunk closes."""
     descriptor, writer = os.pipe()
     stop = threading.Event()
@@ -393,12 +406,12 @@ def test_a_steady_trickle_is_not_collected_for_long(monkeypatch: pytest.MonkeyPa
     assert 1 <= len(chunk) < 100
 
 
-def test_an_input_that_cannot_be_read_is_one_line(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = error_line(arguments(trained, "sst", input=tmp_path / "absent"), capsys)
-    assert line == f"--input {tmp_path}/absent: No such file or directory, expected a file with a text a line"
-    assert "Is a directory" in error_line(arguments(trained, "sst", input=tmp_path), capsys)
+def test_an_input_or_output_that_cannot_be_opened_is_one_line(error_line: Line, tmp_path: Path) -> None:
+    absent, out = tmp_path / "absent", tmp_path / "absent" / "out"
+    none = "No such file or directory"
+    assert error_line(input=absent) == f"--input {absent}: {none}, expected a file with a text a line"
+    assert error_line(input=__file__, output=out) == f"--output {out}: {none}"
+    assert "Is a directory" in error_line(input=tmp_path)
 
 
 def test_reading_that_fails_later_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,17 +423,21 @@ def test_reading_that_fails_later_is_one_line(tmp_path: Path, monkeypatch: pytes
         list(reader_of(b"a\n", tmp_path).chunks())
 
 
-@pytest.mark.parametrize("kind", ["plain encoder", "other tasks", "absent"])
+REFUSALS = {
+    "plain encoder": "without heads",
+    "other tasks": "has heads for sst, sts only",
+    "absent": "no such directory",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
 def test_a_checkpoint_without_the_head_is_refused(
-    kind: str, tiny: Path, start_point: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, error_line: Line, tiny: Path, start_point: Path, data: Path, tmp_path: Path
 ) -> None:
-    folder = {"plain encoder": tiny, "other tasks": tmp_path / "run", "absent": tmp_path / "absent"}[kind]
+    run = tiny if kind == "plain encoder" else tmp_path / "run"
     if kind == "other tasks":
-        train(folder, start_point, data, "--tasks sst sts")
-    (tmp_path / "input.txt").write_text("a\tb\n")
-    line = error_line(arguments(folder, "para", input=tmp_path / "input.txt", output=tmp_path / "out"), capsys)
-    words = {"plain encoder": "without heads", "other tasks": "--task para: the checkpoint has heads for sst, sts only"}
-    assert words.get(kind, "no such directory") in line
+        train(run, start_point, data, "--tasks sst sts")
+    assert REFUSALS[kind] in error_line("para", run, input=__file__, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     if kind == "plain encoder":
         with pytest.raises(CheckpointError, match="without heads"):
@@ -431,85 +448,73 @@ def test_a_checkpoint_without_the_head_is_refused(
 
 
 def test_an_existing_output_is_refused_before_the_model_is_loaded(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multitask_classifier, "load", lambda *_: pytest.fail("the model was loaded"))
-    (tmp_path / "out").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("out", "link"):
-        line = error_line(arguments(trained, "sst", input=__file__, output=tmp_path / name), capsys)
-        assert line == f"--output {tmp_path / name}: exists already, expected a new file"
-    assert (tmp_path / "out").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+    out, link = tmp_path / "out", tmp_path / "link"
+    out.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (out, link):
+        assert error_line(input=__file__, output=path) == f"--output {path}: exists already, expected a new file"
+    assert out.read_text() == "mine" and not (tmp_path / "nowhere").exists()
 
 
-def watched(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something happens when the second chunk is predicted."""
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_output_that_appears_meanwhile_is_kept_and_an_interrupted_command_leaves_none(
+    interrupted: bool,
+    error_line: Line,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, target = tmp_path / "input", tmp_path / "out"
+    source.write_text("a film\n" * 6)
     monkeypatch.setattr(prediction, "TEXTS_AT_A_TIME", 2)
-    original, calls = Predictor.predictions, []
+    original, names = Predictor.predictions, list[set[str]]()
 
     def predictions(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            action()
+        names.append({path.name for path in tmp_path.iterdir()})
+        if len(names) == 2 and interrupted:
+            raise KeyboardInterrupt
+        if len(names) == 2:
+            target.write_text("other")
         return original(*args)
 
     monkeypatch.setattr(Predictor, "predictions", predictions)
-
-
-def test_an_output_that_appears_meanwhile_is_not_overwritten(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = tmp_path / "input", tmp_path / "out"
-    source.write_text("a film\n" * 6)
-    watched(lambda: (target.write_text("other"), None)[1], monkeypatch)
-    assert "out: exists now" in error_line(arguments(trained, "sst", input=source, output=target), capsys)
-    assert target.read_text() == "other" and {path.name for path in tmp_path.iterdir()} == {"input", "out"}
-
-
-def test_an_interrupted_command_leaves_no_file_and_no_traceback(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = tmp_path / "input", tmp_path / "out"
-    source.write_text("a film\n" * 6)
-    seen: list[str] = []
-
-    def interrupt() -> None:
-        seen.extend(path.name for path in tmp_path.iterdir())
-        raise KeyboardInterrupt
-
-    watched(interrupt, monkeypatch)
     capsys.readouterr()
-    assert multitask_classifier.main(arguments(trained, "sst", input=source, output=target)) == 130
-    assert capsys.readouterr() == ("", "stopped at once\n")
-    assert set(seen) == {"input", "out.tmp"}  # until it is whole it has another name
-    assert {path.name for path in tmp_path.iterdir()} == {"input"}
+    if interrupted:
+        assert multitask_classifier.main(arguments(trained, "sst", input=source, output=target)) == 130
+        assert capsys.readouterr() == ("", "stopped at once\n")
+    else:
+        assert "out: exists now" in error_line(input=source, output=target)
+        assert target.read_text() == "other"
+    assert names[1] == {"input", "out.tmp"}  # until it is whole it has another name
+    assert {path.name for path in tmp_path.iterdir()} == ({"input"} if interrupted else {"input", "out"})
 
 
-def test_an_output_that_cannot_be_made_is_one_line(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = tmp_path / "absent" / "out"
-    line = error_line(arguments(trained, "sst", input=__file__, output=target), capsys)
-    assert line == f"--output {target}: No such file or directory"
-
-
-def start(run: Path, task: str, **options: Any) -> subprocess.Popen[str]:
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+def start(run: Path, task: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "multitask_classifier.py"), *arguments(run, task, threads=1)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    return subprocess.Popen(command, text=True, env=environment, **streams)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+def answer(process: subprocess.Popen[str], line: str) -> list[str]:
+    """The cells that the command writes for a line, while its input stays open."""
+    assert process.stdin and process.stdout
+    process.stdin.write(line)
+    process.stdin.flush()
+    return process.stdout.readline().rstrip("\n").split("\t")
 
 
 def test_a_pipe_is_answered_line_by_line_and_a_reader_that_leaves_ends_the_command_quietly(trained: Path) -> None:
     process = start(trained, "sst")
-    assert process.stdin and process.stdout and process.stderr
     for text in ("a fine film\n", "dull\n"):
-        process.stdin.write(text)
-        process.stdin.flush()
-        value, probability = process.stdout.readline().rstrip("\n").split("\t")
-        assert [(int(value), f"{float(probability):.4f}")] == [
-            (v, f"{p:.4f}") for v, p in load(trained, "cpu").predict("sst", [text], probabilities=True)
-        ]
+        value, probability = answer(process, text)
+        ((expected, p),) = load(trained, "cpu").predict("sst", [text], probabilities=True)
+        assert (int(value), f"{float(probability):.4f}") == (expected, f"{p:.4f}")
+    assert process.stdin and process.stdout and process.stderr
     process.stdout.close()
     process.stdin.write("a song\n")
     process.stdin.flush()
@@ -519,21 +524,15 @@ def test_a_pipe_is_answered_line_by_line_and_a_reader_that_leaves_ends_the_comma
 
 def test_ctrl_c_ends_a_command_that_waits_for_input(trained: Path) -> None:
     process = start(trained, "para")
-    assert process.stdin and process.stdout and process.stderr
-    process.stdin.write("a\tb\n")
-    process.stdin.flush()
-    assert process.stdout.readline().count("\t") == 1
+    assert len(answer(process, "a\tb\n")) == 2
     process.send_signal(signal.SIGINT)
+    assert process.stderr
     assert (process.wait(60), process.stderr.read()) == (130, "stopped at once\n")
 
 
-def test_a_full_disk_is_one_line(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line(error_line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "input").write_text("a film\n")
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        line = error_line(arguments(trained, "sst", input=tmp_path / "input"), capsys)
-    assert line == "--output -: No space left on device"
+        assert error_line(input=tmp_path / "input") == "--output -: No space left on device"

@@ -100,9 +100,7 @@ def test_100_000_random_rows_go_through_reader_augmentation_and_tokenizer(
     edited = []
     for example in examples:
         edit = EDITS[source.choice(list(EDITS))]
-        texts = tuple(
-            edited_text(text, edit, source, config, lambda word: [f"{word}ish", "two words"]) for text in example.texts
-        )
+        texts = tuple(edited_text(text, edit, source, config, synonyms) for text in example.texts)
         assert [bool(text.split()) for text in texts] == [bool(text.split()) for text in example.texts]
         edited.append(texts)
     for texts in ([example.texts for example in examples], edited):
