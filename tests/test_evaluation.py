@@ -205,9 +205,10 @@ def test_prediction_files_have_the_format_of_cs224n_and_are_written_whole_or_not
 ) -> None:
     (logits, expected), rows, path = PREDICTION_FILES[task], token_rows(task, 3, seed=4), tmp_path / "predictions.csv"
     path.write_text("an older file")
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch:
         patch.setattr("os.replace", lambda *_: 1 / 0)
-        write_predictions(task, rows, logits, path)
+        with pytest.raises(ZeroDivisionError):
+            write_predictions(task, rows, logits, path)
     assert path.read_text() == "an older file"
     write_predictions(task, rows, predict_logits(LogitsOf(**{task: logits}), task, rows, 2, CPU), path)
     assert path.read_bytes() == expected.encode() and list(tmp_path.iterdir()) == [path]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import run_data
+import datasets
 from config import parse
 from datasets import TokenizedRows, Tokenizer, read_examples
 from helpers import WORDS
@@ -19,7 +19,7 @@ from tasks import TASKS
 @pytest.fixture(autouse=True)
 def _small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Synonyms without WordNet's files."""
-    monkeypatch.setattr(run_data, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
+    monkeypatch.setattr(datasets, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
 
 
 def load(data: Path, tiny: Path, flags: str = "") -> Data:
