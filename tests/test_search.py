@@ -188,14 +188,11 @@ def test_the_learning_rate_is_searched_around_the_models_default(tiny: Path) -> 
         ("--batch_size 8 --warmup 0 --weight_decay 0", "batch_size warmup weight_decay"),
     ],
 )
-def test_fixed_flags_and_what_they_contradict_leave_the_search(line: str, gone: str, tiny: Path) -> None:
+def test_fixed_flags_and_values_that_contradict_them_leave_the_search(line: str, gone: str, tiny: Path) -> None:
     space = space_of(line.format(tiny=tiny), tiny)
     assert set(space.distributions) == set(SPACE) - set(gone.split())
-
-
-def test_a_choice_that_fixed_flags_refuse_is_gone_and_the_others_stay(tiny: Path) -> None:
     epochs = space_of("--pretrain_lr 0.1", tiny).distributions["pretrain_epochs"]
-    assert isinstance(epochs, CategoricalDistribution) and epochs.choices == (3, 10)
+    assert isinstance(epochs, CategoricalDistribution) and epochs.choices == (3, 10), "0 contradicts --pretrain_lr"
 
 
 # ------------------------------------------------------------------------------------------------------- trials
@@ -227,14 +224,6 @@ def test_the_first_trial_has_the_defaults_and_the_end_shows_the_best_command(
     ]
 
 
-def test_a_search_that_gains_nothing_says_so(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.plan({"*": {"means": [0.6]}})
-    assert fake.run(2) == 0
-    shown = capsys.readouterr().out
-    assert shown.endswith("no trial beat the defaults\n")
-    assert f"best: trial 0, mean 0.6000\n    python multitask_classifier.py {shlex.join(fake.fixed)}\n" in shown
-
-
 def test_the_same_seed_searches_the_same_and_another_does_not(fake: Fake) -> None:
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -252,31 +241,25 @@ def test_a_search_goes_on_to_the_number_of_trials_in_all_and_draws_no_trial_twic
     assert len({str(trial.params) for trial in fake.trials()}) == 3
     capsys.readouterr()
     assert fake.run(3) == 0 and len(fake.trials()) == 3
-    assert "best: trial" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"best: trial 0, mean 0.5000\n    python multitask_classifier.py {shlex.join(fake.fixed)}\n" in shown
+    assert shown.endswith("no trial beat the defaults\n")
 
 
-def test_a_hopeless_trial_is_stopped_after_an_epoch_below_the_median(
+def test_a_hopeless_trial_is_stopped_after_an_epoch_below_the_median_but_not_in_its_last(
     fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three good trials, then one that is worse from the second epoch on; the first epoch never decides."""
-    monkeypatch.setattr(search, "TRIALS_BEFORE_PRUNING", 3)
-    bad = {"means": [0.1, 0.2, 0.2, 0.2, 0.2], "pause": 0.3}
-    fake.plan({3: bad, "*": {"means": [0.5, 0.6, 0.7, 0.7, 0.7]}})
-    assert fake.run(4) == 0
-    trial = fake.trials()[3]
-    assert (trial.state.name, trial.value, trial.last_step) == ("PRUNED", 0.2, 2)
-    assert "trial 3: ended early, mean 0.2000 after epoch 2" in capsys.readouterr().out
-    assert (fake.out / "trial-3.log").read_text() == "stopped\n"
-    assert not (fake.out / "trial-3" / "results.json").exists()
-    assert fake.trials()[0].intermediate_values == {1: 0.5, 2: 0.6, 3: 0.7, 4: 0.7, 5: 0.7}
-
-
-def test_no_trial_is_stopped_in_its_last_epoch(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "TRIALS_BEFORE_PRUNING", 1)
-    fake.plan({1: {"means": [0.1, 0.1], "pause": 0.2}, "*": {"means": [0.5, 0.6]}})
-    fixed = [part if part != "5" else "2" for part in fake.fixed]
-    assert fake.run(2, fixed=fixed) == 0
-    assert [(trial.state.name, trial.value) for trial in fake.trials()] == [("COMPLETE", 0.6), ("COMPLETE", 0.1)]
+    """Two good trials, then one that is worse from the first epoch on; the first epoch never decides."""
+    monkeypatch.setattr(search, "TRIALS_BEFORE_PRUNING", 2)
+    bad = {"means": [0.1, 0.2, 0.2], "pause": 0.2}
+    fake.plan({2: bad, "*": {"means": [0.5, 0.6, 0.7]}, 3: {**bad, "means": [0.6, 0.65, 0.65]}})
+    assert fake.run(4, fixed=[*fake.fixed[:-1], "3"]) == 0
+    trials = fake.trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert (trials[2].value, trials[2].last_step, trials[3].value) == (0.2, 2, 0.65)
+    assert "trial 2: ended early, mean 0.2000 after epoch 2" in capsys.readouterr().out
+    assert (fake.out / "trial-2.log").read_text() == "stopped\n"
+    assert trials[0].intermediate_values == {1: 0.5, 2: 0.6, 3: 0.7}
 
 
 def test_a_failing_trial_is_recorded_with_its_last_line_and_the_search_goes_on(
@@ -383,6 +366,7 @@ def test_a_trial_killed_before_its_run_began_is_repeated(
 ) -> None:
     kill(fake, number, monkeypatch)
     assert fake.states() == ["COMPLETE", "RUNNING"][-number - 1 :]
+    (fake.out / f"trial-{number}").mkdir()  # what a run leaves that was killed before it could be resumed
     assert fake.run(2) == 0
     expected = ["COMPLETE", "COMPLETE"]
     expected.insert(number, "FAIL")
@@ -391,6 +375,7 @@ def test_a_trial_killed_before_its_run_began_is_repeated(
     assert trials[number].params == trials[number + 1].params
     assert [bool(trial.user_attrs.get("defaults")) for trial in trials] == [True, number == 0, False]
     assert f"--out {fake.out}/trial-{number + 1}" in flags_of(fake.out, number + 1)
+    assert (fake.out / f"trial-{number}-killed").is_dir() and not (fake.out / f"trial-{number}").exists()
 
 
 def test_a_trial_killed_twice_goes_on_with_its_first_run(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,17 +387,6 @@ def test_a_trial_killed_twice_goes_on_with_its_first_run(fake: Fake, monkeypatch
     assert fake.states() == ["COMPLETE", "FAIL", "FAIL", "COMPLETE"]
     assert fake.trials()[3].params == fake.trials()[1].params and fake.trials()[3].value == 0.9
     assert f"--out {fake.out}/trial-1" in flags_of(fake.out, 3)
-
-
-def test_a_directory_in_which_no_run_can_go_on_is_kept_under_another_name(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kill(fake, 1, monkeypatch)
-    (fake.out / "trial-1").mkdir()
-    (fake.out / "trial-1" / "half").write_text("mine")
-    assert fake.run(2) == 0
-    assert (fake.out / "trial-1-killed" / "half").read_text() == "mine"
-    assert not (fake.out / "trial-1").exists() and (fake.out / "trial-2" / "results.json").exists()
 
 
 def test_a_run_that_had_ended_when_the_search_was_killed_is_not_repeated(
@@ -518,6 +492,7 @@ def test_a_killed_search_ends_its_run_and_the_same_command_finishes_the_search(
         ("", "--model /nowhere/at/all", "--model /nowhere/at/all: no such directory"),
         ("--storage nonsense", "", "--storage nonsense: cannot be used"),
         ("--storage sqlite:////nowhere/x.db", "", "--storage sqlite:////nowhere/x.db: cannot be used"),
+        ("--storage sqlite:///{folder}/study.db", "", "--storage sqlite:///{folder}/study.db: cannot be used"),
         ("--out /dev/null/x", "", "--out /dev/null/x: cannot be made"),
     ],
 )
@@ -525,9 +500,10 @@ def test_bad_input_is_one_line(
     own: str, fixed: str, message: str, fake: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = fixed.split() if "--model" in fixed else [*fake.fixed, *fixed.split()]
-    assert fake.run(1, *own.split(), fixed=given) == 2
+    (fake.folder / "study.db").write_text("no database, but long enough to be taken for one " * 20)
+    assert fake.run(1, *own.format(folder=fake.folder).split(), fixed=given) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {message}")
+    assert line.startswith(f"error: {message.format(folder=fake.folder)}")
 
 
 def test_without_optuna_the_line_says_what_to_install() -> None:
@@ -551,11 +527,3 @@ def test_another_search_is_told_apart_by_its_flags_its_space_and_its_directory(
     assert fake.run(2) == 2
     assert "was begun with another space, expected another --study" in capsys.readouterr().err
     assert fake.states() == ["COMPLETE"]
-
-
-def test_a_file_that_is_no_database_is_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.out.mkdir()
-    (fake.out / "study.db").write_text("no database, but long enough to be taken for one " * 20)
-    assert fake.run(1) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be used" in line
