@@ -9,20 +9,25 @@ if [ -n "${BASH_VERSION-}" ] && [ "${BASH_SOURCE[0]}" = "$0" ]; then
     fail() { say "$1"; exit 1; }
     trap 'fail "interrupted; source this again to go on"' INT TERM
     is_new_enough() { "$1" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; }
-    here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) prefix=
+    here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 1
+    prefix=$here/.venv/cs224n_dfp
     conda=${CONDA_EXE:-conda}
     "$conda" --version >/dev/null 2>&1 || conda= # a shim of pyenv's may stand for no conda
-    find_conda_prefix() { prefix=$("$conda" run -n cs224n_dfp printenv CONDA_PREFIX 2>/dev/null); }
-    if [ -n "$conda" ]; then find_conda_prefix; else prefix=$here/.venv/cs224n_dfp; fi
+
+    if [ -n "$conda" ]; then
+        find_prefix() { prefix=$("$conda" run -n cs224n_dfp printenv CONDA_PREFIX 2>/dev/null) && [ -n "$prefix" ]; }
+        verb=create
+        ! find_prefix || verb=install # half-made: an environment, no Python in it
+        if [ "$verb" = create ] || [ ! -x "$prefix/bin/python" ]; then
+            say "making the conda environment cs224n_dfp"
+            "$conda" "$verb" -n cs224n_dfp python=3.11 pip -y -q >/dev/null && find_prefix ||
+                fail "conda could not make the environment cs224n_dfp, see above"
+        fi
+    fi
     describe() { echo "$prefix, $("$prefix/bin/python" --version), $(cat "$here"/requirements*.txt | cksum)"; }
 
     if [ "$(cat "$prefix/set_up_stamp" 2>/dev/null)" != "$(describe 2>/dev/null)" ]; then
-        if [ -n "$conda" ] && [ ! -x "$prefix/bin/python" ]; then
-            say "making the conda environment cs224n_dfp"
-            verb=${prefix:+install} # half-made: an environment, no Python in it
-            "$conda" "${verb:-create}" -n cs224n_dfp python=3.11 pip -y -q >/dev/null && find_conda_prefix ||
-                fail "conda could not make the environment cs224n_dfp, see above"
-        elif [ -n "$conda" ]; then
+        if [ -n "$conda" ]; then
             is_new_enough "$prefix/bin/python" ||
                 fail "conda's cs224n_dfp has no Python 3.11 or later; conda env remove -n cs224n_dfp, then source this again"
         elif [ "$(. "$prefix/bin/activate" 2>/dev/null && command -v python)" != "$prefix/bin/python" ] ||

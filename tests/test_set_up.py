@@ -26,6 +26,7 @@ case "$1 ${2-}" in
     "-c import nltk; nltk.data.find"*) [ -d "$HOME/nltk_data/corpora/wordnet" ] ;;
     "-c import nltk, socket"*) echo nltk >>"$FAKE_LOG" ;;
     "-m venv")
+        [ "$3" = --clear ] || exit 1 # else what was half-made or moved stays
         echo venv >>"$FAKE_LOG"
         mkdir -p "$4/bin" && cp "$FAKE_BIN/python3.11" "$4/bin/python"
         [ -z "${FAKE_VENV_STOPS-}" ] || exit 1
@@ -165,6 +166,15 @@ def test_a_conda_environment_of_an_older_python_is_named_and_left_alone(project:
     assert done.stderr.count("\n") == 1
     assert "no Python 3.11 or later" in done.stderr
     assert [call for call in project.calls() if not call.startswith("conda run")] == []
+
+
+def test_a_conda_that_makes_no_environment_is_one_line(project: Project) -> None:
+    project.program("conda", '#!/bin/sh\n[ "$1" != run ]\n')
+    done = project.run('source "$SET_UP"; echo "status $?"')
+    assert done.stdout == "status 1\n" and project.calls() == []
+    assert done.stderr.splitlines()[1:] == [
+        "set_up.sh: conda could not make the environment cs224n_dfp, see above",
+    ]
 
 
 def test_a_shim_without_a_conda_behind_it_is_no_conda(project: Project) -> None:

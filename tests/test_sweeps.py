@@ -142,6 +142,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     assert "the same command goes on" in shown
+    stopped = shown[shown.index("late_adapters-first-seed3: exit status") :]
+    assert ", stopped; to go on" in stopped.splitlines()[0], "the run had time to save"
     before = sweep.finished()
     assert list(before) == ["heads-seed3"]
     status, shown = sweep.run(**settings)
