@@ -8,45 +8,33 @@
 # of a seed take the same number of draws (batches of one task): EPOCHS x DRAWS x 16. Those that take one draw a step
 # have 16 times as many optimizer steps as those that combine 16 draws. See common.sh for the other settings.
 source "$(dirname "$0")/common.sh"
-EPOCHS=${EPOCHS:-3} DRAWS=${DRAWS:-50} BATCH=${BATCH:-32}
-common=(--batch_size "$BATCH" --epochs "$EPOCHS" ${LR:+--lr "$LR"})
+choose pal random round_robin pal-16 pcgrad gradvac smart adapters eda drop_longest individual late_adapters
 
-heads=$OUT/heads-seed@SEED@
-single() { # NAME FLAGS...: one draw a step
-    is_chosen "$1" && run "$1" --checkpoint "$heads" "${common[@]}" \
-        --steps_per_epoch $((16 * DRAWS)) "${@:2}"
+tune() { # NAME FIRST STEPS FLAGS...: fine-tunes from a first run; STEPS of each epoch
+    run "$1" "$2" --batch_size "${BATCH:-32}" --epochs "${EPOCHS:-3}" ${LR:+--lr "$LR"} --steps_per_epoch "$3" "${@:4}"
 }
-combined() { # NAME FLAGS...: 16 draws a step
-    is_chosen "$1" && run "$1" --checkpoint "$heads" "${common[@]}" \
-        --steps_per_epoch "$DRAWS" --draws_per_step 16 "${@:2}"
-}
+DRAWS=${DRAWS:-50}
+single=$((16 * DRAWS)) half=$((8 * DRAWS)) # one draw a step
+combined="$DRAWS --draws_per_step 16"
 
-run heads --option pretrain --model "$MODEL"
-is_chosen individual && run heads-individual --option individual_pretrain --model "$MODEL"
+run heads "" --option pretrain --model "$MODEL"
+case " $RUNS " in *" individual "*) run heads-individual "" --option individual_pretrain --model "$MODEL" ;; esac
 settle
 
-single pal --scheduler pal
-single random --scheduler random
-single round_robin --scheduler round_robin
-combined pal-16 --scheduler pal
-combined pcgrad --scheduler pal --pcgrad
-combined gradvac --scheduler pal --gradvac
-single smart --scheduler pal --smart
-single adapters --scheduler pal --pal
-single eda --scheduler pal --augment eda
-single drop_longest --scheduler pal --drop_longest 0.02
-if is_chosen individual; then
-    heads=$OUT/heads-individual-seed@SEED@
-    single individual --scheduler pal
-    heads=$OUT/heads-seed@SEED@
-fi
-
-# The late adapters: half of the draws fine-tune the whole model, the other half only adapters that are added to it.
-if is_chosen late_adapters; then
-    run late_adapters-first --checkpoint "$heads" "${common[@]}" \
-        --steps_per_epoch $((8 * DRAWS)) --scheduler pal
-    settle
-    run late_adapters --checkpoint "$OUT/late_adapters-first-seed@SEED@" "${common[@]}" \
-        --steps_per_epoch $((8 * DRAWS)) --scheduler pal --pal --train pal --lr "${ADAPTER_LR:-5e-4}"
-fi
+for name in $RUNS; do
+    case $name in
+        pal | random | round_robin) tune "$name" heads "$single" --scheduler "$name" ;;
+        pal-16) tune "$name" heads $combined --scheduler pal ;;
+        pcgrad | gradvac) tune "$name" heads $combined --scheduler pal "--$name" ;;
+        smart) tune "$name" heads "$single" --scheduler pal --smart ;;
+        adapters) tune "$name" heads "$single" --scheduler pal --pal ;;
+        eda) tune "$name" heads "$single" --scheduler pal --augment eda ;;
+        drop_longest) tune "$name" heads "$single" --scheduler pal --drop_longest 0.02 ;;
+        individual) tune "$name" heads-individual "$single" --scheduler pal ;;
+        late_adapters) # half of the draws fine-tune the whole model, the other half only adapters that are added to it
+            tune "$name-first" heads "$half" --scheduler pal
+            settle
+            tune "$name" "$name-first" "$half" --scheduler pal --pal --train pal --lr "${ADAPTER_LR:-5e-4}" ;;
+    esac
+done
 finish

@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from config import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 LATE = ["heads", "late_adapters-first", "late_adapters"]
@@ -80,12 +83,52 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_is_named_while_the_othe
     assert {name: time for name, time in sweep.finished().items() if name in finished} == finished
     assert "drop_longest-seed3" in sweep.finished()
 
-
-def test_a_run_made_with_other_flags_is_no_run_of_this_sweep(sweep: Sweep) -> None:
-    assert sweep.run(RUNS="none")[0] == 0
-    status, shown = sweep.run(RUNS="none", FLAGS=f"{sweep.environment['FLAGS']} --weight_decay 0.5")
+    status, shown = sweep.run(FLAGS=f"{sweep.environment['FLAGS']} --weight_decay 0.5")
     assert status == 1
-    assert "heads-seed3: was made with other flags" in shown.split("failed:")[1]
+    first, second = shown.split("failed:\n")[1].splitlines()
+    assert "heads-seed3: was made with other flags" in first
+    assert second == "  pcgrad-seed3: not started, it needs heads-seed3"
+
+
+def test_what_needs_a_failed_run_is_not_started_and_named(sweep: Sweep) -> None:
+    (sweep.out / "heads-seed3").mkdir(parents=True)
+    status, shown = sweep.run(RUNS="pcgrad late_adapters")
+    assert status == 1
+    reasons = dict(line.strip().split(": ", 1) for line in shown.split("failed:\n")[1].splitlines())
+    assert reasons.pop("heads-seed3").startswith("exit status 2, error: --out")
+    assert reasons == {
+        "pcgrad-seed3": "not started, it needs heads-seed3",
+        "late_adapters-first-seed3": "not started, it needs heads-seed3",
+        "late_adapters-seed3": "not started, it needs late_adapters-first-seed3",
+    }
+    assert [path.name for path in sweep.out.iterdir() if path.is_dir()] == ["heads-seed3"]
+
+
+def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(sweep: Sweep) -> None:
+    status, shown = sweep.run(RUNS="pcgrad typo")
+    assert status == 2
+    assert shown.startswith("RUNS: typo is no setting, expected some of: pal random ") and shown.count("\n") == 1
+    assert not sweep.out.exists()
+
+
+def test_settings_differ_are_accepted_and_take_the_same_number_of_draws(sweep: Sweep) -> None:
+    """The runs are replaced by a program that prints its arguments and claims to have trained."""
+    program = sweep.out.parent / "python"
+    program.write_text('#!/bin/sh\necho "$@"\nfor out; do :; done\nmkdir -p "$out" && touch "$out/results.json"\n')
+    program.chmod(0o755)
+    status, shown = sweep.run(RUNS="", DRAWS="2", PYTHON=str(program))
+    assert status == 0, shown
+    names = "pal random round_robin pal-16 pcgrad gradvac smart adapters eda drop_longest individual late_adapters"
+    lines = {path.stem.removesuffix("-seed3"): path.read_text().split() for path in sweep.out.glob("*.log")}
+    assert set(lines) == {*names.split(), "heads", "heads-individual", "late_adapters-first"}
+    runs = {name: parse(words[1:]) for name, words in lines.items()}
+    assert all(Path(run.out).name == f"{name}-seed3" for name, run in runs.items())
+    draws = {name: run.steps_per_epoch * run.draws for name, run in runs.items() if not name.startswith("heads")}
+    assert draws == {name: 16 if name.startswith("late") else 32 for name in draws}
+    first = {name: Path(run.checkpoint).name.removesuffix("-seed3") for name, run in runs.items() if run.checkpoint}
+    others = {"individual": "heads-individual", "late_adapters": "late_adapters-first"}
+    assert first == {name: others.get(name, "heads") for name in draws}
+    assert len({str(replace(run, out="")) for run in runs.values()}) == len(runs)
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
@@ -99,6 +142,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     assert "the same command goes on" in shown
+    stopped = shown[shown.index("late_adapters-first-seed3: exit status") :]
+    assert ", stopped; to go on" in stopped.splitlines()[0], "the run had time to save"
     before = sweep.finished()
     assert list(before) == ["heads-seed3"]
     status, shown = sweep.run(**settings)
