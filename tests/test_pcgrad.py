@@ -1,35 +1,34 @@
-"""Gradient treatments: coefficients from Gram matrices against the vector form of each method, and task gradients."""
+"""Gradient treatments: coefficients from Gram matrices against the vector form of each method, and against torchjd."""
 
 import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
-import kernels
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from helpers import random_batch, tiny_model
+from parameters import parameters_type
 from pcgrad import (
-    GradientVaccine,
-    PCGrad,
-    Sum,
-    TaskGradients,
+    TREATMENTS,
+    Treatment,
+    combine,
     cosines,
+    find_treatment,
     gradvac_coefficients,
     gramian,
     gramian_weightings,
-    make_treatment,
+    gramians_of,
     pcgrad_coefficients,
     pcgrad_weights,
     random_orders,
     removed_shares,
 )
-from tasks import TASKS, task_loss
 
 KINDS = ("random", "conflicting", "nearly parallel", "nearly opposite", "opposite", "zero", "large", "mixed sizes")
-SIZES = ((5, 7), (40,), (3, 4, 6), (11,))  # shapes of the shared parameters
+P = 158
 
 
 # ----------------------------------------------------------------------------------------- methods in vector form
@@ -69,7 +68,7 @@ def vector_gradvac(
     return torch.stack(treated), targets
 
 
-def gradients_of(kind: str, num_tasks: int, size: int, seed: int) -> Tensor:
+def gradients_of(kind: str, num_tasks: int, size: int = P, seed: int = 0) -> Tensor:
     """(T, P) float32."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(num_tasks, size, generator=generator)
@@ -91,20 +90,18 @@ def gradients_of(kind: str, num_tasks: int, size: int, seed: int) -> Tensor:
     return rows
 
 
-def task_gradients(rows: Tensor, segment_sizes: Sequence[int] = (4,)) -> TaskGradients:
-    """A buffer that holds these gradients."""
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SIZES]
-    gradients = TaskGradients(parameters, len(rows), segment_sizes)
-    gradients.rows.copy_(rows)
-    return gradients
+def make(name: str, num_tasks: int, num_segments: int = 1, **parameters: Any) -> Treatment:
+    kind = parameters_type(TREATMENTS.get(name))
+    return find_treatment(name)(kind(**parameters), num_tasks, num_segments)
 
 
-def flat(parameters: Sequence[nn.Parameter]) -> Tensor:
-    grads = [parameter.grad for parameter in parameters]
-    return torch.cat([grad.flatten() for grad in grads if grad is not None]).double()
-
-
-NUM_PARAMETERS = sum(math.prod(shape) for shape in SIZES)
+def update(
+    treatment: Treatment, rows: Tensor, tasks: Sequence[int], seed: int, segments: Sequence[Sequence[slice]]
+) -> Tensor:
+    """(P,) what the treatment makes of the gradients of these tasks."""
+    gradients = list(rows[list(tasks)].clone())
+    gramians = gramians_of(torch.stack(gradients), segments)
+    return combine(gradients, treatment.coefficients(gramians, tasks, random.Random(seed)).sum(1), segments)
 
 
 def assert_same_update(found: Tensor, expected: Tensor, gradients: Tensor) -> None:
@@ -121,13 +118,10 @@ def assert_same_update(found: Tensor, expected: Tensor, gradients: Tensor) -> No
 @pytest.mark.parametrize("num_tasks", [2, 3, 5, 8])
 def test_pcgrad_equals_the_vector_form(kind: str, num_tasks: int) -> None:
     for seed in range(5):
-        rows = gradients_of(kind, num_tasks, NUM_PARAMETERS, seed)
-        gradients = task_gradients(rows)
-        tasks = list(range(num_tasks))
-        coefficients = PCGrad().coefficients(gradients.gramians(tasks), tasks, random.Random(seed))
-        gradients.combine(tasks, coefficients.sum(1))
+        rows = gradients_of(kind, num_tasks, seed=seed)
+        found = update(make("pcgrad", num_tasks), rows, range(num_tasks), seed, [[slice(0, P)]])
         expected = vector_pcgrad(rows, random_orders(num_tasks, random.Random(seed)))
-        assert_same_update(flat(gradients.parameters), expected.sum(0), rows)
+        assert_same_update(found, expected.sum(0), rows)
 
 
 def test_pcgrad_leaves_agreeing_gradients_and_removes_the_whole_conflict_of_two() -> None:
@@ -145,7 +139,7 @@ def test_a_gradient_without_length_takes_nothing_away() -> None:
 
 
 def test_pcgrad_projects_away_from_the_original_gradients_in_the_given_order() -> None:
-    g = gradients_of("conflicting", 4, 6, 0).double()
+    g = gradients_of("conflicting", 4, 6).double()
     results = []
     for orders in ([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]], [[3, 2, 1], [3, 2, 0], [3, 1, 0], [2, 1, 0]]):
         treated = pcgrad_coefficients(g @ g.T, orders) @ g
@@ -154,23 +148,15 @@ def test_pcgrad_projects_away_from_the_original_gradients_in_the_given_order() -
     assert not torch.allclose(results[0], results[1], atol=1e-2)
 
 
-def test_pcgrad_weights_are_the_sum_over_the_tasks() -> None:
-    g = gradients_of("conflicting", 5, 9, 1).double()
-    orders = random_orders(5, random.Random(0))
-    expected = vector_pcgrad(g, orders).sum(0)
-    assert torch.allclose(pcgrad_weights(g @ g.T, orders) @ g, expected, atol=1e-12)
-
-
 def test_orders_are_random_and_never_hold_the_task_itself() -> None:
     generator = random.Random(0)
-    seen: list[set[tuple[int, ...]]] = [set() for _ in range(4)]
+    drawn: list[set[tuple[int, ...]]] = [set() for _ in range(4)]
     for _ in range(300):
         orders = random_orders(4, generator)
         for i, order in enumerate(orders):
             assert sorted(order) == [j for j in range(4) if j != i]
-            seen[i].add(tuple(order))
-    assert [len(orders_of_task) for orders_of_task in seen] == [6] * 4
-    assert random_orders(6, random.Random(3)) == random_orders(6, random.Random(3))
+            drawn[i].add(tuple(order))
+    assert [len(orders_of_task) for orders_of_task in drawn] == [6] * 4
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (4,), (1, 2, 2)])
@@ -191,28 +177,28 @@ def test_gradient_vaccine_equals_the_vector_form(kind: str, num_tasks: int, beta
     generator = torch.Generator().manual_seed(0)
     for seed in range(4):
         # float64, as the angle between nearly opposite gradients has only half of the digits of their cosine.
-        rows = gradients_of(kind, num_tasks, NUM_PARAMETERS, seed).double()
-        treatment = GradientVaccine(num_tasks, 1, beta)
-        treatment.targets.copy_(torch.rand(1, num_tasks, num_tasks, generator=generator) * 1.6 - 0.7)
-        before = treatment.targets[0].clone()
+        rows = gradients_of(kind, num_tasks, seed=seed).double()
+        treatment = make("gradvac", num_tasks, beta=beta)
+        targets = treatment.state["targets"]
+        targets.copy_(torch.rand(1, num_tasks, num_tasks, generator=generator) * 1.6 - 0.7)
+        before = targets[0].clone()
         coefficients = treatment.coefficients((rows @ rows.T)[None], range(num_tasks), random.Random(seed))
-        expected, targets = vector_gradvac(rows, before, beta, random_orders(num_tasks, random.Random(seed)))
+        expected, moved = vector_gradvac(rows, before, beta, random_orders(num_tasks, random.Random(seed)))
         assert_same_update(coefficients[0].sum(0) @ rows, expected.sum(0), torch.cat([rows, expected]))
         # Nothing but rounding is left of a gradient after its opposite; no cosine of that is worth comparing.
         if "opposite" not in kind:
-            assert torch.allclose(treatment.targets[0], targets, atol=1e-5)
+            assert torch.allclose(targets[0], moved, atol=1e-5)
 
 
 def test_gradient_vaccine_follows_the_vector_form_over_many_steps() -> None:
-    treatment, targets = GradientVaccine(4, 1, 0.2), torch.zeros(4, 4, dtype=torch.float64)
+    treatment, targets = make("gradvac", 4, beta=0.2), torch.zeros(4, 4, dtype=torch.float64)
     num_corrected = 0
     for step in range(100):
         g = gradients_of("random", 4, 6, step).double() + 0.5
-        gram = (g @ g.T)[None]
-        coefficients = treatment.coefficients(gram, range(4), random.Random(step))[0]
+        coefficients = treatment.coefficients((g @ g.T)[None], range(4), random.Random(step))[0]
         expected, targets = vector_gradvac(g, targets, 0.2, random_orders(4, random.Random(step)))
         assert torch.allclose(coefficients @ g, expected, atol=1e-9)
-        assert torch.allclose(treatment.targets[0], targets, atol=1e-12)
+        assert torch.allclose(treatment.state["targets"][0], targets, atol=1e-12)
         num_corrected += int((coefficients - torch.eye(4)).abs().max() > 1e-3)
     assert num_corrected > 20
 
@@ -226,38 +212,17 @@ def test_the_corrected_gradient_has_the_target_as_its_cosine() -> None:
     assert torch.equal(treated[1], g[1])  # its cosine, -0.43, is above its target
 
 
-def test_two_tasks_that_agree_see_their_target_rise_to_their_cosine() -> None:
+def test_two_tasks_that_agree_see_their_target_rise_from_0_to_their_cosine() -> None:
     gram = torch.tensor([[[1.0, 1.2], [1.2, 4.0]]], dtype=torch.float64)  # cosine 0.6
-    treatment = GradientVaccine(2, 1)
+    treatment = make("gradvac", 2)
+    targets = treatment.state["targets"]
+    assert not targets.any()
     for step in range(1500):
         coefficients = treatment.coefficients(gram, [0, 1], random.Random(step))
-        if step == 0:
-            assert treatment.targets[0, 0, 1] == pytest.approx(0.006)
         if step == 9:
-            assert treatment.targets[0, 1, 0] == pytest.approx(0.6 * (1 - 0.99**10))
+            assert targets[0, 1, 0] == pytest.approx(0.6 * (1 - 0.99**10))  # beta is 0.01 by default
         assert torch.allclose(coefficients[0], torch.eye(2).double(), atol=1e-12)
-    assert treatment.targets[0, 0, 1] == pytest.approx(0.6, abs=1e-6)
-    assert treatment.targets[0, 1, 0] == pytest.approx(0.6, abs=1e-6)
-    assert treatment.targets.diagonal(dim1=1, dim2=2).tolist() == [[0, 0]]
-
-
-def test_targets_start_at_0_and_move_by_a_hundredth_by_default() -> None:
-    treatment = make_treatment("gradvac", 3, 2, 0.01)
-    assert isinstance(treatment, GradientVaccine)
-    assert treatment.targets.shape == (2, 3, 3)
-    assert not treatment.targets.any()
-    assert GradientVaccine(2, 1).beta == 0.01
-    assert make_treatment("gradvac", 2, 1, 0.5).beta == 0.5  # type: ignore[attr-defined]
-
-
-def test_targets_move_where_the_condition_fires_and_where_it_does_not() -> None:
-    g = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
-    targets = torch.tensor([[0.0, 0.9], [0.2, 0.0]], dtype=torch.float64)
-    coefficients, moved = gradvac_coefficients(g @ g.T, targets, 0.1, [[1], [0]])
-    assert coefficients[0, 1] > 0
-    assert coefficients[1].tolist() == [0, 1]
-    assert moved[0, 1] == pytest.approx(0.9 * 0.9 + 0.1 * 0.6)
-    assert moved[1, 0] == pytest.approx(0.9 * 0.2 + 0.1 * 0.6)
+    assert targets[0].flatten().tolist() == pytest.approx([0, 0.6, 0.6, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize("above", [0.0, 1e-12, 1e-7, 1e-3])
@@ -267,130 +232,82 @@ def test_a_cosine_that_rounding_puts_beyond_1_gives_finite_numbers(above: float,
     gram = torch.tensor([[4.0, sign * 2 * (1 + above)], [sign * 2 * (1 + above), 1.0]])
     coefficients, targets = gradvac_coefficients(gram, torch.full((2, 2), target), 1.0, [[1], [0]])
     assert coefficients.isfinite().all()
-    assert targets[0, 1] == sign
-    assert targets[1, 0] == sign
+    assert targets[0, 1] == targets[1, 0] == sign
 
 
 def test_tasks_that_are_absent_keep_their_targets() -> None:
-    treatment = GradientVaccine(4, 2, 0.5)
-    treatment.targets.copy_(torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)))
-    before = treatment.targets.clone()
-    g = gradients_of("random", 3, 8, 0).double()
+    treatment = make("gradvac", 4, 2, beta=0.5)
+    targets = treatment.state["targets"]
+    targets.copy_(torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)))
+    before = targets.clone()
+    g = gradients_of("random", 3, 8).double()
     gram = g @ g.T
     present = [0, 2, 3]
     treatment.coefficients(torch.stack([gram, 2 * gram]), present, random.Random(0))
     for i, j in itertools.product(range(4), range(4)):
         is_moved = i != j and i in present and j in present
-        assert torch.equal(treatment.targets[:, i, j], before[:, i, j]) != is_moved, (i, j)
-    _, targets = vector_gradvac(g, before[0][present][:, present], 0.5, random_orders(3, random.Random(0)))
-    assert torch.allclose(treatment.targets[0][present][:, present], targets)
+        assert torch.equal(targets[:, i, j], before[:, i, j]) != is_moved, (i, j)
+    _, expected = vector_gradvac(g, before[0][present][:, present], 0.5, random_orders(3, random.Random(0)))
+    assert torch.allclose(targets[0][present][:, present], expected)
 
 
 def test_pairs_with_a_zero_gradient_keep_their_targets() -> None:
     g = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-1.0, 1.0]]).double()
-    orders = random_orders(3, random.Random(0))
-    coefficients, targets = gradvac_coefficients(g @ g.T, torch.full((3, 3), 0.3), 0.5, orders)
+    before = torch.full((3, 3), 0.3).double()
+    coefficients, targets = gradvac_coefficients(g @ g.T, before, 0.5, random_orders(3, random.Random(0)))
     assert coefficients.isfinite().all()
-    assert (targets[1] == 0.3).all() or torch.allclose(targets[1], torch.full((3,), 0.3).double(), atol=1e-7)
-    assert targets[0, 2] != pytest.approx(0.3, abs=1e-3)
-    assert float(targets[0, 1]) == pytest.approx(0.3, abs=1e-7)
+    is_moved = targets != before
+    assert is_moved.nonzero().tolist() == [[0, 2], [2, 0]]
 
 
-def test_the_targets_of_a_checkpoint_are_taken_over() -> None:
-    g = gradients_of("random", 3, 5, 0).double()
-    gram = (g @ g.T)[None]
-    first, second = GradientVaccine(3, 1, 0.5), GradientVaccine(3, 1, 0.5)
-    first.coefficients(gram, range(3), random.Random(0))
-    second.load_state({name: value.clone() for name, value in first.state().items()})
-    assert second.targets.any()
-    results = [treatment.coefficients(gram, range(3), random.Random(1)) for treatment in (first, second)]
-    assert torch.equal(*results)
-    assert torch.equal(first.targets, second.targets)
-    assert PCGrad().state() == Sum().state() == {}
-
-
-# -------------------------------------------------------------------------------------- subsets, segments, sum
+# -------------------------------------------------------------------------------------------- subsets, segments
 
 
 @pytest.mark.parametrize("present", [[0], [2], [0, 2], [3, 1], [0, 1, 2, 3]])
-@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "sum"])
+@pytest.mark.parametrize("name", TREATMENTS)
 def test_any_subset_of_the_tasks_is_treated_as_if_it_were_all(name: str, present: list[int]) -> None:
-    rows = gradients_of("conflicting", 4, NUM_PARAMETERS, 3)
-    gradients = task_gradients(rows)
-    treatment = make_treatment(name, 4, 1, 0.01)
-    coefficients = treatment.coefficients(gradients.gramians(present), present, random.Random(5))
-    gradients.combine(present, coefficients.sum(1))
+    rows = gradients_of("conflicting", 4, seed=3)
+    found = update(make(name, 4), rows, present, 5, [[slice(0, P)]])
     orders, of_step = random_orders(len(present), random.Random(5)), rows[present]
     expected = {
         "pcgrad": vector_pcgrad(of_step, orders),
         "gradvac": vector_gradvac(of_step, torch.zeros(len(present), len(present)), 0.01, orders)[0],
-        "sum": of_step.double(),
     }[name]
-    assert_same_update(flat(gradients.parameters), expected.sum(0), of_step)
+    assert_same_update(found, expected.sum(0), of_step)
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "gradvac"])
+SEGMENTS = [[slice(0, 30), slice(140, P)], [slice(30, 100)], [slice(100, 140)]]  # the first lies in two places
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
 def test_each_segment_is_treated_on_its_own(name: str) -> None:
-    rows = gradients_of("conflicting", 3, NUM_PARAMETERS, 2)
-    gradients, tasks, sizes = task_gradients(rows, (1, 2, 1)), [0, 1, 2], [35, 112, 11]
-    treatment = make_treatment(name, 3, 3, 0.5)
-    if isinstance(treatment, GradientVaccine):
-        treatment.targets.copy_(torch.tensor([-0.2, 0.1, 0.3])[:, None, None].expand(3, 3, 3))
-    gramians = gradients.gramians(tasks)
-    coefficients = treatment.coefficients(gramians, tasks, random.Random(1))
-    gradients.combine(tasks, coefficients.sum(1))
-    orders, expected = random_orders(3, random.Random(1)), []
-    for number, (segment, target) in enumerate(zip(rows.split(sizes, 1), (-0.2, 0.1, 0.3), strict=True)):
-        assert torch.allclose(gramians[number], segment.double() @ segment.double().T, rtol=1e-5, atol=1e-5)
-        if isinstance(treatment, GradientVaccine):
-            treated, targets = vector_gradvac(segment, torch.full((3, 3), target).double(), 0.5, orders)
-            assert torch.allclose(treatment.targets[number], targets, atol=1e-6)
-        else:
-            treated = vector_pcgrad(segment, orders)
-        expected.append(treated.sum(0))
-    assert_same_update(flat(gradients.parameters), torch.cat(expected), rows)
-    assert float((torch.cat(expected) - vector_pcgrad(rows, orders).sum(0)).norm()) > 1e-2
+    rows = gradients_of("conflicting", 3, seed=2)
+    treatment = make(name, 3, 3, **({"beta": 0.5} if name == "gradvac" else {}))
+    before = torch.tensor([-0.2, 0.1, 0.3]).double()[:, None, None].expand(3, 3, 3)
+    if name == "gradvac":
+        treatment.state["targets"].copy_(before)
+    found = update(treatment, rows, [0, 1, 2], 1, SEGMENTS)
+    orders, expected = random_orders(3, random.Random(1)), torch.empty(P).double()
+    for number, parts in enumerate(SEGMENTS):
+        columns = torch.cat([torch.arange(P)[part] for part in parts])
+        treated = vector_pcgrad(rows[:, columns], orders)
+        if name == "gradvac":
+            treated, targets = vector_gradvac(rows[:, columns], before[number], 0.5, orders)
+            assert torch.allclose(treatment.state["targets"][number], targets, atol=1e-6)
+        expected[columns] = treated.sum(0)
+    assert_same_update(found, expected, rows)
+    assert float((expected - vector_pcgrad(rows, orders).sum(0)).norm()) > 1e-2
 
 
-def test_the_sum_is_the_plain_sum() -> None:
-    rows = gradients_of("conflicting", 3, NUM_PARAMETERS, 0)
-    gradients = task_gradients(rows, (2, 2))
-    coefficients = Sum().coefficients(gradients.gramians([0, 1, 2]), [0, 1, 2], random.Random(0))
-    assert coefficients.shape == (2, 3, 3)
-    gradients.combine([0, 1, 2], coefficients.sum(1))
-    assert_same_update(flat(gradients.parameters), rows.double().sum(0), rows)
+# ------------------------------------------------------------------------------------------------ the long vectors
 
 
-# ------------------------------------------------------------------------------------------------- task gradients
-
-
-def test_backward_passes_accumulate_straight_into_the_row() -> None:
-    layer = nn.Linear(4, 3)
-    parameters = list(layer.parameters())
-    gradients = TaskGradients(parameters, 2, [1, 1])
-    first, second = torch.randn(5, 4), torch.randn(2, 4)
-    expected = []
-    for row, inputs in ((0, first), (1, second)):
-        expected.append(torch.cat([g.flatten() for g in torch.autograd.grad(layer(inputs).square().sum(), parameters)]))
-        gradients.point_to(row)
-        layer(inputs).square().sum().backward()
-        assert parameters[0].grad is not None
-        assert parameters[0].grad.data_ptr() == gradients.rows[row].data_ptr()
-    assert torch.allclose(gradients.rows, torch.stack(expected))
-    gradients.point_to(0)
-    layer(second).square().sum().backward()  # a further draw of the first task
-    assert torch.allclose(gradients.rows, torch.stack([expected[0] + expected[1], expected[1]]), atol=1e-5)
-    gradients.zero()
-    assert not gradients.rows.any()
-
-
-def test_gramians_are_inner_products_of_the_chosen_rows_over_each_segment() -> None:
-    rows = gradients_of("random", 4, NUM_PARAMETERS, 0)
-    gradients = task_gradients(rows, (1, 1, 2))
-    found = gradients.gramians([3, 1])
-    assert found.dtype == torch.float64
-    assert found.shape == (3, 2, 2)
-    for segment, part in zip(found, rows[[3, 1]].double().split([35, 40, 83], 1), strict=True):
+def test_gramians_are_inner_products_over_each_segment() -> None:
+    rows = gradients_of("random", 4)
+    found = gramians_of(rows, SEGMENTS)
+    assert found.dtype == torch.float64 and found.shape == (3, 4, 4)
+    for segment, parts in zip(found, SEGMENTS, strict=True):
+        part = torch.cat([rows[:, part] for part in parts], 1).double()
         assert torch.allclose(segment, part @ part.T, rtol=1e-5, atol=1e-4)
 
 
@@ -399,13 +316,12 @@ def test_gramians_are_inner_products_of_the_chosen_rows_over_each_segment() -> N
 def test_a_gramian_is_right_at_every_size_and_scale(size: int, scale: float) -> None:
     rows = (gradients_of("random", 3, size, size) * scale).float()
     exact = rows.double() @ rows.double().T
-    found = gramian(rows, chunk=8)
     norms = exact.diagonal().sqrt()
-    assert float(((found - exact) / norms / norms[:, None]).abs().max()) < 1e-6
+    assert float(((gramian(rows, chunk=8) - exact) / norms / norms[:, None]).abs().max()) < 1e-6
 
 
 def test_a_gramian_of_rows_of_very_different_sizes_keeps_the_digits_of_each() -> None:
-    rows = gradients_of("random", 3, 1000, 0) * torch.tensor([[1e25], [1.0], [1e-25]])
+    rows = gradients_of("random", 3, 1000) * torch.tensor([[1e25], [1.0], [1e-25]])
     exact = rows.double() @ rows.double().T
     norms = exact.diagonal().sqrt()
     assert float(((gramian(rows, chunk=64) - exact) / norms / norms[:, None]).abs().max()) < 1e-6
@@ -418,113 +334,16 @@ def test_long_rows_are_summed_without_losing_digits() -> None:
     assert torch.allclose(gramian(rows), exact, rtol=5e-5)  # one float32 sum is off by 2e-3
 
 
-def test_combining_weighs_the_rows_by_segment_and_shows_the_result_as_the_gradient() -> None:
-    rows = gradients_of("random", 4, NUM_PARAMETERS, 0)
-    gradients = task_gradients(rows, (2, 2))
-    weights = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])
-    gradients.combine([2, 0, 1], weights)
-    first, second = (rows[[2, 0, 1]].split([75, 83], 1)[s].T @ weights[s] for s in range(2))
-    assert torch.allclose(flat(gradients.parameters).float(), torch.cat([first, second]), atol=1e-5)
-    assert torch.equal(gradients.rows[3], rows[3])
-    for parameter in gradients.parameters:
-        assert parameter.grad is not None and parameter.grad.shape == parameter.shape
-
-
-@pytest.mark.parametrize("place", [0, 1, 3])
-@pytest.mark.parametrize("segment_sizes", [(4,), (1, 1, 2), (2, 2)])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_an_embedding_whose_lines_are_named_gives_what_all_of_it_would(
-    place: int, segment_sizes: tuple[int, ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over two steps, so that what the first one left behind would be seen."""
-    if not compiled:
-        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
-    sizes = [(7, 5), (8, 5), (5,), (13, 6)]
-    whole, by_lines = (
-        TaskGradients(parameters, 3, segment_sizes, parameters[place] if named else None)
-        for named in (False, True)
-        for parameters in [[nn.Parameter(torch.zeros(size)) for size in sizes]]
-    )
-    noise, pick = torch.Generator().manual_seed(place), random.Random(place)
-    for present in ([0, 1, 2], [2, 0]):
-        whole.zero()
-        by_lines.zero()
-        assert not by_lines.rows.any()
-        for row in present:
-            for number, size in enumerate(sizes):
-                lines = sorted(pick.sample(range(size[0]), 3)) if number == place else list(range(size[0]))
-                added = torch.randn(len(lines), *size[1:], generator=noise)
-                for gradients in (whole, by_lines):
-                    gradients.point_to(row)
-                    gradients.parameters[number].grad[lines] += added  # type: ignore[index]
-                if number == place:
-                    by_lines.touch(row, torch.tensor([*lines, lines[0]]))
-        assert_near_gramians(by_lines.gramians(present), whole.gramians(present))
-        weights = torch.randn(len(segment_sizes), len(present), generator=noise)
-        for gradients in (whole, by_lines):
-            gradients.combine(present, weights)
-        assert torch.allclose(flat(by_lines.parameters), flat(whole.parameters), atol=1e-6)
-        parts = by_lines.parts(present[0])
-        norm = float(flat(whole.parameters).norm())
-        assert float(torch.cat([part.flatten() for part in parts]).norm()) == pytest.approx(norm, rel=1e-6)
-        assert sum(part.numel() for part in parts) < whole.rows.shape[1]
-        shown = by_lines.parameters[place].grad
-        assert shown is not None
-        moved = {i for i, line in enumerate(shown) if line.any()}
-        assert 3 <= len(moved) < len(shown) and moved == set(by_lines.touched(present[:1]).tolist())
-
-
-def assert_near_gramians(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and found.dtype == torch.float64
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_segments_must_hold_all_parameters() -> None:
-    with pytest.raises(ValueError, match="segments of 3 tensors for 4 parameters"):
-        task_gradients(torch.zeros(1, NUM_PARAMETERS), (1, 2))
-
-
-def test_without_shared_parameters_there_is_nothing_to_point_to() -> None:
-    gradients = TaskGradients([], 1, [])
-    gradients.point_to(0)
-    gradients.zero()
-    assert gradients.rows.shape == (1, 0)
-
-
-def test_heads_and_adapters_keep_their_own_gradient_and_stay_out_of_the_treatment() -> None:
-    def step(head_scale: float) -> tuple[Tensor, dict[str, dict[str, Tensor]], Tensor]:
-        model = tiny_model(head_layers=1)
-        shared = list(model.shared_parameters().values())
-        gradients = TaskGradients(shared, len(TASKS), [len(shared)])
-        own, rows = {}, []
-        for number, task in enumerate(TASKS):
-            batch = random_batch(task, 4, number)
-            pooled = model.pooled(task, batch)
-            cut = pooled.detach().requires_grad_()
-            head_loss = task_loss(TASKS[task], model.predict(task, cut), batch.labels)
-            head = model.task_parameters(task)
-            gradients.point_to(number)
-            (task_loss(TASKS[task], model.predict(task, pooled), batch.labels)).backward()
-            exact = torch.autograd.grad(head_loss, list(head.values()))
-            for parameter, value in zip(head.values(), exact, strict=True):
-                assert parameter.grad is not None
-                assert torch.allclose(parameter.grad, value, atol=1e-6)
-                parameter.grad.mul_(head_scale)
-            rows.append(gradients.rows[number].clone())
-            own[task] = {name: p.grad.clone() for name, p in head.items() if p.grad is not None}
-        gramians = gradients.gramians([0, 1, 2])
-        coefficients = PCGrad().coefficients(gramians, [0, 1, 2], random.Random(0))
-        gradients.combine([0, 1, 2], coefficients.sum(1))
-        for task in TASKS:
-            for name, parameter in model.task_parameters(task).items():
-                assert torch.equal(parameter.grad, own[task][name])  # type: ignore[arg-type]
-        expected = vector_pcgrad(torch.stack(rows), random_orders(3, random.Random(0))).sum(0)
-        assert_same_update(flat(shared), expected, torch.stack(rows))
-        return flat(shared), own, gramians
-
-    small, large = step(1.0), step(1e6)
-    assert torch.equal(small[0], large[0])
-    assert torch.equal(small[2], large[2])
+def test_combining_weighs_the_gradients_by_segment_in_the_first_of_them() -> None:
+    rows = gradients_of("random", 3)
+    weights = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [1.0, 1.0, 1.0]])
+    gradients = list(rows.clone())
+    found = combine(gradients, weights, SEGMENTS)
+    assert found is gradients[0]
+    assert torch.equal(torch.stack(gradients[1:]), rows[1:])
+    for parts, of_segment in zip(SEGMENTS, weights, strict=True):
+        for part in parts:
+            assert torch.allclose(found[part], of_segment @ rows[:, part], atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- torchjd
@@ -554,8 +373,7 @@ def test_pcgrad_weights_equal_torchjd_s(monkeypatch: pytest.MonkeyPatch) -> None
     weighting = pytest.importorskip("torchjd.aggregation").PCGradWeighting()
     recorded, generator = RecordedOrders(monkeypatch), torch.Generator().manual_seed(0)
     for number in range(1000):
-        num_tasks = 2 + number % 7
-        gram = random_gramian(num_tasks, generator)
+        gram = random_gramian(2 + number % 7, generator)
         recorded.drawn.clear()
         expected = weighting(gram)
         orders = [[j for j in order if j != i] for i, order in enumerate(recorded.drawn)]
@@ -583,10 +401,9 @@ def test_gradient_vaccine_equals_torchjd_s(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("scale", [1.0, 1e-14, 1e40])
 def test_a_weighting_of_torchjd_gives_its_weights_at_any_scale(scale: float) -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
-    g = gradients_of("conflicting", 3, 8, 0).double()
+    g = gradients_of("conflicting", 3, 8).double()
     gram = g @ g.T
-    treatment = make_treatment("UPGrad", 3, 1, 0.01)
-    coefficients = treatment.coefficients(gram[None] * scale, [0, 1, 2], random.Random(0))
+    coefficients = make("UPGrad", 3).coefficients(gram[None] * scale, [0, 1, 2], random.Random(0))
     expected = aggregation.UPGradWeighting()(gram / gram.diagonal().mean())
     assert torch.allclose(coefficients[0], torch.diag(expected), atol=1e-6)
     assert not torch.allclose(expected, torch.full((3,), float(expected[0])).double(), atol=1e-2)
@@ -594,17 +411,15 @@ def test_a_weighting_of_torchjd_gives_its_weights_at_any_scale(scale: float) -> 
 
 def test_weightings_of_torchjd_draw_from_the_step_s_generator_and_from_no_other() -> None:
     pytest.importorskip("torchjd.aggregation")
-    g = gradients_of("conflicting", 5, 8, 0).double()
-    before, results = torch.get_rng_state(), []
+    g = gradients_of("conflicting", 5, 8).double()
+    results = []
     for noise, seed in enumerate((1, 1, 2)):
         torch.manual_seed(noise)
-        treatment = make_treatment("PCGrad", 5, 1, 0.01)
-        results.append(treatment.coefficients((g @ g.T)[None], range(5), random.Random(seed)))
+        before = torch.get_rng_state()
+        results.append(make("PCGrad", 5).coefficients((g @ g.T)[None], range(5), random.Random(seed)))
+        assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
-    torch.set_rng_state(before)
-    make_treatment("PCGrad", 5, 1, 0.01).coefficients((g @ g.T)[None], range(5), random.Random(0))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_weightings_of_torchjd_that_can_be_named_all_give_finite_weights_and_keep_no_averages() -> None:
@@ -612,9 +427,9 @@ def test_the_weightings_of_torchjd_that_can_be_named_all_give_finite_weights_and
     names = gramian_weightings()
     assert {"UPGrad", "MGDA", "PCGrad"} <= set(names)
     assert "GradVac" not in names  # ours is in the checkpoint, torchjd's would start anew when a run is resumed
-    g = gradients_of("conflicting", 3, 8, 0).double()
+    g = gradients_of("conflicting", 3, 8).double()
     for name in names:
-        treatment = make_treatment(name, 3, 1, 0.01)
+        treatment = make(name, 3)
         results = [treatment.coefficients((g @ g.T)[None], range(3), random.Random(0)) for _ in range(2)]
         assert results[0].isfinite().all()
         assert torch.equal(*results), name
@@ -623,7 +438,18 @@ def test_the_weightings_of_torchjd_that_can_be_named_all_give_finite_weights_and
 @pytest.mark.parametrize("name", ["nonsense", "Gramian", "GradVac", "CAGrad", "Random", ""])
 def test_an_unknown_treatment_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="--treatment"):
-        make_treatment(name, 3, 1, 0.01)
+        make(name, 3)
+
+
+def test_without_torchjd_a_weighting_of_its_is_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr("importlib.import_module", missing)
+    with pytest.raises(ValueError, match=r"--treatment UPGrad: torchjd is not installed .*pcgrad, gradvac"):
+        make("UPGrad", 3)
+    assert gramian_weightings() == []
+    make("pcgrad", 3)
 
 
 # ---------------------------------------------------------------------------------------------------- diagnostics
@@ -632,9 +458,7 @@ def test_an_unknown_treatment_is_refused(name: str) -> None:
 def test_cosines_stay_within_1_and_are_nan_for_a_zero_gradient() -> None:
     gram = torch.tensor([[4.0, -2.0 - 1e-6, 0.0], [-2.0 - 1e-6, 1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     found = cosines(gram)
-    assert found[0, 1] == -1
-    assert found[0, 0] == 1
-    assert found[2].isnan().all()
+    assert found[0].tolist()[:2] == [1, -1] and bool(found[2].isnan().all())
 
 
 def test_the_removed_share_is_the_squared_cosine_after_one_projection() -> None:

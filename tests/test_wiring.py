@@ -1,0 +1,364 @@
+"""The engine against the methods as their papers have them: a run put together as the command does it, followed step
+by step by a naive one, which is written here on plain gradients, with float64 in place of float32 on both sides.
+
+The naive run takes nothing from schedulers.py, pcgrad.py, smart.py, optimizer.py or engine.py. It shares the model, the
+losses and the seeds: derive_seed(seed, stage, purpose, ...) for the plan of a step, the order of a task's rows, the
+dropout of a forward pass and the treatment of a step.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_pcgrad import vector_gradvac, vector_pcgrad
+from torch import Tensor
+
+import config as flags
+from console import Console
+from datasets import Batch, TokenizedRows, TokenRows
+from helpers import generator, random_batch, tiny_model
+from model import MultitaskBert
+from ops import DropoutMasks
+from run import Run
+from run_data import Data
+from seeding import derive_seed
+from tasks import TASKS
+
+SIZES = {"sst": 17, "para": 41, "sts": 9}
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------- the run itself
+
+
+@pytest.fixture(autouse=True)
+def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float64 for all that is float32: a difference beyond its rounding is one of method."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def rows_of(task: str, num_rows: int, seed: int) -> TokenizedRows:
+    """Random rows of 4 to 12 tokens."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(4, 13, num_rows).astype(np.int32)
+    ids = draw.integers(0, 100, int(lengths.sum())).astype(np.int32)
+    firsts = draw.integers(1, lengths).astype(np.int32)
+    labels = random_batch(task, num_rows, seed).labels.double().numpy()
+    return TokenizedRows(TASKS[task], [str(i) for i in range(num_rows)], labels, TokenRows(ids, lengths, firsts), CPU)
+
+
+def make_run(arguments: str, dropout: float = 0.0) -> Run:
+    """A run of these flags on a tiny model and data sets of unequal sizes, as run.prepare would make it."""
+    tuning = "" if "--option" in arguments else "--epochs 3 --lr 0.003"
+    config = flags.parse(f"{BASE} {tuning} {arguments}".split())
+    sizes = {"hidden_size": 16, "intermediate_size": 24}
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    adapter = config.choice("adapter", config.adapter) if config.adapter else None
+    head = config.choice("head", config.head[0] if config.head else "linear")
+    model = tiny_model(config.tasks, adapter, head, **sizes, **rates).double()
+    noise = generator(5)
+    for name, parameter in model.adapters.named_parameters():
+        if ".up." in name:  # fresh ones are zero, and leave the other matrices of an adapter without a gradient
+            torch.nn.init.normal_(parameter, std=0.1, generator=noise)
+    data = Data(
+        train={task: rows_of(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
+        dev={task: rows_of(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
+    )
+    nothing: Any = None
+    stop: Any = type("NeverStopped", (), {"check": lambda self: None})()
+    return Run(config, model, Path(), data, nothing, Console(), stop)
+
+
+BASE = """--batch_size 7 --accumulation_steps 2 --pretrain_epochs 4 --pretrain_lr 0.02 --warmup 0.3
+--weight_decay 0.1 --max_grad_norm 0.3 --eval_every 0 --seed 3 --device cpu"""
+ROWS = 14  # of a step
+
+
+# ---------------------------------------------------------------------------------------------------- a naive run
+
+
+@dataclass
+class Adam:
+    """AdamW of some parameters, flat."""
+
+    mean: Tensor
+    square: Tensor
+    num_steps: int = 0
+
+    def step(self, values: Tensor, gradient: Tensor, lr: float, decay: Tensor) -> Tensor:
+        self.num_steps += 1
+        self.mean = 0.9 * self.mean + 0.1 * gradient
+        self.square = 0.999 * self.square + 0.001 * gradient**2
+        mean, square = self.mean / (1 - 0.9**self.num_steps), self.square / (1 - 0.999**self.num_steps)
+        return values - lr * decay * values - lr * mean / (square.sqrt() + 1e-8)
+
+
+@dataclass
+class Naive:
+    """One stage of a run, on gradients that are dictionaries of tensors or flat vectors."""
+
+    model: MultitaskBert
+    data: Data
+    stage: str = "finetune"
+    tasks: Sequence[str] = ("sst", "para", "sts")
+    scheduler: str = "pal"
+    tau: float = 2.0
+    draws: int = 1
+    treatment: str = ""
+    beta: float = 0.01
+    by_layer: bool = False
+    smart: bool = False
+    bregman: bool = False
+    epochs: int = 3
+    lr: float = 0.003
+    warmup: float = 0.3
+    max_norm: float = 0.3
+    moves: Sequence[str] = ("encoder", "heads", "adapters")
+    adams: dict[str, Adam] = field(default_factory=dict)
+    num_rows: Counter[str] = field(default_factory=Counter)
+    targets: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.values = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.averages = {name: value.clone() for name, value in self.values.items()}
+        moving = [name for name in self.values if name.split(".")[0] in self.moves]
+        own = {task: [name for name in moving if name.split(".")[1] == task] for task in self.tasks}
+        self.groups = {"shared": [name for name in moving if name.startswith("encoder.")], **own}
+        self.num_steps = self.epochs * -(-sum(len(self.data.train[task]) for task in self.tasks) // ROWS)
+
+    def seed(self, *purpose: str | int) -> int:
+        return derive_seed(3, self.stage, *purpose)
+
+    def shares(self, epoch: int) -> np.ndarray:
+        alpha = 1 - 0.8 * (epoch - 1) / (self.epochs - 1) if self.epochs > 1 else 1.0
+        power = {"random": 0.0, "round_robin": 0.0, "pal": alpha, "temperature": 1 / self.tau}[self.scheduler]
+        powers = np.array([len(self.data.train[task]) for task in self.tasks]) ** power
+        return np.asarray(powers / powers.sum())
+
+    def drawn(self, epoch: int, step: int) -> list[str]:
+        """The tasks of the step's draws, those of a task one behind the other."""
+        draw, shares, tasks = random.Random(self.seed("plan", step)), self.shares(epoch), list(self.tasks)
+        if self.scheduler == "round_robin":
+            names = [tasks[i % len(tasks)] for i in range(step * self.draws, (step + 1) * self.draws)]
+        elif not self.treatment:
+            names = draw.choices(tasks, shares.tolist(), k=self.draws)
+        else:  # each task once, and more so that its expected share is max(1 / draws, c * share)
+            low, high = 0.0, 2.0
+            while high - low > 1e-14:
+                c = (low + high) / 2
+                low, high = (c, high) if np.maximum(1 / self.draws, c * shares).sum() < 1 else (low, c)
+            lacking = np.maximum(0, self.draws * np.maximum(1 / self.draws, low * shares) - 1)
+            names = tasks + (draw.choices(tasks, lacking.tolist(), k=self.draws - 3) if self.draws > 3 else [])
+        return sorted(names, key=names.index)
+
+    def next_rows(self, task: str, count: int) -> np.ndarray:
+        """Pass after pass over the rows of a task, each in an order of its own."""
+        size, first = len(self.data.train[task]), self.num_rows[task]
+        orders = [np.random.default_rng([self.seed("rows", task), number]).permutation(size) for number in range(20)]
+        self.num_rows[task] += count
+        return np.concatenate(orders)[first : first + count]
+
+    def losses(self, task: str, batch: Batch, seed: int) -> Tensor:
+        """(B,) of the rows of one forward pass, regularizers included."""
+        output = TASKS[task].output
+        if "encoder" not in self.moves and "adapters" not in self.moves:
+            pooled = self.model.pooled(task, batch)
+            return output.losses(self.model.predict(task, pooled, DropoutMasks(seed)), batch.labels)
+        logits = self.model(task, batch, DropoutMasks(seed))
+        losses = output.losses(logits, batch.labels)
+        if self.smart:
+            assert batch.tokens is not None
+            row_of_token, noise = batch.tokens.row_of_token, generator(derive_seed(seed, "smart"))
+            d = 0.03 * torch.randn(len(row_of_token), 16, generator=noise)
+            for _ in range(2):
+                d.requires_grad_(True)
+                far = output.divergence(self.model(task, batch, DropoutMasks(seed), d), logits.detach())
+                (ascent,) = torch.autograd.grad(far.sum(), d)
+                largest = torch.stack([ascent[row_of_token == row].abs().max() for row in row_of_token])
+                d = (d.detach() + 0.04 * ascent / largest[:, None].clamp(min=1e-30)).clamp(-0.05, 0.05)
+            losses = losses + 2.5 * output.divergence(self.model(task, batch, DropoutMasks(seed), d), logits)
+        if self.bregman:
+            given = (task, batch, DropoutMasks(seed))
+            reference = torch.func.functional_call(self.model, self.averages, given).detach()
+            losses = losses + 30 * output.divergence(logits, reference)
+        return losses
+
+    def gradient(self, task: str, rows: np.ndarray, step: int) -> dict[str, Tensor]:
+        """Of the mean loss of the rows, by parameter."""
+        parts = {first: self.data.train[task].batch(rows[first : first + 7]) for first in range(0, len(rows), 7)}
+        losses = [self.losses(task, part, self.seed("dropout", step, task, first)) for first, part in parts.items()]
+        names, parameters = [*self.groups["shared"], *self.groups[task]], dict(self.model.named_parameters())
+        found = torch.autograd.grad(torch.cat(losses).mean(), [parameters[name] for name in names])
+        return dict(zip(names, found, strict=True))
+
+    def treated_sum(self, gradients: dict[str, dict[str, Tensor]], step: int) -> dict[str, Tensor]:
+        """The sum of the treated gradients of the shared parameters."""
+        draw, num_tasks, result = random.Random(self.seed("treatment", step)), len(gradients), {}
+        orders = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
+        for order in orders:
+            draw.shuffle(order)
+        for number, part in enumerate(by_layer(self.groups["shared"]) if self.by_layer else [self.groups["shared"]]):
+            vectors = torch.stack([flat(of_task, part) for of_task in gradients.values()])  # (T, P)
+            if self.treatment == "pcgrad":
+                total = vector_pcgrad(vectors, orders).sum(0)
+            elif self.treatment == "gradvac":
+                targets = self.targets.get(number, torch.zeros(num_tasks, num_tasks))
+                treated, self.targets[number] = vector_gradvac(vectors, targets, self.beta, orders)
+                total = treated.sum(0)
+            else:
+                total = getattr(pytest.importorskip("torchjd.aggregation"), self.treatment)()(vectors)
+            result.update(unflat(total, self.values, part))
+        return result
+
+    def step(self, epoch: int, step: int) -> None:
+        drawn, gradients, total = self.drawn(epoch, step), {}, dict[str, Tensor]()
+        ends = [i * ROWS // len(drawn) for i in range(len(drawn) + 1)]
+        b = 0.2 + 0.8 * (epoch - 1) / (self.epochs - 1) if self.scheduler == "pal" and self.epochs > 1 else 1.0
+        for task in (task for task in self.tasks if task in drawn):
+            k = drawn.count(task)
+            num_rows = sum(ends[i + 1] - ends[i] for i, name in enumerate(drawn) if name == task)
+            weight = k * k**-b if self.treatment else num_rows / ROWS
+            of_task = self.gradient(task, self.next_rows(task, num_rows), step)
+            gradients[task] = {name: weight * gradient for name, gradient in of_task.items()}
+            total.update(gradients[task])
+        for name in self.groups["shared"]:
+            total[name] = torch.stack([of_task[name] for of_task in gradients.values()]).sum(0)
+        if self.treatment:
+            total.update(self.treated_sum(gradients, step))
+        norm = float(flat(total, list(total)).norm())
+        factor = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
+        rising = int(self.warmup * self.num_steps)
+        share = (step + 1) / (rising + 1) if step < rising else (self.num_steps - step) / (self.num_steps - rising)
+        for group, names in self.groups.items():
+            if names and (group == "shared" or group in gradients):
+                values, zeros = flat(self.values, names), torch.zeros_like(flat(self.values, names))
+                adam = self.adams.setdefault(group, Adam(zeros, zeros))
+                decays = {name: torch.full_like(self.values[name], decay_of(name)) for name in names}
+                values = adam.step(values, factor * flat(total, names), share * self.lr, flat(decays, names))
+                self.values.update(unflat(values, self.values, names))
+        beta = 0.99 if step < 0.1 * self.num_steps else 0.999
+        self.averages = {n: beta * average + (1 - beta) * self.values[n] for n, average in self.averages.items()}
+        self.model.load_state_dict(self.values)
+
+
+def decay_of(name: str) -> float:
+    return 0.0 if "norm" in name or "bias" in name else 0.1
+
+
+def by_layer(names: Sequence[str]) -> list[list[str]]:
+    """Those of the embeddings, of each layer, of the pooler."""
+    prefixes = ("encoder.layers.0.", "encoder.layers.1.", "encoder.pooler.")
+    return [
+        [name for name in names if not name.startswith(prefixes)],
+        *([name for name in names if name.startswith(prefix)] for prefix in prefixes),
+    ]
+
+
+def flat(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.cat([values[name].flatten() for name in names])
+
+
+def unflat(vector: Tensor, like: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    parts = vector.split([like[name].numel() for name in names])
+    return {name: part.view_as(like[name]) for name, part in zip(names, parts, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------------- the cases
+
+
+SMART = "--smart --smart_eps 0.05 --smart_sigma 0.03 --smart_eta 0.04 --smart_steps 2 --smart_weight 2.5"
+PAL = "--pal --pal_size 6 --pal_heads 2"
+BREGMAN = "--bregman --bregman_weight 30"
+FROZEN: dict[str, Any] = {"epochs": 4, "lr": 0.02, "moves": ["heads"]}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "pcgrad": (f"{PAL} --pcgrad --draws_per_step 5", {"treatment": "pcgrad", "draws": 5}),
+    "gradvac": ("--gradvac --gradvac_beta 0.3 --draws_per_step 5", {"treatment": "gradvac", "beta": 0.3, "draws": 5}),
+    "default draws": ("--gradvac", {"treatment": "gradvac", "draws": 14}),
+    "every task once": ("--pcgrad --draws_per_step 3", {"treatment": "pcgrad", "draws": 3}),
+    "torchjd": ("--treatment UPGrad --draws_per_step 4", {"treatment": "UPGrad", "draws": 4}),
+    "pal": (PAL, {}),
+    "pal, draws": ("--draws_per_step 4", {"draws": 4}),
+    "pal, one epoch": ("--pcgrad --draws_per_step 9 --epochs 1", {"treatment": "pcgrad", "draws": 9, "epochs": 1}),
+    "random": ("--scheduler random --draws_per_step 3", {"scheduler": "random", "draws": 3}),
+    "random, pcgrad": (
+        "--scheduler random --pcgrad --draws_per_step 6",
+        {"scheduler": "random", "treatment": "pcgrad", "draws": 6},
+    ),
+    "round_robin": ("--scheduler round_robin --draws_per_step 2", {"scheduler": "round_robin", "draws": 2}),
+    "round_robin, gradvac": (
+        "--scheduler round_robin --gradvac --gradvac_beta 0.4 --draws_per_step 5",
+        {"scheduler": "round_robin", "treatment": "gradvac", "beta": 0.4, "draws": 5},
+    ),
+    "temperature": (
+        "--scheduler temperature --temperature_tau 4 --draws_per_step 2",
+        {"scheduler": "temperature", "tau": 4, "draws": 2},
+    ),
+    "temperature, pcgrad": (
+        "--scheduler temperature --pcgrad --draws_per_step 8",
+        {"scheduler": "temperature", "treatment": "pcgrad", "draws": 8},
+    ),
+    "pcgrad, layer": (
+        "--pcgrad --granularity layer --draws_per_step 5",
+        {"treatment": "pcgrad", "by_layer": True, "draws": 5},
+    ),
+    "gradvac, layer": (
+        "--gradvac --gradvac_beta 0.3 --granularity layer --draws_per_step 5",
+        {"treatment": "gradvac", "beta": 0.3, "by_layer": True, "draws": 5},
+    ),
+    "smart": (f"{SMART} --draws_per_step 2", {"smart": True, "draws": 2}),
+    "bregman": (f"{BREGMAN} --draws_per_step 2", {"bregman": True, "draws": 2}),
+    "smart, bregman, pcgrad": (
+        f"{SMART} {BREGMAN} --pcgrad --draws_per_step 4",
+        {"smart": True, "bregman": True, "treatment": "pcgrad", "draws": 4},
+    ),
+    "never clipped": ("--max_grad_norm 0 --draws_per_step 2", {"max_norm": 0.0, "draws": 2}),
+    "no warm-up": ("--warmup 0", {"warmup": 0.0}),
+    "adapters alone": (f"{PAL} --train pal --draws_per_step 2", {"moves": ["adapters"], "draws": 2}),
+    "frozen": ("--option pretrain --head mlp --scheduler temperature", {"scheduler": "temperature", **FROZEN}),
+    "frozen, before fine-tuning": (f"{SMART} {BREGMAN} {PAL} --pcgrad", FROZEN),
+    "frozen, one task": ("--option individual_pretrain", {"tasks": ["sst"], **FROZEN}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_parameters_after_every_step_are_those_of_a_naive_run(case: str) -> None:
+    assert_as_naive(case, 0.0)
+
+
+@pytest.mark.parametrize("case", ["pal", "smart, bregman, pcgrad", "frozen, before fine-tuning"])
+def test_they_are_with_dropout_too(case: str) -> None:
+    assert_as_naive(case, 0.2)
+
+
+def assert_as_naive(case: str, dropout: float) -> None:
+    """Through the first epoch and into the second."""
+    arguments, how = CASES[case]
+    run = make_run(arguments, dropout)
+    number = 0 if "frozen" in case else len(run.stages) - 1
+    naive = Naive(run.model.duplicate(), run.data, run.stages[number].name, **how)
+    trainer = run.make_trainer(number)
+    parameters = dict(run.model.named_parameters())
+    moving = {name for names in naive.groups.values() for name in names}
+    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == moving
+    steps_per_epoch = naive.num_steps // naive.epochs
+    for _ in (event for event in trainer.run() if not event.is_epoch):
+        step = trainer.progress.step - 1
+        naive.step(1 + step // steps_per_epoch, step)
+        assert [name for name, value in naive.values.items() if not near(parameters[name], value)] == [], step
+        if step == min(steps_per_epoch + 2, naive.num_steps - 1):
+            return
+    pytest.fail("the stage ended early")
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-8, atol=1e-9)
