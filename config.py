@@ -341,6 +341,9 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"--max_length {config.max_length}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]"
     if len(set(config.tasks)) != len(config.tasks):
         yield f"--tasks {' '.join(config.tasks)}: expected each task once"
+    of_heads = [name.partition("=")[0] if "=" in name else "" for name in config.head]
+    if len(set(of_heads)) != len(of_heads):
+        yield f"--head {' '.join(config.head)}: expected one head for all tasks, and each task once"
     known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
@@ -397,6 +400,7 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
         problems.append(f"--treatment {config.treatment}: {option} shares no trained parameters between tasks")
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "batch_size", "warmup", "scheduler"]
     training += ["weight_decay", "patience", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm"]
+    training += ["eval_every"]
     needs(config.option != "test", f"{option} does not train", *training)
     needs(config.option != "individual_pretrain", "individual_pretrain trains one task at a time", "scheduler")
     if config.option == "test" and not config.checkpoint:
@@ -423,7 +427,7 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--batch_size {config.batch_size}: a treatment takes every task in every step, at least {num_tasks} rows"
         )
-    elif config.draws > config.rows_per_step:
+    elif config.draws > config.rows_per_step > 0:
         problems.append(f"--draws_per_step {config.draws}: expected at most the rows of a step, {config.rows_per_step}")
     elif config.is_treated and config.draws < num_tasks:
         problems.append(
@@ -438,6 +442,7 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
         problems.append(f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch")
     if "scheduler" in given and num_tasks == 1:
         problems.append(f"--scheduler {config.scheduler}: there is one task to schedule, expected two --tasks or more")
+    needs(num_tasks > 1, "there is one task to draw, expected two --tasks or more", "draws_per_step")
     if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):
         problems.append(f"--augment {config.augment}: no task of {' '.join(config.tasks)} has classes to fill up")
     return problems

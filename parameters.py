@@ -48,6 +48,8 @@ class Flag:
         if self.choices and value not in self.choices:
             return f"--{self.name} {value}: expected one of {', '.join(self.choices)}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and isinstance(value, int) and abs(value) >= 2**63:
+            return f"--{self.name} {str(value)[:60]}: expected a whole number below 2**63"
         if is_number and not (math.isfinite(value) and is_allowed(value)):
             return f"--{self.name} {str(value)[:60]}: expected {words}"
         return None

@@ -38,7 +38,7 @@ from ops import speed_report
 from parameters import Choice
 from pcgrad import find_treatment
 from run_data import Data, load_data
-from run_record import MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_trainer
+from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_trainer
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
@@ -87,6 +87,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         config,
         device=resolve_device(config.device),
         out=str(Path(out)),
+        model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         lr=config.lr or default_learning_rate(encoder.hidden_size),
@@ -398,6 +399,11 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     resumed = RunDirectory.existing(Path(config.resume)) if config.resume else None
     if resumed is not None:
         saved = resumed.config()
+        if saved.get("layout", {}).get("format") != Layout({}).to_dict()["format"]:
+            raise RunError(
+                f"--resume {config.resume}: {CONFIG} is not that of a run of this version of the program "
+                f"(--checkpoint {config.resume} starts a new run from its model)"
+            )
         flags = config
         config = replace(from_dict(saved), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
