@@ -80,7 +80,7 @@ class Config:
     draws_per_step: int = parameter(
         0,
         f"draws that share the rows of an optimizer step; 0: 1, with a treatment {DRAWS_WITH_TREATMENT} or, of fewer "
-        "rows, as many as there are",
+        "rows, as many as there are. With a treatment and as many draws as tasks each step holds every task once",
         ">= 0",
     )
     treatment: str = parameter(
@@ -432,11 +432,6 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
     elif config.is_treated and config.draws < num_tasks:
         problems.append(
             f"--draws_per_step {config.draws}: a treatment takes every task in every step, at least {num_tasks} draws"
-        )
-    elif config.is_treated and config.draws == num_tasks > 1 and "scheduler" in given:
-        problems.append(
-            f"--draws_per_step {config.draws}: with every task exactly once in every step --scheduler "
-            f"{config.scheduler} would do nothing, expected more than {num_tasks}, or no --scheduler"
         )
     if config.patience and config.eval_every == 0:
         problems.append(f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch")

@@ -464,7 +464,9 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
             f"{passes}{draws}, learning rate {stage.lr:g}{', encoder frozen' if stage.is_frozen else ''}"
         )
     if run.stages:
-        sampling = f"tasks sampled by {config.scheduler}" if len(config.tasks) > 1 else "single task"
+        is_fixed = config.is_treated and config.draws == len(config.tasks)
+        sampling = "every task once in each step" if is_fixed else f"tasks sampled by {config.scheduler}"
+        sampling = sampling if len(config.tasks) > 1 else "single task"
         lines.append(f"methods     {', '.join([sampling, *_methods(config)])}")
     if new_parts:
         lines.append(f"new         {', '.join(new_parts)}: not in the checkpoint, initialized")

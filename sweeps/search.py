@@ -36,8 +36,8 @@ from sqlalchemy.exc import SQLAlchemyError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert import CheckpointError
-from config import Config, FlagError, make_parser, parse
-from multitask_classifier import resolve
+from config import FlagError, make_parser, parse
+from run import resolve
 from run_record import CONFIG, METRICS, RESULTS, RunError, parse_records, read_json
 
 COMMAND = (sys.executable, str(Path(__file__).resolve().parent.parent / "multitask_classifier.py"))
@@ -80,7 +80,7 @@ class Space:
     """What is searched where some flags are fixed. settings: of a run with only these flags."""
 
     fixed: tuple[str, ...]
-    settings: Config
+    settings: Mapping[str, Any]
     distributions: dict[str, BaseDistribution]
 
     @classmethod
@@ -93,7 +93,7 @@ class Space:
         if refused:
             reason = "expected no such flag behind --, a search fine-tunes in directories of its own"
             raise FlagError("\n".join(f"--{name} {given[name]}: {reason}" for name in refused))
-        settings, _ = resolve(parse(fixed))
+        settings = resolve(parse(fixed))[0].to_dict()
         left_open = {
             name: narrowed(name, fixed, given, settings)
             for name in SPACE
@@ -103,7 +103,7 @@ class Space:
 
     def default_values(self) -> dict[str, Any]:
         """The defaults, as the first trial has them."""
-        return self.suggest(FixedTrial({name: getattr(self.settings, name) for name in self.distributions}))
+        return self.suggest(FixedTrial({name: self.settings[name] for name in self.distributions}))
 
     def suggest(self, trial: BaseTrial) -> dict[str, Any]:
         """Values for a trial, of the parameters that do something together; numbers to three digits."""
@@ -111,7 +111,7 @@ class Space:
         for name, item in self.distributions.items():
             if name in ONLY_WITH:
                 other, needed = ONLY_WITH[name]
-                if values.get(other, getattr(self.settings, other)) != needed:
+                if values.get(other, self.settings[other]) != needed:
                     continue
             if isinstance(item, CategoricalDistribution):
                 values[name] = trial.suggest_categorical(name, item.choices)
@@ -121,7 +121,7 @@ class Space:
 
     def flags(self, values: Mapping[str, Any]) -> list[str]:
         """The flags of values that are not the defaults."""
-        others = {name: value for name, value in values.items() if value != getattr(self.settings, name)}
+        others = {name: value for name, value in values.items() if value != self.settings[name]}
         return [part for name, value in others.items() for part in as_flag(name, value)]
 
 
@@ -130,7 +130,7 @@ def as_flag(name: str, value: Any) -> list[str]:
     return [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
 
 
-def narrowed(name: str, fixed: Sequence[str], given: Mapping[str, Any], settings: Config) -> BaseDistribution | None:
+def narrowed(name: str, fixed: Sequence[str], given: Mapping[str, Any], settings: Mapping[str, Any]) -> BaseDistribution | None:
     """The parameter's values that go with the fixed flags, or None if these leave nothing to choose."""
     condition = as_flag(*ONLY_WITH[name]) if name in ONLY_WITH else []
 
@@ -141,7 +141,7 @@ def narrowed(name: str, fixed: Sequence[str], given: Mapping[str, Any], settings
             return False
         return True
 
-    item, default = SPACE[name], getattr(settings, name)
+    item, default = SPACE[name], settings[name]
     if isinstance(item, CategoricalDistribution):
         choices = [value for value in item.choices if is_accepted(value)]
         return CategoricalDistribution(choices) if len(choices) > 1 else None
@@ -282,7 +282,7 @@ class Search:
                 if epoch not in reported:
                     trial.report(mean, epoch)
                     reported.add(epoch)
-                    can_stop = not has_ended and epoch < self.space.settings.epochs and not is_default(trial)
+                    can_stop = not has_ended and epoch < self.space.settings["epochs"] and not is_default(trial)
                     if can_stop and trial.should_prune():
                         raise optuna.TrialPruned
             time.sleep(0 if has_ended else POLL_SECONDS)

@@ -29,8 +29,8 @@ class Sweep:
             "SEEDS": "3",
             "RUNS": "pcgrad",
             "EPOCHS": "1",
-            "DRAWS": "1",
-            "BATCH": "2",
+            "STEPS": "1",
+            "BATCH": "4",
             "FLAGS": "--no-tensorboard --device cpu --threads 1 --cache off",
             "PYTHON": sys.executable,
         }
@@ -70,7 +70,7 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_is_named_while_the_othe
     assert (config["treatment"], config["seed"], config["draws_per_step"], config["steps_per_epoch"]) == (
         "pcgrad",
         3,
-        16,
+        4,
         1,
     )
     assert config["checkpoint"] == str(sweep.out / "heads-seed3")
@@ -111,28 +111,29 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(sweep: Swee
     assert not sweep.out.exists()
 
 
-def test_settings_differ_are_accepted_and_take_the_same_number_of_draws(sweep: Sweep) -> None:
+def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sweep) -> None:
     """The runs are replaced by a program that prints its arguments and claims to have trained."""
     program = sweep.out.parent / "python"
     program.write_text('#!/bin/sh\necho "$@"\nfor out; do :; done\nmkdir -p "$out" && touch "$out/results.json"\n')
     program.chmod(0o755)
-    status, shown = sweep.run(RUNS="", DRAWS="2", PYTHON=str(program))
+    status, shown = sweep.run(RUNS="", EPOCHS="4", STEPS="2", PYTHON=str(program))
     assert status == 0, shown
-    names = "pal random round_robin pal-16 pcgrad gradvac smart adapters eda drop_longest individual late_adapters"
+    names = "pal random round_robin temperature pcgrad gradvac smart adapters eda drop_longest individual late_adapters"
     lines = {path.stem.removesuffix("-seed3"): path.read_text().split() for path in sweep.out.glob("*.log")}
     assert set(lines) == {*names.split(), "heads", "heads-individual", "late_adapters-first"}
     runs = {name: parse(words[1:]) for name, words in lines.items()}
     assert all(Path(run.out).name == f"{name}-seed3" for name, run in runs.items())
-    draws = {name: run.steps_per_epoch * run.draws for name, run in runs.items() if not name.startswith("heads")}
-    assert draws == {name: 16 if name.startswith("late") else 32 for name in draws}
+    tuned = {name: run for name, run in runs.items() if not name.startswith("heads")}
+    rows = {name: run.epochs * run.steps_per_epoch * run.rows_per_step for name, run in tuned.items()}
+    assert rows == {name: 16 if name.startswith("late") else 32 for name in rows}
     first = {name: Path(run.checkpoint).name.removesuffix("-seed3") for name, run in runs.items() if run.checkpoint}
     others = {"individual": "heads-individual", "late_adapters": "late_adapters-first"}
-    assert first == {name: others.get(name, "heads") for name in draws}
+    assert first == {name: others.get(name, "heads") for name in rows}
     assert len({str(replace(run, out="")) for run in runs.values()}) == len(runs)
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
-    settings = {"RUNS": "late_adapters", "EPOCHS": "40", "FLAGS": sweep.environment["FLAGS"] + " --eval_every 0"}
+    settings = {"RUNS": "late_adapters", "EPOCHS": "80", "STEPS": "8", "FLAGS": sweep.environment["FLAGS"] + " --eval_every 0"}
     process = sweep.start(**settings)
     log = sweep.out / "late_adapters-first-seed3" / "metrics.jsonl"
     deadline = time.monotonic() + 120
