@@ -434,7 +434,7 @@ def test_a_run_that_outlived_its_search_is_waited_for(
 ) -> None:
     kill(fake, 1, monkeypatch)
     (fake.out / "trial-1.log").touch()
-    fake.plan({1: {"means": [0.3, 0.8], "pause": 0.3}})
+    fake.plan({1: {"means": [0.3, 0.8], "pause": 1.5}})
     search.start_run(["--out", str(fake.out / "trial-1")], fake.out / "trial-1.log")
     while not (fake.out / "trial-1" / "config.json").exists():
         time.sleep(0.01)
