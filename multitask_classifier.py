@@ -56,7 +56,7 @@ def execute(config: Config, console: Console) -> int:
         assert run is not None
         command = shlex.join(["python", "multitask_classifier.py", f"--resume={run.directory.path}"])
         console.say(f"stopped; to go on: {command}")
-        return 128 + stop.number
+        return stop.status
     finally:
         stop.restore()
         if run is not None:

@@ -52,12 +52,20 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask the run to stop after the step that is running; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask the run to stop after the step that is running; a second one stops at once.
+
+    (Not a SIGTERM right behind the first signal: those who stop a group of processes often send two.)
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self.number = signal.SIGINT
+        self.number: signal.Signals | None = None
+        self._first = 0.0
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @property
+    def status(self) -> int:
+        """The exit status of a stopped run."""
+        return 128 + (self.number or signal.SIGINT)
 
     def restore(self) -> None:
         """Gives the signals back to those who had them."""
@@ -66,13 +74,14 @@ class StopSignals:
 
     def check(self) -> None:
         """Raises Stopped if the run was told to stop."""
-        if self.requested:
+        if self.number is not None:
             raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.number is None:
+            self.number, self._first = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._first > 1:
             raise KeyboardInterrupt
-        self.requested, self.number = True, signal.Signals(number)
 
 
 # ---------------------------------------------------------------------------------------------- flags to objects
