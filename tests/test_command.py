@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,19 +16,20 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import kernels
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import datasets
 import engine
 import multitask_classifier
-import plots
-import run_data
+import run as running
 import token_cache
+from config import TABLES, Config
 from helpers import WORDS, write_data
+from parameters import flags_of, parameters_type
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer to draw than these runs take; test_plots.py has those of a run."""
-    monkeypatch.setattr(plots, "write_plots", lambda run: [])
+    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
 
 
 Command = Callable[..., list[str]]
@@ -89,6 +92,10 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[str]:
     return {name for name, value in first.items() if not torch.equal(value, second[name])}
 
 
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -126,11 +133,9 @@ def test_a_run_leaves_everything_in_its_directory(
     for folder in ("best", "last"):
         assert {"model.safetensors", "config.json", "vocab.txt"} <= {path.name for path in (out / folder).iterdir()}
     assert steps(out) == both()
-    results = json.loads((out / "results.json").read_text())
+    results = read(out / "results.json")
     assert set(results) >= {"dev", "best_epoch", "parameters", "seconds", "peak_memory_mb", "confusion", "gradients"}
-    assert set(results["dev"]) == {"sst", "para", "sts", "mean"}
-    assert "accuracy" in results["dev"]["sst"] and "accuracy" in results["dev"]["para"]
-    assert "pearson" in results["dev"]["sts"]
+    assert list(results["dev"]) == ["sst", "para", "sts", "mean"]
     main_metrics = (("sst", "accuracy"), ("para", "accuracy"), ("sts", "pearson"))
     assert results["dev"]["mean"] == pytest.approx(np.mean([results["dev"][t][m] for t, m in main_metrics]))
     counts = results["parameters"]
@@ -138,13 +143,14 @@ def test_a_run_leaves_everything_in_its_directory(
     assert counts["separate_models"] == counts["total"] + 2 * counts["shared"]
     assert results["best_epoch"] in (1, 2) and results["peak_memory_mb"] > 10
     assert [sum(map(sum, results["confusion"][task])) for task in ("sst", "para")] == [8, 8]
-    config = json.loads((out / "config.json").read_text())
-    assert config["treatment"] == "pcgrad" and config["draws_per_step"] == 16 and config["lr"] > 0
+    config = read(out / "config.json")
+    assert config["treatment"] == "pcgrad" and config["draws_per_step"] == 4 and config["lr"] > 0
+    assert config["threads"] > 0 and config["max_length"] == 64  # no value is left to be chosen
     assert config["versions"]["torch"] == torch.__version__ and "commit" in config
     assert config["data_files"]["quora-train.csv"]["rows"] == 26
     assert len(config["data_files"]["quora-train.csv"]["sha256"]) == 64
-    events = list((out / "tensorboard").iterdir())
-    assert len(events) == 1 and events[0].stat().st_size > 1000
+    (events,) = (out / "tensorboard").iterdir()
+    assert events.stat().st_size > 1000
     check_shown(shown.out, shown.err, str(out))
     check_predictions(out)
 
@@ -154,7 +160,7 @@ def check_shown(out: str, err: str, directory: str) -> None:
     assert err == "" and "\r" not in out and "\x1b" not in out and "%|" not in out
     for word in ("model", "parameters", "data", "pretrain", "finetune", "methods", "run", "pcgrad", "separate models"):
         assert word in out
-    assert "26 train" in out and "64 rows (4 rows x 1 passes x 16 draws)" in out
+    assert "26 train" in out and "epochs of 3 steps of 4 rows, 4 draws" in out
     assert len([line for line in out.splitlines() if ": dev " in line]) == 4
     assert "dev rows" in out and directory in out
 
@@ -174,34 +180,22 @@ def check_predictions(out: Path) -> None:
             assert all(value.endswith(" ") for _, value in cells)
 
 
-def test_a_run_says_and_records_why_it_has_no_compiled_kernels(
+def test_a_run_says_and_records_what_it_lacks(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Compiled code, and pictures: neither costs the run."""
     problem = "no C compiler: gcc was not found"
-    found = []
-    for build in (kernels.build(), kernels.Build(None, problem)):
-        monkeypatch.setattr(kernels, "build", lambda build=build: build)
-        out = tmp_path / f"run{len(found)}"
+    monkeypatch.undo()  # draws its plots
+    for name in ("reports", "reports.plots"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it was not there
+    for report in ("compiled", problem):
+        monkeypatch.setattr(running, "speed_report", lambda device, report=report: report)
+        out = tmp_path / str(report == problem)
         run(command(out, "--option pretrain --tasks sst --pretrain_epochs 1"))
-        shown = f"slower than it could be, without compiled kernels: {problem}" in capsys.readouterr().out
-        found.append((shown, json.loads((out / "config.json").read_text())["kernels"]))
-    assert found[0] == (False, "compiled") or kernels.build().library is None
-    assert found[1] == (True, problem)
-
-
-def test_the_embedding_gradient_is_kept_by_lines_where_the_encoder_is_trained(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-
-    class Watched(multitask_classifier.Trainer):
-        def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, **named)
-            made.append((self.settings.name, self.embedding))
-
-    monkeypatch.setattr(multitask_classifier, "Trainer", Watched)
-    run(command(tmp_path / "run", "--pretrain_epochs 1 --epochs 1"))
-    assert made == [("pretrain", None), ("finetune", "encoder.word_embeddings.weight")]
+        shown = capsys.readouterr().out
+        assert ("slower than it could be" in shown) == (f": {problem}" in shown) == (report == problem)
+        assert read(out / "config.json")["kernels"] == report
+        assert "warning: no plots: " in shown.splitlines()[-1]
 
 
 def test_the_program_rounds_numbers_that_are_not_normal_to_zero() -> None:
@@ -224,14 +218,7 @@ print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_tensorboard_on_or_off_gives_the_same_weights(command: Command, tmp_path: Path) -> None:
-    run(command(tmp_path / "on", "--tensorboard"))
-    run(command(tmp_path / "off"))
-    for folder in ("best", "last"):
-        assert differing(weights(tmp_path / "on", folder), weights(tmp_path / "off", folder)) == set()
-
-
-@pytest.mark.parametrize("flags", ["--option pretrain", "--option individual_pretrain --head_layers 2"])
+@pytest.mark.parametrize("flags", ["--option pretrain", "--option individual_pretrain --head mlp --mlp_layers 2"])
 def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(
     flags: str, command: Command, tmp_path: Path, tiny: Path
 ) -> None:
@@ -241,73 +228,69 @@ def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(
     assert all(torch.equal(after[name], value) for name, value in before.items())
     stages = ["pretrain"] if flags == "--option pretrain" else [f"pretrain_{task}" for task in TASKS]
     assert steps(tmp_path / "run") == [(stage, step) for stage in stages for step in range(1, 7)]
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
     if len(stages) > 1:
-        assert set(results["best_epoch"]) == set(stages)
+        assert set(read(tmp_path / "run" / "results.json")["best_epoch"]) == set(stages)
 
 
-def test_each_head_keeps_the_epoch_that_was_best_for_its_task(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scores are made up: epoch 1 is the best for one task, epoch 2 for another, epoch 3 for the third."""
+Evaluations = dict[tuple[str, int], dict[str, Tensor]]
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluations]:
+    """Evaluations with made-up scores; gives the parameters at each, by the tasks that are evaluated and its number."""
+
+    def install(score: Callable[[str, int], float]) -> Evaluations:
+        kept: Evaluations = {}
+
+        def evaluate(model: Any, dev_rows: dict[str, Any], *_: Any) -> Any:
+            tasks = "+".join(dev_rows)
+            epoch = 1 + sum(key[0] == tasks for key in kept)
+            state = getattr(model, "model", model).state_dict()
+            kept[tasks, epoch] = {name: value.clone() for name, value in state.items()}
+            return {task: {TASKS[task].output.selection_metric: score(tasks, epoch)} for task in dev_rows}
+
+        monkeypatch.setattr(engine, "evaluate", evaluate)
+        return kept
+
+    return install
+
+
+def test_each_head_keeps_the_epoch_that_was_best_for_its_task(command: Command, tmp_path: Path, made_up: Any) -> None:
     best = {"sst": 1, "para": 2, "sts": 3}
-    kept: dict[str, dict[str, Tensor]] = {}
-
-    def evaluate(trainer: engine.Trainer, *args: Any) -> engine.Metrics:
-        (task,) = trainer.settings.tasks
-        epoch = trainer.progress.step // 3
-        if epoch == best[task]:
-            kept[task] = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-        return {task: {TASKS[task].output.selection_metric: 0.9 if epoch == best[task] else 0.1}}
-
-    monkeypatch.setattr(engine.Trainer, "evaluate", evaluate)
-    run(command(tmp_path / "run", "--option individual_pretrain --pretrain_epochs 3 --head_layers 1"))
+    kept = made_up(lambda task, epoch: 0.9 if epoch == best[task] else 0.1)
+    run(command(tmp_path / "run", "--option individual_pretrain --pretrain_epochs 3 --head mlp"))
     after = weights(tmp_path / "run", "best")
     for task in TASKS:
-        assert len(kept[task]) == 4 and all(torch.equal(after[name], value) for name, value in kept[task].items())
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["best_epoch"] == {"pretrain_sst": 1, "pretrain_para": 2, "pretrain_sts": 3}
+        names = [name for name in after if name.startswith(f"heads.{task}.")]
+        assert len(names) == 4
+        for epoch in (1, 2, 3):
+            assert all(torch.equal(kept[task, epoch][n], after[n]) for n in names) == (epoch == best[task])
+    epochs = read(tmp_path / "run" / "results.json")["best_epoch"]
+    assert epochs == {"pretrain_sst": 1, "pretrain_para": 2, "pretrain_sts": 3}
 
 
-def test_the_best_checkpoint_is_the_best_epochs(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = {1: 0.3, 2: 0.8, 3: 0.8, 4: 0.5}
-
-    def evaluate(trainer: engine.Trainer, *args: Any) -> engine.Metrics:
-        value = scores[trainer.progress.step // 3]
-        return {task: {TASKS[task].output.selection_metric: value} for task in trainer.settings.tasks}
-
-    monkeypatch.setattr(engine.Trainer, "evaluate", evaluate)
-    run(command(tmp_path / "long", "--pretrain_epochs 0 --epochs 4 --lr 1e-3 --warmup 0"))
-    assert json.loads((tmp_path / "long" / "results.json").read_text())["best_epoch"] == 2
-    best, last = weights(tmp_path / "long", "best"), weights(tmp_path / "long", "last")
-    assert differing(best, last)
-    tested = {}
-    for name in ("best", "last"):
-        checkpoint = tmp_path / "long" / name
-        run(command(tmp_path / name, f"--option test --checkpoint {checkpoint}", model=False))
-        tested[name] = (tmp_path / name / "predictions" / "sts-dev-output.csv").read_text()
-    assert (tmp_path / "long" / "predictions" / "sts-dev-output.csv").read_text() == tested["best"] != tested["last"]
-    original = engine.Trainer.take_step
-
-    def keep_after_two_epochs(trainer: engine.Trainer, epoch: int, step: int) -> dict[str, Any]:
-        if step == 6:
-            kept.update({name: p.detach().clone() for name, p in trainer.parameters.items()})
-        return original(trainer, epoch, step)
-
-    kept: dict[str, Tensor] = {}
-    monkeypatch.setattr(engine.Trainer, "take_step", keep_after_two_epochs)
-    run(command(tmp_path / "again", "--pretrain_epochs 0 --epochs 4 --lr 1e-3 --warmup 0"))
-    assert torch.equal(best["heads.sts.output.weight"], kept["heads.sts.output.weight"])
-    assert torch.equal(best["bert.pooler.dense.weight"], kept["encoder.pooler.weight"])
+def test_the_best_checkpoint_is_the_best_epochs(command: Command, tmp_path: Path, made_up: Any) -> None:
+    kept = made_up(lambda tasks, epoch: {1: 0.3, 2: 0.8, 3: 0.8, 4: 0.5}[epoch])
+    run(command(tmp_path / "run", "--pretrain_epochs 0 --epochs 4 --lr 1e-3 --warmup 0"))
+    assert read(tmp_path / "run" / "results.json")["best_epoch"] == 2
+    names = {"heads.sts.output.weight": "heads.sts.output.weight", "bert.pooler.dense.weight": "encoder.pooler.weight"}
+    for folder, epoch in (("best", 2), ("last", 4)):
+        found = weights(tmp_path / "run", folder)
+        for theirs, ours in names.items():
+            assert torch.equal(found[theirs], kept["sst+para+sts", epoch][ours])
+        checkpoint = tmp_path / "run" / folder
+        run(command(tmp_path / folder, f"--option test --checkpoint {checkpoint}", model=False))
+    of_run, of_best, of_last = (
+        tmp_path / name / "predictions" / "sts-dev-output.csv" for name in ("run", "best", "last")
+    )
+    assert of_run.read_bytes() == of_best.read_bytes() != of_last.read_bytes()
 
 
 def test_testing_a_run_gives_the_scores_and_predictions_of_the_run(command: Command, tmp_path: Path) -> None:
     run(command(tmp_path / "run", "--pal --pretrain_epochs 1"))
     for name, checkpoint in (("of_run", tmp_path / "run"), ("of_folder", tmp_path / "run" / "best")):
         run(command(tmp_path / name, f"--option test --checkpoint {checkpoint} --eval_batch_size 3", model=False))
-        first, second = (json.loads((tmp_path / part / "results.json").read_text()) for part in ("run", name))
+        first, second = (read(tmp_path / part / "results.json") for part in ("run", name))
         for task in TASKS:
             assert second["dev"][task] == pytest.approx(first["dev"][task], abs=1e-6)
         check_predictions(tmp_path / name)
@@ -317,7 +300,7 @@ def test_testing_a_run_gives_the_scores_and_predictions_of_the_run(command: Comm
 
 
 def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(command: Command, tmp_path: Path) -> None:
-    run(command(tmp_path / "plain", "--head_layers 1"))
+    run(command(tmp_path / "plain", "--head mlp"))
     flags = f"--checkpoint {tmp_path / 'plain'} --pal --train pal --lr 1e-2 --warmup 0 --draws_per_step 3"
     run(command(tmp_path / "late", flags + " --scheduler round_robin", model=False))
     before, after = weights(tmp_path / "plain", "best"), weights(tmp_path / "late", "last")
@@ -330,7 +313,7 @@ def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(command: Com
 
 def test_fewer_tasks_make_a_smaller_run(command: Command, tmp_path: Path) -> None:
     run(command(tmp_path / "run", "--tasks sts"))
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = read(tmp_path / "run" / "results.json")
     assert set(results["dev"]) == {"sts", "mean"}
     assert results["parameters"]["total"] == results["parameters"]["separate_models"]
     assert sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir()) == [
@@ -338,40 +321,26 @@ def test_fewer_tasks_make_a_smaller_run(command: Command, tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-def test_without_a_test_file_there_are_no_test_predictions(
+def test_what_is_odd_about_the_data_is_told(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """No test file, a row without a label, and dev rows that stand in the training file."""
     folder = write_data(tmp_path / "data")
     (folder / "quora-test-student.csv").unlink()
-    run(command(tmp_path / "run", f"--data {folder} --option pretrain"))
-    assert not (tmp_path / "run" / "predictions" / "para-test-output.csv").exists()
-    assert "no test file of para" in capsys.readouterr().out
-
-
-def test_rows_without_a_label_are_skipped_and_counted(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_data(tmp_path / "data")
     path = folder / "quora-train.csv"
     lines = path.read_text().splitlines()
     lines[4] = lines[4].rsplit("\t", 1)[0] + "\t"
     path.write_text("\n".join(lines) + "\n")
-    run(command(tmp_path / "run", f"--data {folder} --option pretrain"))
-    assert f"skipped 1 rows without a label: {path}:5" in capsys.readouterr().out
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["data_files"]["quora-train.csv"] | {"sha256": ""} == {"rows": 25, "skipped": [5], "sha256": ""}
-
-
-def test_dev_rows_that_stand_in_the_training_file_are_told(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_data(tmp_path / "data")
     train, dev = ((folder / f"sts-{split}.csv") for split in ("train", "dev"))
     rows = [line.split("\t") for line in train.read_text().splitlines()[1:3]]
     swapped = ["\t".join([*row[:2], row[3].upper(), row[2], "0"]) for row in rows]
     dev.write_text(dev.read_text() + "\n".join(swapped) + "\n")
     run(command(tmp_path / "run", f"--data {folder} --option pretrain"))
     shown = capsys.readouterr().out
+    assert not (tmp_path / "run" / "predictions" / "para-test-output.csv").exists() and "no test file of para" in shown
+    assert f"skipped 1 rows without a label: {path}:5" in shown
+    files = read(tmp_path / "run" / "config.json")["data_files"]
+    assert files["quora-train.csv"] | {"sha256": ""} == {"rows": 25, "skipped": [5], "sha256": ""}
     assert "warning: 2 of 10 dev rows of sts stand in its training file too" in shown
     assert shown.count("training file too") == 1
 
@@ -389,7 +358,7 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(
     first, second = (tmp_path / "runs" / name for name in ("first", "second"))
     assert differing(weights(first), weights(second)) == set()
     for name in ("results.json", "config.json"):
-        values = [json.loads((out / name).read_text()) for out in (first, second)]
+        values = [read(out / name) for out in (first, second)]
         for key in ("out", "seconds", "peak_memory_mb"):
             for value in values:
                 value.pop(key, None)
@@ -400,11 +369,13 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(
 
 # -------------------------------------------------------------------------------------------------- every flag
 
-BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 3 --lr 1e-3"
+BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 4 --lr 1e-3 --batch_size 8"
 CHANGES = [
     ("", "--scheduler random"),
     ("", "--scheduler pal"),
-    ("", "--draws_per_step 4"),
+    ("", "--scheduler temperature"),
+    ("--scheduler temperature", "--temperature_tau 9"),
+    ("", "--draws_per_step 5"),
     ("", "--pcgrad"),
     ("", "--gradvac"),
     ("", "--treatment UPGrad"),
@@ -424,7 +395,7 @@ CHANGES = [
     ("--pal --pal_size 8", "--pal_heads 4"),
     ("--pal", "--pal_layers 1"),
     ("--pal", "--train pal"),
-    ("", "--head_layers 1"),
+    ("", "--head mlp"),
     ("", "--augment eda"),
     ("--augment eda", "--eda_alpha 0.5"),
     ("--augment eda", "--eda_deletion_prob 0.6"),
@@ -440,13 +411,27 @@ CHANGES = [
     ("", "--warmup 0.5"),
     ("", "--weight_decay 0.5"),
     ("--max_grad_norm 0", "--max_grad_norm 1e-9"),
-    ("--epochs 5 --lr 1e-9 --tasks sst para --draws_per_step 2", "--patience 1"),
+    ("--epochs 5 --lr 1e-9 --tasks sst para", "--patience 1"),
     ("", "--seed 1"),
     ("", "--tasks sst sts"),
     ("", "--amp"),
     ("", "--amp fp16"),
 ]
-KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard"]
+KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
+NOT_TRIED = [
+    "option",
+    "model",
+    "data",
+    "out",
+    "resume",
+    "checkpoint",
+    "task",
+    "input",
+    "output",
+    "cache",
+    "device",
+    "wordnet",
+]  # where, not how
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +443,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command, str
         if flags not in cache:
             out = tmp_path_factory.mktemp("flags") / "run"
             run(command(out, flags))
-            cache[flags] = weights(out)
+            cache[flags] = {f"{part} {n}": w for part in ("last", "best") for n, w in weights(out, part).items()}
         return cache[flags]
 
     return outcome
@@ -467,7 +452,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command, str
 @pytest.fixture
 def _small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Synonyms without WordNet's files."""
-    monkeypatch.setattr(run_data, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
+    monkeypatch.setattr(datasets, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
 
 
 @pytest.mark.usefixtures("_small_wordnet")
@@ -484,25 +469,33 @@ def test_what_is_no_matter_of_training_changes_nothing(flag: str, command: Comma
     assert differing(outcomes(command, BASE), outcomes(command, f"{BASE} {flag}")) == set()
 
 
-@pytest.mark.parametrize(
-    ("width", "draws", "expected"), [(384, 1, 8e-5), (768, 1, 2.8e-5), (1024, 1, 1.8e-5), (384, 16, 3.2e-4)]
-)
-def test_the_default_learning_rate_follows_width_and_draws(width: int, draws: int, expected: float) -> None:
-    assert multitask_classifier.default_learning_rate(width, draws) == pytest.approx(expected)
+def test_every_flag_is_tried() -> None:
+    entries = [(name, entry) for of, _ in TABLES.values() for name, entry in of.items()]
+    flags = {name for name, _ in flags_of(Config)}
+    flags |= {flag.name for name, entry in entries for _, flag in flags_of(parameters_type(entry), f"{name}_")}
+    tried = {line.split()[0].removeprefix("--") for line in (*(flag for _, flag in CHANGES), *KEEPS)}
+    assert flags - tried == set(NOT_TRIED)
 
 
-def test_a_step_of_more_draws_has_a_higher_default_rate(command: Command, tmp_path: Path) -> None:
-    rates = []
-    for draws in (1, 4):
-        run(command(tmp_path / str(draws), f"--pretrain_epochs 0 --draws_per_step {draws}"))
-        rates.append(json.loads((tmp_path / str(draws) / "config.json").read_text())["lr"])
-    assert rates[1] == pytest.approx(2 * rates[0], rel=0.05)
+@pytest.mark.parametrize(("width", "expected"), [(384, 8e-5), (768, 2.8e-5), (1024, 1.8e-5)])
+def test_the_default_learning_rate_follows_the_width(width: int, expected: float) -> None:
+    assert running.default_learning_rate(width) == pytest.approx(expected)
 
 
-def test_the_two_short_flags_are_their_treatments(command: Command, outcomes: Any) -> None:
-    for name in ("pcgrad", "gradvac"):
-        short, long = outcomes(command, f"{BASE} --{name}"), outcomes(command, f"{BASE} --treatment {name}")
-        assert differing(short, long) == set()
+@pytest.mark.parametrize("methods", ["", "--pcgrad", "--gradvac --accumulation_steps 2"])
+def test_a_step_has_the_rows_that_it_says_and_an_epoch_those_of_the_files(
+    methods: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """78 training rows; 8 rows a step, or twice as many."""
+    taken, original = [], engine.Trainer._backward
+
+    def backward(trainer: engine.Trainer, rows: dict[str, Any], *rest: Any) -> dict[str, float]:
+        taken.append(sum(map(len, rows.values())))
+        return original(trainer, rows, *rest)
+
+    monkeypatch.setattr(engine.Trainer, "_backward", backward)
+    run(command(tmp_path / "run", f"{methods} --pretrain_epochs 1 --epochs 1 --batch_size 8 --steps_per_epoch 0"))
+    assert taken == [8] * 10 * 2 if "accumulation" not in methods else [16] * 5 * 2
 
 
 # ---------------------------------------------------------------------------------- stopped, killed and resumed
@@ -514,7 +507,7 @@ POINTS = {
     "rename": "os:rename",
     "write": "os:replace",
     "evaluation": "evaluation:predict_logits",
-    "features": "multitask_classifier:compute_features",
+    "features": "run:compute_features",
 }
 
 
@@ -569,7 +562,7 @@ def signalled(processes: multiprocessing.context.ForkServerContext, tmp_path: Pa
 
 METHODS = {
     "plain": "",
-    "pcgrad": "--pcgrad --scheduler pal --draws_per_step 4",
+    "pcgrad": "--pcgrad --scheduler pal",
     "gradvac": "--gradvac --scheduler random --granularity layer --pal --warmup 0",
     "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
@@ -600,7 +593,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     numbers = ("stage", "epoch", "step", "loss", "lr", "gradient_norm", "dev", "cosines", "draws")
     logs = [[{k: r.get(k) for k in numbers} for r in records(out)] for out in (found, expected)]
     assert logs[0] == logs[1]
-    dev = [json.loads((out / "results.json").read_text())["dev"] for out in (found, expected)]
+    dev = [read(out / "results.json")["dev"] for out in (found, expected)]
     assert dev[0] == dev[1]
     for name in ("sst", "para", "sts"):
         files = [(out / "predictions" / f"{name}-test-output.csv").read_bytes() for out in (found, expected)]
@@ -651,9 +644,9 @@ def test_a_checkpoint_whose_replacement_was_cut_off_is_not_lost(
     arguments = command(out, "--option pretrain --save_every 2")
     assert signalled(arguments, "rename", number, signal.SIGKILL)[0] == -signal.SIGKILL
 
-    def take_step(trainer: engine.Trainer, epoch: int, step: int) -> dict[str, Any]:
+    def take_step(trainer: engine.Trainer, epoch: int, step: int, *rest: Any) -> dict[str, Any]:
         taken.append(step)
-        return original(trainer, epoch, step)
+        return original(trainer, epoch, step, *rest)
 
     monkeypatch.setattr(engine.Trainer, "take_step", take_step)
     run(["--resume", str(out)])
@@ -665,7 +658,7 @@ def test_a_stage_that_has_ended_is_not_begun_again(
 ) -> None:
     out = tmp_path / "run"
     assert signalled(command(out), "step", 7, signal.SIGKILL)[0] == -signal.SIGKILL  # in fine-tuning
-    monkeypatch.setattr(multitask_classifier, "compute_features", lambda *_: pytest.fail("features were computed"))
+    monkeypatch.setattr(running, "compute_features", lambda *_: pytest.fail("features were computed"))
     run(["--resume", str(out)])
     assert_same_run(out, whole_runs(command, ""))
 
@@ -673,7 +666,7 @@ def test_a_stage_that_has_ended_is_not_begun_again(
 def test_other_kinds_of_runs_resume_too(command: Command, whole_runs: Any, signalled: Any, tmp_path: Path) -> None:
     plain = whole_runs(command, "")
     kinds = [
-        ("--option individual_pretrain --head_layers 1 --patience 1", True, 9),
+        ("--option individual_pretrain --head mlp --patience 1", True, 9),
         (f"--checkpoint {plain} --pal --train pal --smart", False, 4),
     ]
     for i, (flags, model, number) in enumerate(kinds):
@@ -698,33 +691,33 @@ def test_a_run_killed_twice_still_equals_the_uninterrupted_run(
     assert_same_run(out, whole_runs(command, ""))
 
 
-@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("method", "point", "number", "finished"),
+    ("method", "point", "number", "what", "finished"),
     [
-        ("plain", "step", 5, ("pretrain", 5)),
-        ("gradvac", "step", 11, ("finetune", 5)),
-        ("plain", "evaluation", 8, ("finetune", 3)),  # in the evaluation of the first epoch of fine-tuning
-        ("plain", "evaluation", 4, ("pretrain", 6)),
-        ("plain", "evaluation", 13, ("finetune", 6)),  # in the last evaluation
-        ("plain", "features", 1, ("pretrain", 0)),
-        ("plain", "features", 2, ("pretrain", 1)),  # of the second step's task
-        ("plain", "features", 5, ("pretrain", 3)),  # of dev rows, in the evaluation of the first epoch
+        ("plain", "step", 5, signal.SIGINT, ("pretrain", 5)),
+        ("gradvac", "step", 11, signal.SIGTERM, ("finetune", 5)),
+        ("plain", "evaluation", 8, signal.SIGINT, ("finetune", 3)),  # after the first epoch of fine-tuning
+        ("plain", "evaluation", 4, signal.SIGTERM, ("pretrain", 6)),
+        ("plain", "evaluation", 13, signal.SIGTERM, ("finetune", 6)),  # in the last evaluation
+        ("plain", "features", 1, signal.SIGTERM, ("pretrain", 0)),
+        ("plain", "features", 2, signal.SIGINT, ("pretrain", 1)),  # of the second step's task
+        ("plain", "features", 5, signal.SIGINT, ("pretrain", 3)),  # of dev rows, after the first epoch
     ],
 )
 def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uninterrupted_run(
-    what: signal.Signals, method: str, point: str, number: int, finished: tuple[str, int], command: Command,
+    method: str, point: str, number: int, what: signal.Signals, finished: tuple[str, int], command: Command,
     whole_runs: Any, signalled: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
-    out = tmp_path / "run"
+    out = tmp_path / "a run's"
     status, shown = signalled(command(out, METHODS[method]), point, number, what)
-    assert status == 128 + what
-    assert shown.splitlines()[-1] == f"stopped; to go on: python multitask_classifier.py --resume {out}"
-    assert "Traceback" not in shown
-    state = json.loads((out / "last" / "trainer.json").read_text())
+    assert status == 128 + what and "Traceback" not in shown
+    told, _, again = shown.splitlines()[-1].partition(": ")
+    assert told == "stopped; to go on"
+    assert shlex.split(again) == ["python", "multitask_classifier.py", f"--resume={out}"]
+    state = read(out / "last" / "trainer.json")
     assert (["pretrain", "finetune"][state["stage"]], state["progress"]["step"]) == finished
     assert steps(out)[-1:] == ([finished] if finished[1] else [])
-    run(["--resume", str(out)])
+    run(shlex.split(again)[2:])
     assert_same_run(out, whole_runs(command, METHODS[method]))
 
 
@@ -756,7 +749,7 @@ def test_a_real_process_is_killed_from_outside_and_stopped_by_ctrl_c(command: Co
     wait_for_steps(out, 61, stopped)
     stopped.send_signal(signal.SIGINT)
     shown, errors = stopped.communicate()
-    assert stopped.returncode == 130 and errors == "" and shown.splitlines()[-1].endswith(f"--resume {out}")
+    assert stopped.returncode == 130 and errors == "" and shown.splitlines()[-1].endswith(f"--resume={out}")
     run(["--resume", str(out)])
     run(command(whole, flags))
     assert steps(out) == both(40, 40)
@@ -776,12 +769,95 @@ def test_changed_data_is_refused_on_resume(
     assert everything(out) == before
 
 
-def test_a_finished_run_is_not_resumed(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_to_go_on_with_is_not_resumed(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(command(tmp_path / "run", "--option pretrain"))
     before = everything(tmp_path / "run")
-    assert "has ended" in error_line(["--resume", str(tmp_path / "run")], capsys)
+    for name, words in (("run", "has ended"), ("none", "no run directory"), ("run/best", "is not that of a run")):
+        assert words in error_line(["--resume", str(tmp_path / name)], capsys)
     assert everything(tmp_path / "run") == before
-    assert "no run directory" in error_line(["--resume", str(tmp_path / "none")], capsys)
+
+
+def test_a_run_is_resumed_from_another_directory(
+    command: Command, tmp_path: Path, tiny: Path, data: Path, signalled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags may name model and data from where the run was started."""
+    (tmp_path / "model").symlink_to(tiny)
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    arguments = command(Path("run"), "--option pretrain --model model --data data")
+    assert signalled(arguments, "step", 5, signal.SIGTERM)[0] == 128 + signal.SIGTERM
+    monkeypatch.chdir(tmp_path.parent)
+    run(["--resume", str(tmp_path / "run")])
+    assert steps(tmp_path / "run") == both()[:6]
+
+
+# ----------------------------------------------------------------------------- runs of the version before
+
+
+def as_before(folder: Path) -> Path:
+    """Turns a run with a hidden layer in its heads and with adapters into one of the version before."""
+    layout = {
+        "format": 1,
+        "tasks": {task: of.output.num_outputs for task, of in TASKS.items()},
+        "head_layers": 1,
+        "adapters": {"kind": "attention", "size": 8, "num_heads": 2, "num_layers": 2},
+    }
+    for part in ("best", "last"):
+        change_config(folder / part, multitask_bert=layout)
+    config = read(folder / "config.json")
+    for name in ("head", "mlp_layers", "adapter", "regularizers", "temperature_tau"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps({**config, "head_layers": 1, "layout": layout}))
+    path = folder / "last" / "trainer.json"
+    path.write_text(json.dumps({name: value for name, value in read(path).items() if name != "format"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old_run(whole_runs: Any, tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the version before."""
+    out = tmp_path_factory.mktemp("before") / "run"
+    flags = "--head mlp --pal --pal_size 8 --pal_heads 2 --epochs 1 --steps_per_epoch 2 --pretrain_epochs 0 --cache off"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "draw_plots", lambda run: None)
+        run([*flags.split(), "--device", "cpu", "--model", str(tiny), "--data", str(data), "--out", str(out)])
+    return as_before(out)
+
+
+def test_a_run_of_the_version_before_is_tested_and_trained_on(command: Command, old_run: Path, tmp_path: Path) -> None:
+    run(command(tmp_path / "test", f"--option test --checkpoint {old_run}", model=False))
+    assert read(tmp_path / "test" / "results.json")["dev"] == read(old_run / "results.json")["dev"]
+    run(command(tmp_path / "next", f"--checkpoint {old_run} --epochs 1", model=False))
+    assert weights(tmp_path / "next").keys() == weights(old_run).keys()
+
+
+def test_a_run_of_the_version_before_is_compared_with_one_of_today(
+    old_run: Path, treated_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = subprocess.run([sys.executable, str(ROOT / "evaluation.py"), str(old_run), str(treated_run)], check=False)
+    shown = capfd.readouterr()
+    assert report.returncode == 0 and "Traceback" not in shown.err, shown.err
+    assert "pcgrad" in shown.out
+
+
+@pytest.mark.parametrize("left", ["config.json", "last/config.json last/trainer.json config.json", "all but layout"])
+def test_a_run_of_the_version_before_is_not_resumed(
+    left: str, old_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before its first checkpoint, or later; nor is a state without a format."""
+    out = tmp_path / "run"
+    shutil.copytree(old_run, out)
+    (out / "results.json").unlink()
+    if left == "config.json":
+        shutil.rmtree(out / "last")
+    elif left == "all but layout":
+        change_config(out, layout={"format": 2})
+    before = everything(out)
+    line = error_line(["--resume", str(out)], capsys)
+    assert "version of the program" in line and f"--checkpoint {out}" in line
+    assert everything(out) == before
 
 
 @pytest.mark.parametrize("method", ["plain", "gradvac"])
@@ -793,14 +869,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_good_checkpoint(
 
     def broken(trainer: engine.Trainer, *args: Any) -> Tensor:
         loss = original(trainer, *args)
-        return loss * float("nan") if trainer.progress.step == 4 and trainer.settings.name == "finetune" else loss
+        return loss * float("nan") if trainer.progress.step == 4 and trainer.stage.name == "finetune" else loss
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.Trainer, "_loss", broken)
         line = error_line(command(out, METHODS[method]), capsys)
     assert "finetune step 5" in line and " is nan" in line and "training rows" in line
-    state = json.loads((out / "last" / "trainer.json").read_text())
-    assert state["progress"]["step"] == 4
+    assert read(out / "last" / "trainer.json")["progress"]["step"] == 4
     run(["--resume", str(out)])  # what broke the run is gone
     assert_same_run(out, whole_runs(command, METHODS[method]))
 
@@ -817,41 +892,18 @@ def last_cell(content: bytes, value: bytes) -> bytes:
     return content.rstrip(b"\n").rsplit(b"\t", 1)[0] + b"\t" + value + b"\n"
 
 
-BAD_FILES: dict[str, tuple[str, Callable[[bytes], bytes], Sequence[str]]] = {
-    "missing column": (
-        "sts-dev.csv",
-        lambda c: c.replace(b"similarity", b"likeness", 1),
-        ["sts-dev.csv:1", "'similarity'"],
-    ),
-    "label out of range": ("sts-dev.csv", lambda c: last_cell(c, b"6.2"), ["sts-dev.csv:9", "'6.2'", "0 to 5"]),
-    "class out of range": (
-        "ids-sst-train.csv",
-        lambda c: last_cell(c, b"5"),
-        ["ids-sst-train.csv:27", "'5'", "0 to 4"],
-    ),
-    "label not a number": (
-        "quora-train.csv",
-        lambda c: last_cell(c, b"yes"),
-        ["quora-train.csv:27", "'yes'", "0 or 1"],
-    ),
-    "label nan": ("sts-train.csv", lambda c: last_cell(c, b"nan"), ["sts-train.csv:27", "'nan'"]),
-    "empty file": ("quora-dev.csv", lambda c: b"", ["quora-dev.csv", "empty"]),
-    "header only": ("ids-sst-dev.csv", lambda c: c.split(b"\n")[0] + b"\n", ["ids-sst-dev.csv", "no rows"]),
-    "wrong delimiter": ("quora-train.csv", lambda c: c.replace(b"\t", b","), ["quora-train.csv:1", "tab"]),
-    "invalid UTF-8": (
-        "sts-train.csv",
-        lambda c: c.replace(b"film", b"fi\xfflm", 1),
-        ["sts-train.csv:", "0xff", "UTF-8"],
-    ),
-    "too few columns": ("sts-train.csv", lambda c: c.rstrip(b"\n") + b"\n26\tx\n", ["sts-train.csv:28", "2 columns"]),
-}
+BAD_FILES: list[tuple[str, Callable[[bytes], bytes], list[str]]] = [
+    ("sts-dev.csv", lambda c: last_cell(c, b"6.2"), ["sts-dev.csv:9", "'6.2'", "0 to 5"]),
+    ("ids-sst-train.csv", lambda c: last_cell(c, b"5"), ["ids-sst-train.csv:27", "'5'", "0 to 4"]),
+    ("quora-test-student.csv", lambda c: b"", ["quora-test-student.csv", "empty"]),
+]
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
+@pytest.mark.parametrize(("name", "change", "words"), BAD_FILES)
 def test_a_bad_file_is_one_line_with_file_line_and_what_is_allowed(
-    kind: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, change, words = BAD_FILES[kind]
+    name: str, change: Callable[[bytes], bytes], words: Sequence[str], command: Command, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     folder = write_data(tmp_path / "data")
     edit(folder / name, change)
     line = error_line(command(tmp_path / "run", f"--data {folder}"), capsys)
@@ -863,12 +915,8 @@ def test_a_bad_file_is_one_line_with_file_line_and_what_is_allowed(
     ("flags", "words"),
     [
         ("--scheduler fair", ["--scheduler", "fair", "round_robin"]),
-        ("--epochs two", ["--epochs", "two"]),
-        ("--pcgrad --gradvac", ["--pcgrad", "--gradvac"]),
-        ("--gradvac --gradvac_beta 1.5", ["--gradvac_beta 1.5", "at most 1"]),
-        ("--treatment nonsense", ["--treatment nonsense", "pcgrad"]),
         ("--data /nowhere/at/all", ["--data /nowhere/at/all", "no such directory"]),
-        ("--seed 99999999999999999999 --data /nowhere", ["--data /nowhere"]),  # no seed is too large
+        ("--seed 9223372036854775807 --data /nowhere", ["--data /nowhere"]),  # the largest seed
         ("--model /nowhere/at/all", ["--model /nowhere/at/all"]),
         ("--checkpoint /nowhere/at/all", ["/nowhere/at/all"]),
         ("--pal --pal_size 32", ["--pal_size 32", "31"]),
@@ -927,12 +975,23 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_other_heads_or_adapters_is_one_line(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(command(tmp_path / "run", "--option pretrain --head_layers 1"))
-    flags = f"--checkpoint {tmp_path / 'run'} --head_layers 2"
-    assert "--head_layers" in error_line(command(tmp_path / "other", flags, model=False), capsys)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--head linear", ["head of sst is mlp {'layers': 2}", "ask for linear"]),
+        ("--head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),
+        ("--head sts=linear", ["head of sts is mlp", "linear"]),
+        ("--pal --pal_size 4", ["adapters are pal", "'size': 8", "'size': 4"]),
+        ("--pal --pal_kind low_rank", ["adapters are pal", "'attention'", "'low_rank'"]),
+    ],
+)
+def test_a_checkpoint_with_other_heads_or_adapters_is_one_line(
+    flags: str, words: Sequence[str], command: Command, whole_runs: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    checkpoint = whole_runs(command, "--epochs 1 --pretrain_epochs 0 --head mlp --mlp_layers 2 --pal --pal_size 8")
+    line = error_line(command(tmp_path / "other", f"--checkpoint {checkpoint} {flags}", model=False), capsys)
+    assert all(word in line for word in words), line
     assert not (tmp_path / "other").exists()
 
 
