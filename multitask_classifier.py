@@ -415,8 +415,8 @@ class Run:
     def draw_plots(self) -> None:
         """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""
         try:
-            from finished_run import FinishedRun
-            from plots import write_plots
+            from reports.finished_run import FinishedRun
+            from reports.plots import write_plots
 
             write_plots(FinishedRun.read(self.directory.path))
         except Exception as error:

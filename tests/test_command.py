@@ -23,10 +23,10 @@ from torch import Tensor
 import engine
 import kernels
 import multitask_classifier
-import plots
 import run_data
 import token_cache
 from helpers import WORDS, write_data
+from reports import plots
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,6 +15,7 @@ import torch
 
 from run_record import (
     CONFIG,
+    LOCK,
     METRICS,
     RESULTS,
     TRAINER_STATE,
@@ -46,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_new_run_directory_holds_its_configuration(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs" / "deep" / "one", {"seed": 3})
-    assert run.config() == {"seed": 3} and contents(run.path).keys() == {CONFIG}
+    assert run.config() == {"seed": 3} and contents(run.path).keys() == {CONFIG, LOCK}
     assert (run.best, run.last) == (run.path / "best", run.path / "last")
 
 
