@@ -196,12 +196,8 @@ def test_scores_of_other_seeds_are_tested_by_welch(sizes: tuple[int, int]) -> No
     found = seed_difference(by_seed(a), by_seed(b, first=1))
     assert found is not None and found.test == f"Welch's t, n = {sizes[0]} and {sizes[1]}"
     assert found.p == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue)
-    parts = [np.var(x, ddof=1) / len(x) for x in (a, b)]
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
-    t = (a.mean() - b.mean()) / math.sqrt(sum(parts))
-    assert found.p == pytest.approx(2 * stats.t.sf(abs(t), freedom))
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts))
-    assert (found.low, found.high) == pytest.approx((a.mean() - b.mean() - half, a.mean() - b.mean() + half))
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high))
 
 
 @pytest.mark.filterwarnings("error")
@@ -289,15 +285,6 @@ def test_p_is_twice_the_share_of_resamples_on_the_rarer_side_of_zero() -> None:
     assert found.p == pytest.approx(2 * (49 + 1) / 2000)
     assert row_difference(-0.1, -differences, np.zeros(1999)).p == found.p
     assert row_difference(0.0, np.zeros(99), np.zeros(99)).p == 1
-
-
-def test_equal_models_are_called_different_about_once_in_twenty() -> None:
-    draw, num_found = np.random.default_rng(2), 0
-    for _ in range(120):
-        labels = draw.integers(0, 2, 200).astype(float)
-        runs = [rows_of(labels, np.where(draw.random(200) < 0.8, labels, 1 - labels)) for _ in range(2)]
-        num_found += row_difference(1.0, *(resampled_scores("para", of) for of in runs)).verdict == "better"
-    assert stats.binomtest(num_found, 120, 0.05).pvalue > 0.01 and num_found > 0
 
 
 # ------------------------------------------------------------------------------------------------- comparisons
