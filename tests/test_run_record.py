@@ -338,5 +338,6 @@ def test_a_file_system_without_locks_is_no_error(number: int, tmp_path: Path, mo
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    RunDirectory.create(tmp_path / "run", {}).close()
-    assert RunDirectory.existing(tmp_path / "run").config() == {}
+    run = RunDirectory.create(tmp_path / "run", {})
+    assert RunDirectory.existing(tmp_path / "run").config() == {}  # nothing holds it, though the first is still there
+    run.close()
