@@ -501,6 +501,6 @@ class RowStream:
 
 
 if __name__ == "__main__":
-    from data_report import main
+    from reports.data_report import main
 
     sys.exit(main())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # the command reads files only, and does not wait for torch
-    from report import main
+    from reports.report import main
 
     sys.exit(main())
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
-from finished_run import DevRows
+from run_record import DevRows
 from model import MultitaskBert, TaskModel
 from tasks import TASKS, is_degenerate
 

@@ -67,6 +67,8 @@ class Layout:
     def from_dict(cls, values: Any, where: str) -> "Layout":
         """Raises CheckpointError if the values are not of a known format or name what is not known."""
         try:
+            if values["format"] not in (1, 2):
+                raise ValueError(f"format is {values['format']!r}, expected 1 or 2")
             if values["format"] == 1:
                 values = _of_format_2(values)
             for task, saved in values["tasks"].items():

@@ -5,19 +5,24 @@ Files are written beside their place and renamed. A process killed at any moment
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", ".lock"
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
 
 
@@ -25,11 +30,20 @@ class RunError(ValueError):
     """A run directory cannot be used; the message is one line for the user."""
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file, text as UTF-8, whole or not at all: beside its place, then renamed. Replaces what was there."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file whole or not at all. Raises ValueError for NaN and infinities."""
+    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -183,7 +197,8 @@ class RunDirectory:
         self.path = path
         self.best, self.last = path / "best", path / "last"
         self.predictions = path / "predictions"
-        self._release: Callable[[], Any] = lambda: None
+        # The system's lock, which ends with the process; a file that only stands for a lock would outlive it.
+        self._lock = FileLock(path / LOCK, timeout=0, fallback_to_soft=False)
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
@@ -217,22 +232,15 @@ class RunDirectory:
     def _hold(self) -> None:
         """Keeps other processes from running in the directory. Raises RunError if one does."""
         try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        self._release = weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release()
+            self._lock.acquire()
+        except Timeout:
             raise RunError(f"--resume {self.path}: another process is running it, expected a stopped run") from None
-        except OSError:  # a file system without locks
+        except (OSError, NotImplementedError):  # a file system without locks
             pass
 
     def close(self) -> None:
         """Lets other processes resume the run."""
-        self._release()
+        self._lock.release()
 
     def config(self) -> dict[str, Any]:
         return dict(read_json(self.path / CONFIG))
@@ -267,3 +275,50 @@ def read_trainer(folder: Path, format: int) -> tuple[dict[str, Tensor], dict[str
         return load_file(folder / TRAINER_TENSORS), state
     except (SafetensorError, OSError) as error:
         raise RunError(f"{folder / TRAINER_TENSORS}: not readable as safetensors ({error})") from None
+
+
+# ----------------------------------------------------------------------------------------------------- dev rows
+
+
+@dataclass(frozen=True)
+class DevRows:
+    """A task's dev rows, in the order of their file, and what the run's model says of them.
+
+    labels, predictions: (R,) in the units of the label. probabilities: (R, classes), or None on a scale and where a run
+    left none.
+    """
+
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray | None
+
+    @staticmethod
+    def file_name(task: str) -> str:
+        return f"{task}-dev-rows.csv"
+
+    def write(self, path: Path) -> None:
+        """A csv file: id, label, prediction, and of classes the probability of each."""
+        probabilities = np.empty((len(self.ids), 0)) if self.probabilities is None else self.probabilities
+        numbers = np.column_stack([self.labels, self.predictions, probabilities])
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "label", "prediction", *(f"probability_{k}" for k in range(probabilities.shape[1]))])
+        writer.writerows([name, *(f"{x:.9g}" for x in row)] for name, row in zip(self.ids, numbers, strict=True))
+        write_atomically(path, file.getvalue())
+
+    @classmethod
+    def read(cls, path: Path) -> DevRows:
+        """What `write` wrote. Raises RunError if the file is damaged."""
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                header, *rows = list(csv.reader(file))
+            if header[:3] != ["id", "label", "prediction"] or not rows:
+                raise ValueError(f"header {header[:3]} over {len(rows)} rows")
+            numbers = np.array([row[1:] for row in rows], dtype=np.float64)
+            if numbers.shape != (len(rows), len(header) - 1) or not np.isfinite(numbers).all():
+                raise ValueError("a number is missing or not finite")
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"{path}: not readable as dev rows ({error})") from None
+        probabilities = numbers[:, 2:] if len(header) > 3 else None
+        return cls(tuple(row[0] for row in rows), numbers[:, 0], numbers[:, 1], probabilities)

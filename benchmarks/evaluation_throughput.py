@@ -8,32 +8,17 @@ program does: the rows that share a batch are its own business, as no prediction
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from benchmarks import reference, workload
-from benchmarks.harness import (
-    Benchmark,
-    Check,
-    Line,
-    MatmulLimit,
-    Options,
-    Report,
-    Step,
-    Summary,
-    alternate,
-    left_out,
-    ratios,
-    run,
-)
-from benchmarks.reference import PaddedBert
-from evaluation import predict_logits
+from benchmarks.harness import Benchmark, Check, Line, Options, Report, Step, Summary, alternate
+from benchmarks.matmul_limit import MatmulLimit, left_out
+from evaluation import predict_all
 
 OURS, PADDED, LIMIT = "ours", "transformers, padded, file order", "matrix products alone"
 BATCH_SIZE = 64
-QUICK_ROWS = 200
 
 
 class Setup:
@@ -41,21 +26,18 @@ class Setup:
 
     def __init__(self, options: Options) -> None:
         self.checkpoint = workload.Checkpoint.find(options.model)
-        rows = self.checkpoint.rows(options.data, "dev")
-        self.rows = workload.subset(rows, QUICK_ROWS) if options.quick else rows
-        self.model = self.checkpoint.model(tuple(rows))
+        self.rows = self.checkpoint.rows(options.data, "dev")
+        self.model = self.checkpoint.model(tuple(self.rows))
         self.predictions: dict[str, dict[str, torch.Tensor]] = {}
 
     def ours(self) -> Step:
         def predict(number: int) -> None:
-            self.predictions[OURS] = {
-                task: predict_logits(self.model, task, of, BATCH_SIZE, workload.CPU) for task, of in self.rows.items()
-            }
+            self.predictions[OURS] = predict_all(self.model, self.rows, BATCH_SIZE, workload.CPU)
 
         return predict
 
     def padded(self) -> Step:
-        model = PaddedBert.from_checkpoint(self.checkpoint.folder, self.model).eval()
+        model = reference.PaddedBert(self.model).eval()
 
         def predict(number: int) -> None:
             self.predictions[PADDED] = {
@@ -65,62 +47,41 @@ class Setup:
 
         return predict
 
-    def batch_lengths(self) -> list[np.ndarray]:
-        """(B,) tokens of the rows of each of our batches."""
-        batches = []
-        for of in self.rows.values():
-            ordered = of.tokens.lengths[of.by_length()]
-            batches += [ordered[start : start + BATCH_SIZE] for start in range(0, len(ordered), BATCH_SIZE)]
-        return batches
-
-
-def variants(options: Options) -> Mapping[str, Callable[[], Step]]:
-    setup = Setup(options)
-    return {OURS: setup.ours, PADDED: setup.padded}
+    def makers(self) -> dict[str, Callable[[], Step]]:
+        return {OURS: self.ours, PADDED: self.padded}
 
 
 def measure(options: Options) -> Report:
     setup = Setup(options)
-    batches = setup.batch_lengths()
+    batches = [lengths for of in setup.rows.values() for lengths in workload.batch_lengths(of, BATCH_SIZE)]
     limit = MatmulLimit(setup.checkpoint.config, batches, training=False)
-    kinds = {OURS: setup.ours(), PADDED: setup.padded(), LIMIT: lambda number: limit.run(*batches)}
-    seconds = alternate(kinds, options.rounds, warm_up=1)
-    least = [limit.seconds(batches, of) for of in seconds[LIMIT]]
-    num_rows = sum(workload.row_counts(setup.rows).values())
-    rates = {name: [num_rows / of for of in seconds[name]] for name in (OURS, PADDED)}
-    lines = [
-        Line(
-            name,
-            rates[name],
-            "rows/s",
-            None if name == OURS else Summary.of(ratios(rates[name], rates[OURS])),
-            Summary.of(ratios(least, seconds[name])).median,
-            BENCHMARK.memory(name, options),
-        )
-        for name in (OURS, PADDED)
-    ]
+    makers = setup.makers()
+    kinds: dict[str, Step] = {name: make() for name, make in makers.items()}
+    seconds = alternate({**kinds, LIMIT: lambda number: limit.run(*batches)}, options.rounds, warm_up=1)
+
+    least = [limit.seconds(batches, took) for took in seconds[LIMIT]]
+    shares = {name: Summary.of_ratios(least, seconds[name]).median for name in makers}
+    num_rows = sum(map(len, batches))
+    rates = {name: [num_rows / took for took in seconds[name]] for name in makers}
+    ratios = {PADDED: Summary.of_ratios(rates[PADDED], rates[OURS])}
+    memory = {name: BENCHMARK.memory(name, options) for name in makers}
+    lines = [Line(name, rates[name], "rows/s", ratios.get(name), shares[name], memory[name]) for name in makers]
     ours, other = setup.predictions[OURS], setup.predictions[PADDED]
     difference = max(float((ours[task] - other[task]).abs().max()) for task in ours)
-    settings = {"rounds": options.rounds, "batch_size": BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
-    gain = Summary.of(ratios(rates[OURS], rates[PADDED]))
+    gain = Summary.of_ratios(rates[OURS], rates[PADDED])
     checks = [
         Check("the reference's rows in a second over ours", 1 / gain.median, 1 / 2.5),
         Check("largest difference of two logits for one row", difference, 1e-4, must_hold=True),
     ]
-    assert lines[0].matmul_share is not None
     notes = [
-        left_out(setup.checkpoint.config, batches, lines[0].matmul_share),
+        left_out(setup.checkpoint.config, batches, shares[OURS]),
         f"ours predicts {gain.median:.2f} times as many rows a second ({gain.smallest:.2f} to {gain.largest:.2f})",
     ]
+    settings = {"rounds": options.rounds, "batch_size": BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
     return Report("rows predicted in a second, all dev files; ratios to ours", lines, checks, notes, settings)
 
 
-BENCHMARK = Benchmark("evaluation_throughput", measure, variants, rounds=5)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(BENCHMARK, __doc__ or "", arguments)
-
+BENCHMARK = Benchmark("evaluation_throughput", __doc__, measure, lambda options: Setup(options).makers(), rounds=5)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

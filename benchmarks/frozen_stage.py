@@ -9,23 +9,22 @@ features is compared.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import workload
-from benchmarks.harness import Benchmark, Check, Line, Options, Report, Step, Summary, alternate, ratios, run
-from bert import DropoutMasks
+from benchmarks.harness import Benchmark, Check, Line, Options, Report, Step, Summary, alternate
 from datasets import Batch, Rows
-from engine import Trainer
 from evaluation import compute_features
-from model import FrozenEncoder, MultitaskBert, TaskModel
+from model import FrozenEncoder, MultitaskBert, TaskModel, Trained
+from ops import DropoutMasks
 
 KEPT, RUNNING = "features computed once", "encoder run every epoch"
 EPOCHS = 25
-NUM_ROWS, QUICK_ROWS = 2000, 60
+NUM_ROWS = 2000
 EVAL_BATCH_SIZE = 64
 
 
@@ -49,31 +48,27 @@ class Setup:
     def __init__(self, options: Options) -> None:
         checkpoint = workload.Checkpoint.find(options.model)
         rows = checkpoint.rows(options.data, "train")
-        self.rows = workload.subset(rows, QUICK_ROWS if options.quick else NUM_ROWS)
+        self.rows = workload.subset(rows, NUM_ROWS)
         self.model = checkpoint.model(tuple(rows))
         self.heads = {name: value.clone() for name, value in self.model.heads.state_dict().items()}
         self.steps_per_epoch = -(-sum(map(len, self.rows.values())) // workload.BATCH_SIZE)
-        self.epochs = 3 if options.quick else EPOCHS
 
-    def train(self, seen: TaskModel, rows: Mapping[str, Rows], epochs: int) -> list[float]:
+    def _train(self, seen: TaskModel, rows: Mapping[str, Rows], epochs: int) -> list[float]:
         """Trains new heads; returns the loss of each step."""
         self.model.heads.load_state_dict(self.heads)
-        trainer = self._trainer(seen, rows)
+        trained = Trained({}, {task: self.model.head_parameters(task) for task in rows})
+        trainer = workload.make_trainer(seen, trained, rows)
         return [trainer.take_step(1, step)["loss"] for step in range(epochs * self.steps_per_epoch)]
-
-    def _trainer(self, seen: TaskModel, rows: Mapping[str, Rows]) -> Trainer:
-        of_tasks = {task: self.model.task_parameters(task) for task in rows}
-        return workload.make_trainer(seen, {}, of_tasks, rows)
 
     def with_features(self, epochs: int) -> list[float]:
         features = {
             task: compute_features(self.model, task, of, EVAL_BATCH_SIZE, workload.CPU)
             for task, of in self.rows.items()
         }
-        return self.train(FrozenEncoder(self.model), features, epochs)
+        return self._train(FrozenEncoder(self.model), features, epochs)
 
     def without(self, epochs: int) -> list[float]:
-        return self.train(RunningEncoder(self.model), self.rows, epochs)
+        return self._train(RunningEncoder(self.model), self.rows, epochs)
 
     def difference(self) -> float:
         """The largest relative difference between the losses of a step of the two ways, over an epoch."""
@@ -93,45 +88,30 @@ def measure(options: Options) -> Report:
     setup = Setup(options)
     difference = setup.difference()
     kinds: dict[str, Step] = {
-        KEPT: lambda number: setup.with_features(setup.epochs),
+        KEPT: lambda number: setup.with_features(EPOCHS),
         "one": lambda number: setup.with_features(1),
         RUNNING: lambda number: setup.without(1),
     }
     seconds = alternate(kinds, options.rounds, warm_up=0)
-    whole = [of * setup.epochs for of in seconds[RUNNING]]
-    memory = {name: BENCHMARK.memory(name, options) for name in (KEPT, RUNNING)}
+    whole = [took * EPOCHS for took in seconds[RUNNING]]
+    one, all_run = (Summary.of_ratios(took, seconds[KEPT]) for took in (seconds["one"], whole))
+    kept_memory, running_memory = (BENCHMARK.memory(name, options) for name in (KEPT, RUNNING))
     lines = [
-        Line(f"{KEPT}, {setup.epochs} epochs", seconds[KEPT], memory=memory[KEPT]),
-        Line(f"{KEPT}, 1 epoch", seconds["one"], ratio=Summary.of(ratios(seconds["one"], seconds[KEPT]))),
-        Line(
-            f"{RUNNING}, {setup.epochs} epochs (one measured)",
-            whole,
-            ratio=Summary.of(ratios(whole, seconds[KEPT])),
-            memory=memory[RUNNING],
-        ),
+        Line(f"{KEPT}, {EPOCHS} epochs", seconds[KEPT], memory=kept_memory),
+        Line(f"{KEPT}, 1 epoch", seconds["one"], ratio=one),
+        Line(f"{RUNNING}, {EPOCHS} epochs (one measured)", whole, ratio=all_run, memory=running_memory),
     ]
-    gain = Summary.of(ratios(whole, seconds[KEPT])).median
     checks = [
-        Check("a stage with features over one that runs the encoder every epoch", 1 / gain, 1 / 15),
+        Check("a stage with features over one that runs the encoder every epoch", 1 / all_run.median, 1 / 15),
         Check("relative difference of the losses over an epoch", difference, 1e-3, must_hold=True),
     ]
-    settings = {
-        "rounds": options.rounds,
-        "epochs": setup.epochs,
-        "batch_size": workload.BATCH_SIZE,
-        "rows": workload.row_counts(setup.rows),
-    }
-    num_rows = sum(map(len, setup.rows.values()))
-    title = f"seconds of the frozen stage over {num_rows} rows; ratios to the first line"
+    rows = workload.row_counts(setup.rows)
+    settings = {"rounds": options.rounds, "epochs": EPOCHS, "batch_size": workload.BATCH_SIZE, "rows": rows}
+    title = f"seconds of the frozen stage over {sum(rows.values())} rows; ratios to the first line"
     return Report(title, lines, checks, (), settings)
 
 
-BENCHMARK = Benchmark("frozen_stage", measure, variants, rounds=5)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(BENCHMARK, __doc__ or "", arguments)
-
+BENCHMARK = Benchmark("frozen_stage", __doc__, measure, variants, rounds=5)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

@@ -1,8 +1,8 @@
 """The start of an ordinary fine-tuning script with transformers: what `start_up` compares with.
 
-    python -m benchmarks.ordinary_script DATA CHECKPOINT
+    python -m benchmarks.ordinary_script DATA CHECKPOINT OUT
 
-Reads and tokenizes all files, loads the encoder, takes one optimizer step on 32 rows, prints "step" and ends. Nothing
+Reads and tokenizes all files, loads the encoder, takes one optimizer step on 32 rows, writes OUT/done and ends. Nothing
 of ours is in it but the names of files and columns.
 """
 
@@ -23,7 +23,7 @@ def read_texts(path: Path, task: Task) -> list[list[str]]:
     return [[row[column] or "" for row in rows] for column in task.text_columns]
 
 
-def main(data: str, checkpoint: str) -> None:
+def main(data: str, checkpoint: str, out: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     encoder = transformers.BertModel.from_pretrained(checkpoint, attn_implementation="sdpa", local_files_only=True)
     longest = encoder.config.max_position_embeddings
@@ -45,7 +45,8 @@ def main(data: str, checkpoint: str) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    print("step", flush=True)
+    Path(out).mkdir()
+    (Path(out) / "done").write_text("step")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,20 @@ transformers is imported where a model is made, so that ours can be measured in 
 Shape letters: B rows, L longest row of a batch, D hidden, K outputs.
 """
 
-import warnings
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bert import to_huggingface
+from checkpoints import to_huggingface
 from datasets import TokenizedRows
 from evaluation import Precision
-from model import MultitaskBert
+from heads import LinearHead
+from model import MultitaskBert, Trained
 from tasks import TASKS, task_loss
 
 
@@ -44,63 +44,41 @@ def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "
 
 
 class PaddedBert(nn.Module):
-    """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output)."""
+    """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output).
 
-    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module], dropout_prob: float) -> None:
-        """heads: ours, whose weights are copied."""
-        super().__init__()
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout_prob)
-        self.heads = nn.ModuleDict({task: _copied_output(head) for task, head in heads.items()})
+    It is asked as a MultitaskBert is, without adapters; its dropout draws its own masks.
+    """
 
-    @classmethod
-    def from_checkpoint(cls, folder: Path, like: MultitaskBert) -> "PaddedBert":
-        """The encoder as transformers reads it from a checkpoint folder, with heads like ours."""
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            encoder = transformers.BertModel.from_pretrained(
-                folder, attn_implementation="sdpa", local_files_only=True, dtype=torch.float32
-            )
-        return cls(encoder, _heads(like), like.encoder.config.hidden_dropout_prob)
-
-    @classmethod
-    def from_model(cls, model: MultitaskBert) -> "PaddedBert":
+    def __init__(self, model: MultitaskBert) -> None:
         """With the weights of a model of ours."""
         import transformers
 
+        super().__init__()
         settings: dict[str, Any] = {**model.encoder.config.to_dict(), "attn_implementation": "sdpa"}
-        config = transformers.BertConfig(**settings)
-        encoder = transformers.BertModel(config)
-        encoder.load_state_dict(to_huggingface(model.encoder))
-        return cls(encoder, _heads(model), config.hidden_dropout_prob)
-
-    def pooled(self, batch: PaddedBatch) -> Tensor:
-        """(B, D) pooler output."""
-        output = self.encoder(
-            input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, attention_mask=batch.attention_mask
-        )
-        return output.pooler_output  # type: ignore[no-any-return]
+        self.encoder = transformers.BertModel(transformers.BertConfig(**settings))
+        self.encoder.load_state_dict(to_huggingface(model.encoder))
+        self.dropout = nn.Dropout(model.encoder.config.hidden_dropout_prob)
+        outputs = {task: cast(LinearHead, head).output for task, head in model.heads.items()}
+        self.heads = nn.ModuleDict({task: copy.deepcopy(output) for task, output in outputs.items()})
 
     def forward(self, task: str, batch: PaddedBatch) -> Tensor:
         """Logits (B, K) of a task."""
-        return self.predict(task, self.pooled(batch))
+        return self.predict(task, self.pooled(task, batch))
 
-    def predict(self, task: str, pooled: Tensor) -> Tensor:
+    def pooled(self, task: str, batch: PaddedBatch, masks: None = None) -> Tensor:
+        """(B, D) pooler output."""
+        names = ("input_ids", "token_type_ids", "attention_mask")
+        return self.encoder(**{name: getattr(batch, name) for name in names}).pooler_output  # type: ignore[no-any-return]
+
+    def predict(self, task: str, pooled: Tensor, masks: None = None) -> Tensor:
+        """Logits (B, K) of a task's head from (B, D)."""
         return self.heads[task](self.dropout(pooled))  # type: ignore[no-any-return]
 
-
-def _heads(model: MultitaskBert) -> Mapping[str, nn.Module]:
-    return dict(model.heads.items())
-
-
-def _copied_output(head: Any) -> nn.Linear:
-    linear = nn.Linear(head.output.in_features, head.output.out_features)
-    linear.load_state_dict(head.output.state_dict())
-    return linear
+    def trained(self) -> Trained:
+        """All parameters."""
+        return Trained(
+            dict(self.encoder.named_parameters()), {t: dict(h.named_parameters()) for t, h in self.heads.items()}
+        )
 
 
 class OrdinaryLoop:
@@ -151,26 +129,16 @@ def predict_logits(model: PaddedBert, task: str, rows: TokenizedRows, batch_size
     return torch.cat(parts).cpu()
 
 
-def length_grouped_order(lengths: np.ndarray, batch_size: int, generator: np.random.Generator) -> np.ndarray:
-    """(R,) row numbers as transformers' group_by_length orders them.
-
-    A random order is cut into pieces of 50 batches (fewer where the data set is small: a quarter of it, at least one
-    batch), and each piece is sorted, its longest rows first.
-    """
-    piece = batch_size * max(1, min(len(lengths) // (batch_size * 4), 50))
-    order = generator.permutation(len(lengths))
-    pieces = [order[start : start + piece] for start in range(0, len(order), piece)]
-    return np.concatenate([of[np.argsort(-lengths[of], kind="stable")] for of in pieces])
-
-
 def length_grouped_batches(lengths: np.ndarray, batch_size: int, num_batches: int) -> list[np.ndarray]:
-    """Some of the batches that length grouping makes of a data set, evenly spread from the longest to the shortest.
+    """Some of the batches that transformers' group_by_length makes of a data set, evenly spread from the longest to the
+    shortest, in random order.
 
-    An epoch has batches of all lengths: a few that stand for it must too.
+    An epoch has batches of all lengths: a few that stand for it must too. lengths: (R,); batches of row numbers (B,).
     """
-    order = length_grouped_order(lengths, batch_size, np.random.default_rng(0))
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    order = np.array(get_length_grouped_indices(lengths.tolist(), batch_size, generator=torch.Generator()))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = sorted((b for b in batches if len(b) == batch_size), key=lambda b: int(lengths[b].sum())) or batches
     ranks = (np.arange(num_batches) + 0.5) * len(batches) / num_batches
-    chosen = [batches[int(rank)] for rank in ranks]
-    return [chosen[i] for i in np.random.default_rng(1).permutation(num_batches)]
+    return [batches[int(ranks[i])] for i in np.random.default_rng(1).permutation(num_batches)]

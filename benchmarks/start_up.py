@@ -12,25 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import workload
-from benchmarks.harness import (
-    ROOT,
-    Benchmark,
-    Check,
-    Line,
-    MeasurementError,
-    Options,
-    Report,
-    Step,
-    Summary,
-    alternate,
-    ratios,
-    run,
-)
+from benchmarks import harness, workload
+from benchmarks.harness import ROOT, Benchmark, Check, MeasurementError, Options, Report, Step, Summary
 from datasets import SAMPLE
 
 MAIN, COLD, WARM, ORDINARY, FLOOR = (
@@ -40,16 +27,18 @@ MAIN, COLD, WARM, ORDINARY, FLOOR = (
     "transformers script",
     "import torch",
 )
+MAIN_FLAGS = "--option finetune --scheduler pal --pcgrad"
+SHORT_FLAGS = "--option finetune --pretrain_epochs 0 --epochs 1 --steps_per_epoch 1 --eval_every 0"
 AT_MOST = 6.0  # seconds, of the main job
 TIME_OUT = 600  # seconds
 POLL = 0.005
 
 
-def until_first_step(command: Sequence[str], log: Path) -> None:
-    """Runs a command until its log holds a line, then ends it."""
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+def wait_for(command: Sequence[str], is_done: Callable[[], bool]) -> None:
+    """Runs a command until something is done, then ends it. Raises MeasurementError if it ends before, or hangs."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         started = time.monotonic()
-        while not (log.is_file() and log.stat().st_size):
+        while not is_done():
             if process.poll() is not None or time.monotonic() - started > TIME_OUT:
                 process.kill()
                 raise MeasurementError(f"{' '.join(command)}: no first step; {process.communicate()[1].strip()}")
@@ -58,70 +47,51 @@ def until_first_step(command: Sequence[str], log: Path) -> None:
 
 
 class Setup:
-    """Commands that write below a temporary folder."""
+    """Commands that write below a temporary folder, each into a file of its own when its step is done."""
 
     def __init__(self, options: Options, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.checkpoint = workload.Checkpoint.find(options.model).folder
         self.num_runs = 0
 
-    def main_job(self, number: int) -> None:
-        self._ours("--option finetune --scheduler pal --pcgrad", str(SAMPLE), "off")
-
-    def ours(self, cache: str, number: int = 0) -> None:
-        flags = "--option finetune --pretrain_epochs 0 --epochs 1 --steps_per_epoch 1 --eval_every 0"
-        self._ours(flags, str(self.options.data), cache)
-
-    def _ours(self, flags: str, data: str, cache: str) -> None:
+    def _wait(self, command: Sequence[str], file: str) -> None:
+        """file: below the run's folder, whose path ends the command."""
         self.num_runs += 1
-        out = self.folder / f"run{self.num_runs}"
-        given = ["--data", data, "--model", str(self.checkpoint), "--out", str(out), "--cache", cache]
-        given += ["--threads", str(self.options.threads), "--device", "cpu"]
-        until_first_step([sys.executable, "multitask_classifier.py", *flags.split(), *given], out / "metrics.jsonl")
+        run = self.folder / f"run{self.num_runs}"
+        log = run / file
+        wait_for([sys.executable, *command, str(run)], lambda: log.is_file() and log.stat().st_size > 0)
 
-    def ordinary(self, number: int) -> None:
-        self._wait("-m", "benchmarks.ordinary_script", str(self.options.data), str(self.checkpoint))
+    def ours(self, flags: str, data: Path, cache: str, number: int = 0) -> None:
+        given = ["--data", str(data), "--model", str(self.checkpoint), "--cache", cache, "--device", "cpu"]
+        given += ["--threads", str(self.options.threads), "--out"]
+        self._wait([str(ROOT / "multitask_classifier.py"), *flags.split(), *given], "metrics.jsonl")
 
-    def floor(self, number: int) -> None:
-        self._wait("-c", "import torch; print('step', flush=True)")
+    def ordinary(self, number: int = 0) -> None:
+        self._wait(["-m", "benchmarks.ordinary_script", str(self.options.data), str(self.checkpoint)], "done")
 
-    def _wait(self, *arguments: str) -> None:
-        """Runs Python until it ends, or says that its step is done."""
-        command = [sys.executable, *arguments]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            if process.stdout.readline() == "step\n":
-                process.kill()
-            elif process.wait():
-                assert process.stderr is not None
-                raise MeasurementError(f"{' '.join(command)}: {process.stderr.read().strip()}")
+    def floor(self, number: int = 0) -> None:
+        code = "import torch, pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); (p / 'done').write_text('step')"
+        self._wait(["-c", code], "done")
 
 
 def measure(options: Options) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(options, Path(folder))
         kinds: dict[str, Step] = {
-            MAIN: setup.main_job,
-            COLD: partial(setup.ours, "off"),
-            WARM: partial(setup.ours, str(Path(folder) / "cache")),
+            MAIN: partial(setup.ours, MAIN_FLAGS, SAMPLE, "off"),
+            COLD: partial(setup.ours, SHORT_FLAGS, options.data, "off"),
+            WARM: partial(setup.ours, SHORT_FLAGS, options.data, str(Path(folder) / "cache")),
             ORDINARY: setup.ordinary,
             FLOOR: setup.floor,
         }
-        seconds = alternate(kinds, options.rounds, warm_up=1)
-    compared = {name: Summary.of(ratios(of, seconds[COLD])) for name, of in seconds.items()}
-    lines = [Line(name, of, ratio=None if name == COLD else compared[name]) for name, of in seconds.items()]
+        seconds = harness.alternate(kinds, options.rounds, warm_up=1)
     notes = ["files of Python and of the model come from the system's file cache: a round went before"]
     title = f"seconds from the command to the end of the first training step; ratios to {COLD}"
     checks = [Check("seconds of the main job on the sample", Summary.of(seconds[MAIN]).median, AT_MOST)]
-    return Report(title, lines, checks, notes, {"rounds": options.rounds})
+    return Report(title, harness.lines_of(seconds, COLD), checks, notes, {"rounds": options.rounds})
 
 
-BENCHMARK = Benchmark("start_up", measure, rounds=7)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(BENCHMARK, __doc__ or "", arguments)
-
+BENCHMARK = Benchmark("start_up", __doc__, measure, rounds=7)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

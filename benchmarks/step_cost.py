@@ -11,104 +11,85 @@ Every step draws each task once, 32 rows, in a forward and a backward pass, and 
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from regularizers import Smoothness
-
 from benchmarks import workload
-from benchmarks.harness import Benchmark, Check, Line, Memory, Options, Report, Step, Summary, alternate, ratios, run
-from bert import BertConfig
+from benchmarks.harness import Benchmark, Check, Memory, Options, Report, Step, alternate, lines_of
 from datasets import TokenizedRows
 from engine import Trainer
 from evaluation import Precision
 from model import MultitaskBert
-from pal import PalConfig
-from smart import SmartConfig
+from pal import ProjectedAttention
+from parameters import Choice
+from smart import Smoothness
 
 AT_MOST = {"pcgrad": 1.10, "smart": 3.0, "pal": 1.25}  # times a plain step
+Makers = Mapping[str, Callable[[], Trainer]]
 
 
-class Methods:
-    """A trainer for each method, each with a model of its own."""
+def makers_of(
+    fresh: Callable[[Choice | None], MultitaskBert],
+    rows: Mapping[str, TokenizedRows],
+    precision: Precision = workload.CPU,
+    batch_size: int = workload.BATCH_SIZE,
+) -> Makers:
+    """By a method's name, what makes its trainer. fresh: makes a model, with this adapter or without."""
 
-    def __init__(
-        self,
-        config: BertConfig,
-        fresh: Callable[[PalConfig | None], MultitaskBert],
-        rows: Mapping[str, TokenizedRows],
-        precision: Precision = workload.CPU,
-        batch_size: int = workload.BATCH_SIZE,
-    ) -> None:
-        """fresh: makes a model, with adapters of this shape or without. config: of its encoder."""
-        self.config, self.fresh, self.rows = config, fresh, rows
-        self.options = {"draws_per_step": len(rows), "precision": precision, "batch_size": batch_size}
+    def trainer(model: MultitaskBert, **options: Any) -> Trainer:
+        shared = {"draws_per_step": len(rows), "precision": precision, "batch_size": batch_size}
+        return workload.full_trainer(model, rows, **shared, **options)
 
-    def makers(self) -> dict[str, Callable[[], Trainer]]:
-        """By name, what makes a method's trainer."""
-        return {
-            "plain": lambda: self._trainer(self.fresh(None)),
-            "pcgrad": lambda: self._trainer(self.fresh(None), treatment="pcgrad"),
-            "smart": self._with_smart,
-            "pal": lambda: self._trainer(self.fresh(PalConfig.for_encoder(self.config))),
-        }
+    def smart() -> Trainer:
+        model = fresh(None)
+        return trainer(model, regularizers=[Smoothness(Smoothness.Parameters(), model, 1)])
 
-    def _with_smart(self) -> Trainer:
-        model = self.fresh(None)
-        return self._trainer(model, regularizers=[Smoothness(model, SmartConfig())])
-
-    def _trainer(self, model: MultitaskBert, **options: Any) -> Trainer:
-        return workload.full_trainer(model, self.rows, **self.options, **options)
+    return {
+        "plain": lambda: trainer(fresh(None)),
+        "pcgrad": lambda: trainer(fresh(None), treatment="pcgrad"),
+        "smart": smart,
+        "pal": lambda: trainer(fresh(Choice("pal", ProjectedAttention.Parameters()))),
+    }
 
 
-def methods(options: Options) -> Methods:
+def prepare(options: Options) -> tuple[Makers, Mapping[str, TokenizedRows]]:
+    """The methods on a checkpoint, and the rows that they see."""
     checkpoint = workload.Checkpoint.find(options.model)
     rows = checkpoint.rows(options.data, "train")
-    return Methods(checkpoint.config, lambda adapters: checkpoint.model(tuple(rows), adapters), rows)
+    return makers_of(lambda adapter: checkpoint.model(tuple(rows), adapter), rows), rows
 
 
 def variants(options: Options) -> dict[str, Callable[[], Step]]:
-    return {name: lambda make=make: step_of(make()) for name, make in methods(options).makers().items()}  # type: ignore[misc]
-
-
-def step_of(trainer: Trainer) -> Step:
-    return lambda number: trainer.take_step(1, number)
+    makers, _ = prepare(options)
+    return {name: lambda make=make: workload.step_of(make()) for name, make in makers.items()}  # type: ignore[misc]
 
 
 def report(
     title: str,
     trainers: Mapping[str, Trainer],
     seconds: Mapping[str, Sequence[float]],
-    memory: Mapping[str, Memory | None],
+    memory: Mapping[str, Memory],
+    settings: Mapping[str, Any],
 ) -> Report:
-    """seconds: of each method's step, round by round; memory: of each."""
-    compared = {name: Summary.of(ratios(of, seconds["plain"])) for name, of in seconds.items()}
-    lines = [
-        Line(name, of, ratio=None if name == "plain" else compared[name], memory=memory[name])
-        for name, of in seconds.items()
-    ]
-    checks = [Check(f"a step with {name} over a plain one", compared[name].median, m) for name, m in AT_MOST.items()]
-    plain, pcgrad = (trainers[name].gradients.rows.numel() for name in ("plain", "pcgrad"))
+    """seconds: of each method's step, round by round."""
+    lines = lines_of(seconds, "plain", memory)
+    ratios = {line.what: line.ratio.median for line in lines if line.ratio}
+    checks = [Check(f"a step with {name} over a plain one", ratios[name], most) for name, most in AT_MOST.items()]
+    plain, pcgrad = (trainers[name].shared.gradients.numel() for name in ("plain", "pcgrad"))
     note = f"gradient buffers of pcgrad beyond plain: {(pcgrad - plain) / plain:.0f} copies of the shared gradient"
-    return Report(title, lines, checks, [note])
+    return Report(title, lines, checks, [note], settings)
 
 
 def measure(options: Options) -> Report:
-    chosen = methods(options)
-    trainers = {name: make() for name, make in chosen.makers().items()}
-    seconds = alternate({name: step_of(trainer) for name, trainer in trainers.items()}, options.rounds)
-    memory: dict[str, Memory | None] = {name: BENCHMARK.memory(name, options) for name in trainers}
+    makers, rows = prepare(options)
+    trainers = {name: make() for name, make in makers.items()}
+    seconds = alternate({name: workload.step_of(trainer) for name, trainer in trainers.items()}, options.rounds)
+    memory = {name: BENCHMARK.memory(name, options) for name in trainers}
+    settings = {"rounds": options.rounds, "rows": workload.row_counts(rows)}
     title = "seconds of a step with each task once, 32 rows a task; ratios to plain"
-    found = report(title, trainers, seconds, memory)
-    return replace(found, settings={"rounds": options.rounds, "rows": workload.row_counts(chosen.rows)})
+    return report(title, trainers, seconds, memory, settings)
 
 
-BENCHMARK = Benchmark("step_cost", measure, variants)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(BENCHMARK, __doc__ or "", arguments)
-
+BENCHMARK = Benchmark("step_cost", __doc__, measure, variants)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

@@ -1,6 +1,6 @@
 """What the benchmarks run: the rows, ours as the program runs it, and which rows each step sees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from bert import BertConfig
 from checkpoints import find_checkpoint, load_model, read_bert_config
-from datasets import Rows, RowStream, TokenizedRows, Tokenizer, data_folder, read_examples
+from datasets import Rows, RowStream, TokenizedRows, Tokenizer, TokenRows, data_folder, read_examples
 from engine import Methods, Stage, StageData, Trainer
 from evaluation import Precision
 from model import Layout, MultitaskBert, TaskModel, Trained
@@ -24,6 +24,7 @@ from token_cache import tokenize_file
 
 BATCH_SIZE = 32
 SEED = 0
+FIRST_WORD = 1000  # the ids below are special tokens
 STAGE = "benchmark"
 CPU = Precision(torch.device("cpu"))
 Draw = tuple[str, np.ndarray]  # a task and the numbers of its rows
@@ -67,7 +68,6 @@ def make_trainer(
     regularizers: Sequence[Regularizer] = (),
     precision: Precision = CPU,
     batch_size: int = BATCH_SIZE,
-    accumulation_steps: int = 1,
 ) -> Trainer:
     """A trainer that draws the tasks in turn, `draws_per_step` of them in a step of batch_size rows for each draw."""
     tasks = tuple(rows)
@@ -77,7 +77,7 @@ def make_trainer(
         epochs=1,
         steps_per_epoch=10**6,
         batch_size=batch_size * draws_per_step,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=1,
         lr=1e-5,
         warmup=0.0,
         weight_decay=0.01,
@@ -97,6 +97,11 @@ def make_trainer(
 def full_trainer(model: MultitaskBert, rows: Mapping[str, Rows], **options: Any) -> Trainer:
     """A trainer of the whole model; options: those of `make_trainer`."""
     return make_trainer(model, model.trained(), rows, **options)
+
+
+def step_of(trainer: Trainer) -> Callable[[int], Any]:
+    """Its steps by their numbers."""
+    return lambda number: trainer.take_step(1, number)
 
 
 class Draws:
@@ -125,14 +130,36 @@ def lengths_of(rows: Mapping[str, TokenizedRows], draws: Sequence[Draw]) -> np.n
     return np.concatenate([rows[task].tokens.lengths[numbers] for task, numbers in draws])
 
 
+def batch_lengths(rows: TokenizedRows, batch_size: int) -> list[np.ndarray]:
+    """(B,) tokens of the rows of each batch of our predictions."""
+    ordered = rows.tokens.lengths[rows.by_length()]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
 def subset(rows: Mapping[str, TokenizedRows], num_rows: int) -> dict[str, TokenizedRows]:
     """About that many rows at random, of each task in proportion; all where there are fewer."""
-    total = sum(len(of_task) for of_task in rows.values())
-    share = min(1.0, num_rows / total)
+    share = min(1.0, num_rows / sum(map(len, rows.values())))
     draw = np.random.default_rng(SEED)
     return {
         t: of.select(np.sort(draw.permutation(len(of))[: max(1, round(share * len(of)))])) for t, of in rows.items()
     }
+
+
+def random_rows(
+    lengths: Mapping[str, np.ndarray], num_rows: int, config: BertConfig, device: torch.device = CPU.device
+) -> dict[str, TokenizedRows]:
+    """Rows of random words, whose lengths are drawn from these; labels that the task allows."""
+    draw = np.random.default_rng(SEED)
+    rows = {}
+    for name, of_task in lengths.items():
+        drawn = np.minimum(draw.choice(of_task, num_rows), config.max_position_embeddings).astype(np.int32)
+        first_word = min(FIRST_WORD, config.vocab_size - 1)
+        ids = draw.integers(first_word, config.vocab_size, int(drawn.sum()), dtype=np.int32)
+        firsts = drawn if len(TASKS[name].text_columns) == 1 else np.maximum(drawn // 2, 1)
+        labels = draw.integers(0, TASKS[name].output.num_classes or 6, num_rows).astype(np.float32)
+        names = [str(i) for i in range(num_rows)]
+        rows[name] = TokenizedRows(TASKS[name], names, labels, TokenRows(ids, drawn, firsts), device)
+    return rows
 
 
 def row_counts(rows: Mapping[str, Rows]) -> dict[str, int]:

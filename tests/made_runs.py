@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from config import Config
-from finished_run import DevRows
+from run_record import DevRows
 from tasks import TASKS, scores
 
 ROWS = 60
@@ -52,13 +52,9 @@ def write_run(
     data: Path,
     predictions: Mapping[str, np.ndarray],
     records: Sequence[Mapping[str, Any]] = (),
-    has_rows: bool = True,
     **flags: Any,
 ) -> Path:
-    """A run that has ended, with these predictions of the dev rows of `data`.
-
-    has_rows: whether it has files of dev rows, besides the prediction files.
-    """
+    """A run that has ended, with these predictions of the dev rows of `data`."""
     tasks = tuple(predictions)
     settings = Config(tasks=tasks, data=str(data), out=str(path)).to_dict() | flags
     (path / "predictions").mkdir(parents=True)
@@ -71,13 +67,14 @@ def write_run(
         dev[task] = scores(TASKS[task], predicted, labels)
         if TASKS[task].output.num_classes is not None:
             confusion[task] = confusion_matrix(labels, predicted, labels=range(TASKS[task].output.num_classes)).tolist()
-        _write_predictions(path / "predictions", task, predicted, labels, has_rows)
+        _write_predictions(path / "predictions", task, predicted, labels)
     mean = float(np.mean([dev[task][TASKS[task].output.selection_metric] for task in tasks]))
     results = {
         "dev": {**dev, "mean": mean},
         "best_epoch": 2,
         "parameters": {"total": 22_700_000, "shared": 22_690_000, "per_task": 10_000, "separate_models": 68_100_000},
         "confusion": confusion,
+        "peak_memory_mb": 1024.5,
         "seconds": {"training": 100.0 + flags.get("seed", 0)},
     }
     (path / "config.json").write_text(json.dumps({**settings, "commit": None, "data_files": files, "stages": []}))
@@ -86,7 +83,7 @@ def write_run(
     return path
 
 
-def _write_predictions(folder: Path, task: str, predicted: np.ndarray, labels: np.ndarray, has_rows: bool) -> None:
+def _write_predictions(folder: Path, task: str, predicted: np.ndarray, labels: np.ndarray) -> None:
     output = TASKS[task].output
     ids = tuple(f"{task}{i}" for i in range(len(predicted)))
     lines = [f"id \t {TASKS[task].prediction_header} \n"]
@@ -97,8 +94,7 @@ def _write_predictions(folder: Path, task: str, predicted: np.ndarray, labels: n
         sure = np.linspace(0.6, 0.99, len(predicted))
         probabilities = np.repeat((1 - sure)[:, None] / (output.num_classes - 1), output.num_classes, 1)
         probabilities[np.arange(len(predicted)), predicted.astype(int)] = sure
-    if has_rows:
-        DevRows(ids, labels, predicted, probabilities).write(folder / DevRows.file_name(task))
+    DevRows(ids, labels, predicted, probabilities).write(folder / DevRows.file_name(task))
 
 
 def training_records(num_steps: int = 40, num_epochs: int = 2, is_treated: bool = False) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def tokens_of(lengths: Sequence[int], config: BertConfig, seed: int = 0) -> Pack
 
 def by_row(tokens: PackedTokens, values: Tensor) -> Sequence[Tensor]:
     """Of (N, ...) the part of each row."""
-    return values[: tokens.num_tokens].split(tokens.packing.lengths.tolist())
+    return list(values[: tokens.num_tokens].split(tokens.packing.lengths.tolist()))
 
 
 def padded_outputs(model: transformers.BertModel, tokens: PackedTokens) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """The description of a data directory, against counts made by hand and by other means."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data_report
-from data_report import describe_file, draw, label_summary, padding_share, repeated_rows, report, shared_rows
 from datasets import Tokenizer
+from reports import data_report
+from reports.data_report import describe_file, draw, padding_share, repeated_rows, report, shared_rows
 from tasks import TASKS
 
+ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a", "b", "c", "d", "e", "f", "g"]
 TRAIN = [("a b", "0"), ("A  b", "1"), ("c", "4"), ("d e f", "0"), ("g", ""), ("c", "4")]
 DEV = [("c", "2"), ("f", "1")]
@@ -89,11 +92,6 @@ def test_padding_is_what_batches_of_the_longest_row_hold_beside_tokens() -> None
     assert padding_share(lengths, 50) == pytest.approx(mask.mean())
 
 
-def test_a_scale_is_summed_up_by_its_moments(folder: Path, tokenizer: Tokenizer) -> None:
-    sts = describe_file(folder / "sts-train.csv", TASKS["sts"], "train", tokenizer)
-    assert label_summary(sts) == "from 1.5 to 2.5, mean 2.00, standard deviation 0.50"
-
-
 def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer: Tokenizer) -> None:
     figure = draw(data_report.describe_folder(folder, tokenizer))
     labels, _, lengths, _ = figure.axes
@@ -111,12 +109,24 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return status, shown.out, shown.err
 
 
-def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "new.png"
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml")])
+def test_the_command_prints_and_draws(
+    ending: str, start: bytes, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / f"new.{ending}"
     status, out, _ = run([str(folder), "--plot", str(picture)], capsys)
     assert status == 0 and f"picture: {picture}" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(start)
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) -> None:
+    command = [sys.executable, "datasets.py", str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +134,8 @@ def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys: pyte
     [
         (["absent"], "error: absent: no such directory"),
         (["{empty}"], "no data file, expected such as ids-sst-train.csv"),
-        (["{folder}", "--plot", "{folder}/ids-sst-dev.csv"], "exists already"),
+        (["{folder}", "--plot", "{folder}/ids-sst-dev.csv"], "expected a file name that ends in .png or .pdf or .svg"),
+        (["{folder}", "--plot", "{broken}/old.png"], "exists already"),
         (["{folder}", "--plot", "{folder}/no/new.png"], "no directory"),
         (["{folder}", "--batch_size", "0"], "--batch_size 0: expected 1 or more"),
         (["{broken}"], "ids-sst-dev.csv:2: sentiment is '7'"),
@@ -136,6 +147,7 @@ def test_bad_input_is_one_line(
     for name in ("empty", "broken"):
         (tmp_path / name).mkdir()
     write(tmp_path / "broken" / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("a", "7")])
+    (tmp_path / "broken" / "old.png").write_text("precious")
     places = {"folder": folder, "empty": tmp_path / "empty", "broken": tmp_path / "broken"}
     status, out, err = run([argument.format(**places) for argument in arguments], capsys)
     assert (status, out) == (2, "")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from datasets import Example
-from error_analysis import agreement, by_class, by_length, most_wrong, num_words
-from finished_run import DevRows
+from reports.error_analysis import agreement, by_class, by_length, most_wrong, num_words
+from run_record import DevRows
 from tasks import TASKS
 
 DRAW = np.random.default_rng(5)
@@ -82,16 +82,15 @@ def test_the_surest_errors_come_first_and_rows_that_are_right_not_at_all() -> No
     found = most_wrong(TASKS["sst"], SST, 10)
     wrong = [i for i in range(80) if PREDICTIONS[i] != LABELS[i]]
     expected = sorted(wrong, key=lambda i: -PROBABILITIES[i, int(PREDICTIONS[i])])[:10]
-    assert [w.row for w in found] == expected
-    assert all(w.confidence == PROBABILITIES[w.row, int(w.prediction)] for w in found)
-    assert all((w.label, w.prediction) == (LABELS[w.row], PREDICTIONS[w.row]) for w in found)
+    assert found == [(i, PROBABILITIES[i, int(PREDICTIONS[i])]) for i in expected]
     assert len(most_wrong(TASKS["sst"], SST, 1000)) == len(wrong)
 
 
 def test_on_a_scale_the_largest_errors_come_first() -> None:
     found = most_wrong(TASKS["sts"], STS, 3)
     errors = np.abs(STS.predictions - STS.labels)
-    assert [w.confidence for w in found] == sorted(errors, reverse=True)[:3]
+    assert [error for _, error in found] == sorted(errors, reverse=True)[:3]
+    assert [errors[i] for i, _ in found] == [error for _, error in found]
 
 
 def test_without_probabilities_nothing_is_known_to_be_sure() -> None:

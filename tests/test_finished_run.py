@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finished_run import DevRows, FinishedRun
 from made_runs import labels_of, noisy, training_records, write_dev_files, write_run
-from run_record import RunError, parse_records
+from reports.finished_run import FinishedRun
+from run_record import DevRows, RunError, parse_records
 from tasks import TASKS, scores
 
 
@@ -47,21 +47,6 @@ def test_the_probabilities_of_a_run_sum_to_one_and_are_largest_for_the_predictio
     assert run.dev_rows("sts").probabilities is None
 
 
-def test_without_its_file_of_dev_rows_a_run_has_its_predictions_and_the_labels_of_the_data(
-    treated_run: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(treated_run, tmp_path / "copy", ignore=shutil.ignore_patterns("best", "last"))
-    whole = FinishedRun.read(copy)
-    expected = {task: whole.dev_rows(task) for task in whole.tasks}
-    for path in (copy / "predictions").glob("*-dev-rows.csv"):
-        path.unlink()
-    for task, rows in expected.items():
-        found = FinishedRun.read(copy).dev_rows(task)
-        assert found.ids == rows.ids and found.probabilities is None
-        np.testing.assert_allclose(found.labels, rows.labels, atol=1e-6)
-        np.testing.assert_allclose(found.predictions, rows.predictions, atol=1e-6)
-
-
 # ----------------------------------------------------------------------------------------------------- made-up runs
 
 
@@ -91,16 +76,22 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     [
         (lambda run: (run / "config.json").unlink(), "run: no run directory, expected one with config.json"),
         (lambda run: (run / "results.json").unlink(), "run: the run has not ended, --resume .*run continues it"),
-        (write("config.json", "[]"), "config.json: no 'option' in it, expected the settings of a run"),
-        (change("config.json", lambda c: c.pop("seed")), "config.json: no 'seed' in it"),
+        (write("config.json", "[]"), "config.json: is '\\[]', expected a mapping"),
+        (change("config.json", lambda c: c.pop("seed")), "config.json: 'seed' is missing, expected the settings"),
+        (change("config.json", lambda c: c.update(tasks=[["sst"]])), "config.json: tasks 0 is "),
+        (change("config.json", lambda c: c["data_files"].update(x=3)), "config.json: data_files x is '3'"),
         (write("config.json", '{"option": "fi'), "config.json: not readable as JSON"),
         (write("results.json", '{"dev": {'), "results.json: not readable as JSON"),
-        (write("results.json", "[]"), "results.json: not a mapping, expected the results of a run"),
+        (write("results.json", "[]"), "results.json: is '\\[]', expected a mapping, expected the results of a run"),
+        (change("results.json", lambda r: r["dev"].update(sts=0.5)), "results.json: dev sts is '0.5', expected a map"),
+        (change("results.json", lambda r: r["dev"]["sst"].update(macro_f1="x")), "results.json: dev sst macro_f1 is"),
+        (change("results.json", lambda r: r["confusion"]["para"].pop()), "the confusion of para is not 2 by 2"),
+        (change("results.json", lambda r: r.update(gradients={"s": {"cosine": 3}})), "gradients s cosine is '3'"),
         (change("results.json", lambda r: r["dev"].pop("sts")), "results.json: 'sts' is missing, expected"),
-        (change("results.json", lambda r: r["dev"].update(mean=None)), "results.json: dev mean is None, expected"),
+        (change("results.json", lambda r: r["dev"].update(mean=None)), "results.json: dev mean is 'None', expected"),
         (change("results.json", lambda r: r["seconds"].clear()), "results.json: 'training' is missing"),
-        (change("config.json", lambda c: c["tasks"].append("nli")), "results.json: task 'nli' is unknown"),
-        (change("config.json", lambda c: c.update(tasks=[])), "results.json: there are no tasks"),
+        (change("config.json", lambda c: c["tasks"].append("nli")), "config.json: task 'nli' is unknown"),
+        (change("config.json", lambda c: c.update(tasks=[])), "config.json: there are no tasks"),
     ],
 )  # fmt: skip
 def test_a_directory_that_is_no_whole_run_is_one_line(damage: Callable[[Path], None], message: str, made: Path) -> None:
@@ -124,18 +115,6 @@ def test_texts_are_refused_where_the_data_file_has_changed_and_labels_are_not(ma
     shutil.rmtree(path.parent)
     with pytest.raises(RunError, match="no such directory"):
         run.dev_examples("sts")
-
-
-def test_predictions_of_other_rows_are_refused(made: Path) -> None:
-    (made / "predictions" / "sts-dev-rows.csv").unlink()
-    path = made / "predictions" / "sts-dev-output.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
-    with pytest.raises(RunError, match=r"sts-dev-output\.csv: its rows are not those of .*sts-dev\.csv"):
-        FinishedRun.read(made).dev_rows("sts")
-    path.write_text("id \t Predicted \nsts0 , much \n")
-    with pytest.raises(RunError, match=r"sts-dev-output\.csv: not readable as predictions"):
-        FinishedRun.read(made).dev_rows("sts")
 
 
 # --------------------------------------------------------------------------------------------------------- dev rows
@@ -188,3 +167,16 @@ def test_a_run_without_a_log_has_no_records(made: Path) -> None:
     assert len(FinishedRun.read(made).records()) == 84
     (made / "metrics.jsonl").unlink()
     assert FinishedRun.read(made).records() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [({"losses": {"sst": "x"}}, "losses sst is 'x'"), ({"dev": 0.5}, "dev is '0.5', expected a mapping"),
+     ({"cosines": [1]}, "cosines is '[1]', expected a mapping"), ({"step": None}, "step is 'None'")],
+)  # fmt: skip
+def test_a_damaged_record_is_one_line(damage: dict, problem: str, made: Path) -> None:
+    with (made / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "finetune", "epoch": 1, "step": 7, **damage}) + "\n")
+    with pytest.raises(RunError) as error:
+        FinishedRun.read(made).records()
+    assert f"metrics.jsonl: {problem}" in str(error.value) and "\n" not in str(error.value)

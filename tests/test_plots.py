@@ -1,8 +1,10 @@
 """Pictures: what their lines, cells and labels show, against the records and plain counting."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-import plots
-from comparison import settings_of
-from finished_run import DevRows, FinishedRun
 from made_runs import noisy, training_records, write_dev_files, write_run
+from reports import plots
+from reports.comparison import row_intervals, settings_of
+from reports.finished_run import FinishedRun
+from run_record import DevRows
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
+METRICS = ("sst accuracy", "para accuracy", "sts pearson")
 PAIRS = ("sst-para", "sst-sts", "para-sts")
 RECORDS = training_records()
 TREATED = training_records(is_treated=True)
@@ -43,13 +47,14 @@ def texts(axis: Any) -> list[str]:
 
 
 def test_dev_scores_are_the_metrics_that_count_and_the_best_mean_is_marked() -> None:
-    figure = plots.draw_dev_scores(RECORDS)
+    figure = plots.draw_dev_scores(RECORDS, {"sst": 0.3, "para": 0.6}, {"sts": (0.2, 0.4)})
     assert [axis.get_title() for axis in figure.axes] == ["pretrain", "finetune"]
     for axis, stage in zip(figure.axes, ("pretrain", "finetune"), strict=True):
         dev = [record for record in RECORDS if record["stage"] == stage and "dev" in record]
         drawn = lines(axis)
-        assert list(drawn) == ["sst accuracy", "para accuracy", "sts pearson", "mean", "best mean"]
-        for label in list(drawn)[:3]:
+        assert set(drawn) == {*METRICS, "mean", "best mean", "sst majority class", "para majority class"}
+        assert [drawn[f"{t} majority class"].get_ydata()[0] for t in ("sst", "para")] == [0.3, 0.6]
+        for label in METRICS:
             task, metric = label.split()
             assert drawn[label].get_xdata().tolist() == [20, 40]
             assert drawn[label].get_ydata().tolist() == [record["dev"][task][metric] for record in dev]
@@ -57,6 +62,10 @@ def test_dev_scores_are_the_metrics_that_count_and_the_best_mean_is_marked() -> 
         assert (drawn["best mean"].get_xdata()[0], drawn["best mean"].get_ydata()[0]) == (
             best["step"], best["dev"]["mean"]
         )  # fmt: skip
+        bars = [bar.get_segments()[0].tolist() for bar in axis.collections]  # of the score at the run's end
+        assert bars == ([[[best["step"], 0.2], [best["step"], 0.4]]] if stage == "finetune" else [])
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 7  # each line once
 
 
 def test_losses_are_drawn_for_each_stage_and_task_with_their_unit() -> None:
@@ -118,14 +127,9 @@ def test_mean_cosines_are_those_that_the_run_summed_up_itself(treated_run: Path)
     run = FinishedRun.read(treated_run)
     left = plots.draw_cosines(run.records()).axes[0]
     found = run.results["gradients"]["finetune"]
-    expected = {f"{found['cosine'][pair]:.3f}\n{found['conflict_rate'][pair]:.0%}" for pair in PAIRS}
-    assert sorted(texts(left)) == sorted([*expected, *expected])
-    assert [tick.get_text() for tick in left.get_xticklabels()] == list(TASKS)
-    image = left.images[0].get_array()
-    for pair in PAIRS:
-        i, j = (list(TASKS).index(task) for task in pair.split("-"))
-        assert image[i, j] == image[j, i] == pytest.approx(found["cosine"][pair])
-    assert image.mask.diagonal().all()
+    expected = [f"{pair}\n{found['cosine'][pair]:.3f}, {found['conflict_rate'][pair]:.0%} below 0" for pair in PAIRS]
+    assert [tick.get_text() for tick in left.get_yticklabels()] == expected
+    np.testing.assert_allclose([bar.get_width() for bar in left.patches], [found["cosine"][pair] for pair in PAIRS])
 
 
 def test_cosines_over_time_have_a_line_for_each_pair() -> None:
@@ -153,7 +157,7 @@ def test_null_in_the_log_leaves_a_gap(key: str, made: FinishedRun) -> None:
 
 
 def test_a_confusion_matrix_shows_counts_and_the_shares_of_each_true_class() -> None:
-    figure = plots.draw_confusion({"para": [[30, 10], [0, 0]], "sst": np.eye(5, dtype=int).tolist()})
+    figure = plots.draw_confusion({"para": np.array([[30, 10], [0, 0]]), "sst": np.eye(5, dtype=int)})
     para, sst, bar = figure.axes
     assert texts(para) == ["30\n75%", "10\n25%", "0\n0%", "0\n0%"]
     assert (para.get_xlabel(), para.get_ylabel()) == ("predicted class", "true class")
@@ -199,6 +203,12 @@ def test_settings_are_drawn_with_mean_and_sample_standard_deviation(tmp_path: Pa
         assert container.lines[0].get_xdata()[0] == pytest.approx(values.mean())
         (segment,) = container.lines[2][0].get_segments()
         assert segment[1][0] - segment[0][0] == pytest.approx(2 * values.std(ddof=1))
+        bars = [
+            of.get_segments()[0]
+            for of in axes[3].collections
+            if len(of.get_linewidths()) and of.get_linewidths()[0] == 5
+        ]
+        assert bars[place][:, 0] == pytest.approx(row_intervals(setting.runs)["mean"])
 
 
 def test_curves_are_the_mean_dev_scores_of_the_last_stage_averaged_over_seeds(tmp_path: Path) -> None:
@@ -210,49 +220,76 @@ def test_curves_are_the_mean_dev_scores_of_the_last_stage_averaged_over_seeds(tm
         np.testing.assert_allclose(line.get_ydata(), expected)
 
 
+def test_curves_of_settings_with_long_names_keep_a_line_and_a_label_each(tmp_path: Path) -> None:
+    made = settings(tmp_path, 3)
+    named = [replace(of, name=f"{'the same long beginning of all names ' * 3}{i}") for i, of in enumerate(made)]
+    figure = plots.draw_curves(named)
+    labels = [" ".join(text.get_text().split()) for text in figure.legends[0].get_texts()]
+    assert labels == [of.name for of in named] and len(figure.axes[0].lines) == 3
+
+
+def test_lines_that_are_shown_alike_in_one_panel_are_not_merged() -> None:
+    figure, axes = plots._panels(["a", "b"])
+    for axis in axes:
+        axis.plot([0], [0], label="equal")
+        axis.plot([0], [1], label="equal")
+    plots._legend_below(figure, axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["equal", "equal"]
+
+
 # ---------------------------------------------------------------------------------------------------- all pictures
 
 
-def test_a_treated_run_has_every_picture_and_nothing_else_is_left(made: FinishedRun) -> None:
+NAMES = ("dev-scores", "losses", "learning-rate", "gradient-cosines", "task-shares", "confusion", "similarity-sts")
+
+
+@pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_treated_run_has_every_picture_and_nothing_else_is_left(format: str, start: bytes, made: FinishedRun) -> None:
     before, state = np.random.get_state()[1].tolist(), dict(matplotlib.rcParams)
-    paths = plots.write_plots(made)
-    assert [path.name for path in paths] == [
-        "dev-scores.png", "losses.png", "learning-rate.png", "gradient-cosines.png", "task-shares.png",
-        "confusion.png", "similarity-sts.png",
-    ]  # fmt: skip
-    assert sorted(paths) == sorted((made.path / "plots").iterdir()) and plots.written_plots(made) == paths
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    paths = plots.write_plots(made, format)
+    assert [path.name for path in paths] == [f"{name}.{format}" for name in NAMES]
+    assert sorted(paths) == sorted((made.path / "plots").iterdir())
+    assert all(path.read_bytes().startswith(start) for path in paths)
     assert np.random.get_state()[1].tolist() == before and dict(matplotlib.rcParams) == state
-    again = [path.read_bytes() for path in plots.write_plots(made)]
-    assert again == [path.read_bytes() for path in paths]
+
+
+def test_pictures_are_told_in_words(made: FinishedRun) -> None:
+    words = {plot.name: plots.in_words(plot.figure) for plot in plots.run_plots(made)}
+    dev = [record["dev"] for record in TREATED if "dev" in record and record["stage"] == "finetune"]
+    first, last = (of["para"]["accuracy"] for of in (dev[0], dev[-1]))
+    assert f"finetune, sst accuracy from {dev[0]['sst']['accuracy']:.3g} to" in words["dev-scores"]
+    assert f"para accuracy from {first:.3g} to {last:.3g}" in words["dev-scores"]
+    assert re.search(r"sst-para -?0\.\d+, \d+% below 0", words["gradient-cosines"])
+    assert "Pearson r = " in words["similarity-sts"] and all(words.values())
+    majority = max(np.sum(made.results["confusion"]["para"], axis=1)) / 60
+    assert f"para majority class {majority:.3g}" in words["dev-scores"]
 
 
 def test_the_command_leaves_the_pictures_of_its_run(treated_run: Path) -> None:
-    names = {path.name for path in (treated_run / "plots").iterdir()}
-    assert names == {
-        "dev-scores.png", "losses.png", "learning-rate.png", "gradient-cosines.png", "task-shares.png",
-        "confusion.png", "similarity-sts.png",
-    }  # fmt: skip
+    assert {path.name for path in (treated_run / "plots").iterdir()} == {f"{name}.png" for name in NAMES}
 
 
 def test_what_a_run_does_not_have_is_not_drawn(made: FinishedRun) -> None:
     records = [r for r in RECORDS if "dev" not in r]
     one_task = [{**r, "draws": {"sst": 1}, "losses": {"sst": 1.0}} for r in records]
-    for log, expected in ((one_task, {"losses.png", "learning-rate.png"}), ([], set())):
+    for log, expected in ((one_task, {"losses", "learning-rate"}), ([], set())):
         (made.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-        assert {name for name, _ in plots.figures(made)} == expected | {"confusion.png", "similarity-sts.png"}
+        assert {plot.name for plot in plots.run_plots(made)} == expected | {"confusion", "similarity-sts"}
     (made.path / "predictions" / "sts-dev-rows.csv").write_text("broken")
-    assert [name for name, _ in plots.figures(made)] == ["confusion.png"]
+    assert [plot.name for plot in plots.run_plots(made)] == ["confusion"]
 
 
 def test_every_axis_is_named_and_lines_differ_in_more_than_colour(made: FinishedRun) -> None:
-    for name, figure in plots.figures(made):
+    for name, figure in ((plot.name, plot.figure) for plot in plots.run_plots(made)):
         for axis in figure.axes:
             shared = axis.get_shared_y_axes().get_siblings(axis)
             assert axis.get_xlabel() or figure.get_supxlabel() or "colorbar" in axis.get_label(), name
             assert any(other.get_ylabel() for other in shared), name
             drawn = list(lines(axis).values())
-            assert len({to_hex(line.get_color()) for line in drawn}) == len(drawn) or "best" in "".join(lines(axis))
+            drawn = [line for line in drawn if not str(line.get_label()).startswith(("best", "mean"))]
+            scores = [line for line in drawn if "majority" not in str(line.get_label())]
+            assert len({to_hex(line.get_color()) for line in scores}) == len(scores), name
+            drawn = scores
             assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == len(drawn), name
 
 
@@ -260,8 +297,8 @@ def test_no_window_system_and_no_shared_figure_is_touched(made: FinishedRun) -> 
     script = f"""
 import sys
 from pathlib import Path
-from finished_run import FinishedRun
-from plots import write_plots
+from reports.finished_run import FinishedRun
+from reports.plots import write_plots
 write_plots(FinishedRun.read(Path({str(made.path)!r})))
 print([name for name in ("matplotlib.pyplot", "torch", "tkinter") if name in sys.modules])
 """

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import multitask_classifier
-import plots
-from finished_run import FinishedRun
 from made_runs import noisy, training_records, write_dev_files, write_run
-from report import main, run_sections
+from reports import plots
+from reports.finished_run import FinishedRun
+from reports.report import main
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def run(capsys: Captured, *arguments: Any, status: int = 0) -> tuple[str, str]:
 
 
 def sections_of(text: str) -> dict[str, str]:
-    parts = re.split(r"^(.+)\n-+\n", text, flags=re.MULTILINE)
+    parts = re.split(r"^(.+)\n=+\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -61,7 +61,8 @@ def test_one_run_has_its_plots_written_anew_its_scores_errors_and_paths(
     scores = found[f"Run {copy}"]
     for task in TASKS:
         for name, value in results["dev"][task].items():
-            assert re.search(rf"{TASKS[task].title} +8 .*{name} +{value:.3f}".replace("-", "[-]"), scores)
+            assert re.search(rf"{re.escape(TASKS[task].title)} +8  {name} +{re.escape(f'{value:.3f}')}", scores)
+    assert len(re.findall(r"-?\d\.\d{3} to -?\d\.\d{3}$", scores, flags=re.MULTILINE)) == 4  # each task and the mean
     gradients = found["Task gradients under pcgrad"]
     assert f"{results['gradients']['finetune']['cosine']['sst-sts']:.3f}" in gradients
     assert {f"{task.title}: errors" for task in TASKS.values()} <= set(found)
@@ -92,14 +93,12 @@ def test_changed_data_are_said_and_errors_by_text_left_out(files: Path, capsys: 
     assert "precision" in sst and "Wrong and surest" in found["Quora paraphrase: errors"]
 
 
-def test_a_run_without_probabilities_says_how_to_get_them(files: Path, capsys: Captured) -> None:
-    predictions = {task: noisy(files, task, 0.3, 0) for task in TASKS}
-    path = write_run(files.parent / "old", files, predictions, has_rows=False)
+def test_a_run_without_dev_rows_has_its_scores(files: Path, capsys: Captured) -> None:
+    path = made(files, "run")
+    (path / "predictions" / "sst-dev-rows.csv").unlink()
     found = sections_of(run(capsys, path)[0])
-    assert "--option test --checkpoint" in found["SST-5 sentiment: errors"]
-    assert "accuracy" in found["SST-5 sentiment: errors"]
-    shutil.rmtree(files)
-    assert "No error analysis:" in sections_of(run(capsys, path)[0])["SST-5 sentiment: errors"]
+    assert "No error analysis: " in found["SST-5 sentiment: errors"] and "sst-dev-rows.csv" in str(found)
+    assert "Wrong and surest" in found["Quora paraphrase: errors"] and "accuracy" in found[f"Run {path}"]
 
 
 def test_plots_that_cannot_be_written_are_a_warning(files: Path, capsys: Captured) -> None:
@@ -153,13 +152,16 @@ def test_several_runs_are_a_table_of_settings_with_tests_and_agreement(files: Pa
         "Differences from the best",
         "Agreement between two runs",
     ]
-    header, first, second = found["6 runs of 2 settings"].splitlines()[:3]
-    assert header.split()[:3] == ["runs", "n", "lr"] and "scheduler" not in header and "threads" not in header
-    assert first.startswith("good0 and 2 more  3  1.0") and second.startswith("bad0 and 2 more   3  2.0")
+    lines = found["6 runs of 2 settings"].splitlines()
+    assert re.split(r"  +", lines[1])[:5] == ["setting", "sst accuracy", "para accuracy", "sts pearson", "mean"]
+    first, second = lines[3:5]
     means = [FinishedRun.read(path).score("mean") for path in good]
-    assert f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}*" in first and "*" not in second
+    assert first.startswith("lr 1.0 ") and second.startswith("lr 2.0 ") and "*" not in second
+    assert f"*{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" in first and "3 min" not in first
+    assert re.search(r"^lr 2.0 +bad0, bad1, bad2 +lr 2.0$", "\n".join(lines), flags=re.MULTILINE)  # the key
+    assert "scheduler" not in out and "threads" not in out
     rows = [line for line in found["Differences from the best"].splitlines() if line.startswith("lr 2.0")]
-    assert len(rows) == 4 and all("worse" in row for row in rows)
+    assert len(rows) == 4 and all(row.count("worse, p") == 2 for row in rows)
     assert "paired t, n = 3" in found["Differences from the best"]
     agreed = re.findall(r"good0, bad0 +(\w+) +(\w+) +(\S+)", found["Agreement between two runs"])
     assert [(task, what) for task, what, _ in agreed] == [("sst", "equal"), ("para", "equal"), ("sts", "pearson")]
@@ -175,15 +177,16 @@ def test_an_identical_run_shows_no_difference(files: Path, capsys: Captured) -> 
     copy = shutil.copytree(path, path.with_name("copy"))
     out, _ = run(capsys, path, copy)
     differences = sections_of(out)["Differences from the best"]
-    assert differences.count("no difference") == 4 and "worse" not in differences and "*" not in out
+    assert differences.count("no difference, p 1.000") == 4 and "worse" not in differences and "*" not in out
     assert re.search(r"a, copy +sst +equal +1.000 +kappa +1.000", out)
+    assert re.search(r"^a +a +-$", out, flags=re.MULTILINE) and re.search(r"^copy +copy +-$", out, flags=re.MULTILINE)
 
 
 def test_twenty_runs_are_compared_and_the_choice_of_the_best_is_cautioned(files: Path, capsys: Captured) -> None:
     runs = [made(files, f"r{i}", 0.1 + 0.02 * (i % 5), seed=i // 5, lr=float(i % 5)) for i in range(20)]
     out, _ = run(capsys, *runs)
     assert "20 runs of 5 settings" in out and "The best of 5 settings tends to look better than it is" in out
-    means = [float(m) for m in re.findall(r"^r\d+ and 3 more +4 .* (0\.\d+) ± 0\.\d+\*? +1", out, flags=re.MULTILINE)]
+    means = [float(m) for m in re.findall(r"^lr \d\.0 .* \*?(0\.\d+) ± 0\.\d+ +4 ", out, flags=re.MULTILINE)]
     assert len(means) == 5 and means == sorted(means, reverse=True)
 
 
@@ -195,27 +198,33 @@ def test_other_data_and_other_tasks_are_not_mixed(files: Path, tmp_path: Path, c
     out, _ = run(capsys, made(files, "all"), single, other)
     assert "Runs on different data are listed apart" in out and "Means over different tasks are not compared" in out
     rows = [line for line in sections_of(out)["Differences from the best"].splitlines() if line.startswith("tasks")]
-    assert len(rows) == 1 and rows[0].startswith("tasks sst  sst ")
+    assert len(rows) == 1 and re.match(r"tasks sst  sst +\+0\.083 ", rows[0])
 
 
-def test_csv_has_every_number_in_full(files: Path, capsys: Captured) -> None:
-    runs = [made(files, f"r{lr}{s}", seed=s, lr=float(lr)) for lr in (1, 2) for s in (0, 1)]
-    rows = list(csv.DictReader(io.StringIO(run(capsys, *runs, "--csv")[0])))
-    assert len(rows) == 2
+def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, capsys: Captured) -> None:
+    runs = [made(files, f"r{s}", seed=s, lr=0.1 + s) for s in (0, 1)]
+    single = write_run(files.parent / "single", files, {"sst": noisy(files, "sst", 0.2, 0)}, seed=7)
+    tables = [run(capsys, *paths, "--csv")[0] for paths in (runs, [single, *runs], [single])]
+    assert len({table.splitlines()[0] for table in tables}) == 1
+    rows = list(csv.DictReader(io.StringIO(tables[1])))
+    assert [row["run"] for row in rows] == [str(path) for path in (single, *runs)]
     for row in rows:
-        own = [FinishedRun.read(Path(path)) for path in row["runs"].split()]
-        assert row["seeds"] == "0 1" and row["n"] == "2" and float(row["lr"]) == own[0].config["lr"]
-        for name, title in (("sst", "sst accuracy"), ("sts", "sts pearson"), ("mean", "mean")):
-            values = [of.score(name) for of in own]
-            assert float(row[title]) == pytest.approx(statistics.mean(values), rel=1e-12)
-            assert float(row[f"{title} sd"]) == pytest.approx(statistics.stdev(values), rel=1e-9)
-        assert row["parameters"] == "22700000" and float(row["training_seconds"]) == 100.5
+        of = FinishedRun.read(Path(row["run"]))
+        for task in TASKS:
+            for metric in ("pearson", "spearman") if task == "sts" else ("accuracy", "macro_f1"):
+                expected = of.results["dev"].get(task, {}).get(metric, "")
+                assert row[f"{task}_{metric}"] == str(expected)
+        assert float(row["mean"]) == of.score("mean") and int(row["seed"]) == of.config["seed"]
+        assert float(row["training_seconds"]) == 100 + of.config["seed"] and row["peak_memory_mb"] == "1024.5"
+        assert float(row["lr"]) == of.config["lr"] and json.loads(row["settings"]) == of.config
 
 
 def test_markdown_has_the_same_tables(files: Path, capsys: Captured) -> None:
     runs = [made(files, "a", 0.1, lr=1.0), made(files, "b", lr=2.0)]
-    out, _ = run(capsys, *runs, "--markdown")
-    assert "| runs | n | lr |" in out and "| a | 1 | 1.0 |" in out and "## Differences from the best" in out
+    lines = run(capsys, *runs, "--markdown")[0].splitlines()
+    assert "## Differences from the best" in lines
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert cells[0][:2] == ["setting", "sst accuracy"] and cells[1][0] == "lr 1.0" and cells[1][1].startswith("**")
 
 
 def test_a_page_holds_tables_and_pictures_of_one_run_and_of_several(
@@ -226,13 +235,30 @@ def test_a_page_holds_tables_and_pictures_of_one_run_and_of_several(
         page = tmp_path / f"{number}.html"
         run(capsys, *paths, "--html", page)
         text = page.read_text()
-        # One run: its seven plots. Several: two pictures of all, and the plots that there are of the first settings.
-        assert text.count("data:image/png;base64,") == (7 if number == 1 else 2 + 7)
+        # One run: its seven plots. Several: two pictures of all, and the plots of the first settings.
+        assert text.count("data:image/png;base64,") == (7 if number == 1 else 2 + 4 * 7)
         assert text.count("<table>") >= 3 and "http" not in text
+        assert text.count("<figcaption>") == text.count('alt="') == text.count("<img") and 'alt=""' not in text
     assert not list(tmp_path.glob("*.tmp"))
-    before = (tmp_path / "1.html").read_text()
-    run(capsys, *runs, tmp_path / "nothing", "--html", tmp_path / "1.html", "--csv")
-    assert (after := (tmp_path / "1.html").read_text()) != before and "nothing: no run directory" in after
+    (runs[0] / "metrics.jsonl").write_text('{"stage": "s", "epoch": 1, "step": 2, "losses": 3}\n')
+    run(capsys, runs[0], tmp_path / "nothing", "--html", tmp_path / "new.html", "--csv")
+    text = (tmp_path / "new.html").read_text()
+    assert "nothing: no run directory" in text and "losses is &#39;3&#39;" in text
+
+
+def test_a_page_is_never_written_over_another_file(files: Path, tmp_path: Path, capsys: Captured) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("precious")
+    out, err = run(capsys, made(files, "a"), "--html", page, status=2)
+    assert (out, err) == ("", f"error: --html {page}: exists already, expected the name of a new file\n")
+    assert page.read_text() == "precious"
+
+
+def test_the_plots_of_a_run_have_the_format_that_is_asked_for(files: Path, capsys: Captured) -> None:
+    path = made(files, "a")
+    out, _ = run(capsys, path, "--format", "svg")
+    drawn = list((path / "plots").iterdir())
+    assert len(drawn) == 7 and all(plot.suffix == ".svg" and str(plot) in out for plot in drawn)
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -251,15 +277,37 @@ def test_what_cannot_be_used_is_named_and_left_out(files: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{absent}"], "error: no run to report on, expected at least one directory of a run that has ended"),
+        (["{absent}"], "error: .*data/absent: no run directory, expected one with config.json"),
+        (["{absent}", "{file}"], "error: no run to report on, expected at least one directory of a run that has ended"),
         (["{run}", "--html", "{run}/page.txt"], "error: --html .*page.txt: expected a file name that ends in .html"),
-        (["{run}", "--html", "{absent}/page.html"], "error: --html .*page.html: cannot be written"),
+        (["{run}", "--html", "{absent}/page.html"], "error: --html .*page.html: no directory "),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, files: Path, capsys: Captured) -> None:
-    paths = {"run": made(files, "run"), "absent": files / "absent"}
+    paths = {"run": made(files, "run"), "absent": files / "absent", "file": files}
     _, err = run(capsys, *(argument.format(**paths) for argument in arguments), status=2)
     assert re.fullmatch(message + ".*", err.splitlines()[-1]) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", "{"), ("results.json", '{"dev": 3}'), ("config.json", '{"option": "finetune"}'),
+        ("metrics.jsonl", '{"stage": "s", "epoch": 1, "step": 2, "dev": {"sst": {"accuracy": "high"}, "mean": 1}}'),
+        ("metrics.jsonl", '{"stage": "finetune", "epoch": 1, "step": 2, "lr": [1]}'),
+        ("predictions/sst-dev-rows.csv", "id,label,prediction\na,1\n"), ("predictions/sts-dev-rows.csv", "\x00"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_one_clear_line(name: str, content: str, files: Path, capsys: Captured) -> None:
+    path = made(files, "run")
+    (path / name).write_text(content)
+    capsys.readouterr()
+    status = main([str(path)])
+    shown = capsys.readouterr()
+    if name.startswith("predictions"):
+        assert (status, shown.err) == (0, "") and f"No error analysis: {path / name}" in " ".join(shown.out.split())
+    else:
+        assert shown.err.count("\n") == 1 and str(path / name) in shown.err and status == (0 if "jsonl" in name else 2)
 
 
 @pytest.mark.parametrize("arguments", [[], ["run", "--csv", "--markdown"], ["run", "--nothing"]])
@@ -293,8 +341,3 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(files: Path) -> 
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
     process.stderr.close()
-
-
-def test_pictures_are_only_read_for_a_page(treated_run: Path) -> None:
-    (*_, last) = run_sections(FinishedRun.read(treated_run), sorted((treated_run / "plots").iterdir()))
-    assert len([block for block in last.blocks if not isinstance(block, str)]) == 7

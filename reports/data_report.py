@@ -1,4 +1,4 @@
-"""What is in a data directory: `python datasets.py DIR [--plot FILE.png]`.
+"""What is in a data directory: `python datasets.py DIR [--plot FILE]`.
 
 Rows, classes, token lengths, how much of a padded batch would be padding, repeated rows, rows that stand in the
 training and the dev file both, and rows without a label, with line numbers.
@@ -6,19 +6,20 @@ training and the dev file both, and rows without a label, with line numbers.
 Shape letters: R rows of a file.
 """
 
+from __future__ import annotations
+
 import argparse
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from bert import EMBEDDED_MODEL, BertConfig, CheckpointError, find_checkpoint, read_config
+from bert import CheckpointError
+from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
 from datasets import (
     SPLITS,
     DataError,
@@ -30,11 +31,21 @@ from datasets import (
     text_hashes,
     tokenize,
 )
+from reports.command import FORMATS, Parser, ReportError, check_new_file, run_command, write_file
+from reports.plots import content, new_figure
 from tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PERCENTILES = (50, 90, 98, 99)
 NUM_NAMED = 10  # rows named one by one in a list
-TRAIN_COLOR, DEV_COLOR, TEST_COLOR = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito: told apart by the colour-blind
+STYLES = {
+    "train": ("#0072B2", "-"),
+    "dev": ("#E69F00", "--"),
+    "test": ("#009E73", ":"),
+}  # told apart by the colour-blind
 
 
 @dataclass(frozen=True)
@@ -161,12 +172,10 @@ def _some(items: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------------- plot
 
 
-def draw(descriptions: Sequence[Description]) -> Any:
-    """A figure: of each task the distribution of labels above, of token lengths below, in shares of the rows."""
-    from matplotlib.figure import Figure
-
+def draw(descriptions: Sequence[Description]) -> Figure:
+    """A picture: of each task the distribution of labels above, of token lengths below, in shares of the rows."""
     tasks = list(dict.fromkeys(d.task.name for d in descriptions))
-    figure = Figure(figsize=(4 * len(tasks), 6.4), dpi=150, layout="constrained")
+    figure = new_figure(4 * len(tasks), 6.4)
     axes = figure.subplots(2, len(tasks), squeeze=False)
     for column, name in enumerate(tasks):
         of_task = {d.split: d for d in descriptions if d.task.name == name}
@@ -178,7 +187,7 @@ def draw(descriptions: Sequence[Description]) -> Any:
     return figure
 
 
-def _draw_labels(axis: Any, task: Task, of_task: Mapping[str, Description]) -> None:
+def _draw_labels(axis: Axes, task: Task, of_task: Mapping[str, Description]) -> None:
     labelled = {split: of for split, of in of_task.items() if split != "test"}
     num_classes = task.output.num_classes
     edges = np.arange(6.0) if num_classes is None else np.arange(num_classes + 1) - 0.5
@@ -186,9 +195,13 @@ def _draw_labels(axis: Any, task: Task, of_task: Mapping[str, Description]) -> N
     for number, (split, of) in enumerate(labelled.items()):
         shares = 100 * np.histogram(of.labels, edges)[0] / len(of.labels)
         middles = (edges[:-1] + edges[1:]) / 2 + (number - (len(labelled) - 1) / 2) * width
-        style = {"color": DEV_COLOR, "hatch": "///"} if split == "dev" else {"color": TRAIN_COLOR}
-        axis.bar(middles, shares, width, label=f"{split}, {len(of.labels):,} rows", edgecolor="white", **style)
-    axis.set_xlabel("similarity (0 to 5)" if num_classes is None else "class")
+        style: dict[str, Any] = {
+            "color": STYLES[split][0],
+            "hatch": "///" if split == "dev" else None,
+            "edgecolor": "white",
+        }
+        axis.bar(middles, shares, width, label=f"{split}, {len(of.labels):,} rows", **style)
+    axis.set_xlabel(f"{task.label_column} (0 to 5)" if num_classes is None else "class")
     if num_classes is not None:
         axis.set_xticks(range(num_classes))
     if labelled:
@@ -196,44 +209,27 @@ def _draw_labels(axis: Any, task: Task, of_task: Mapping[str, Description]) -> N
         axis.legend(fontsize=8, frameon=False, loc="upper right")
 
 
-def _draw_lengths(axis: Any, of_task: Mapping[str, Description]) -> None:
+def _draw_lengths(axis: Axes, of_task: Mapping[str, Description]) -> None:
     longest = max(int(of.lengths.max()) for of in of_task.values())
     edges = np.linspace(0, longest + 1, min(longest + 1, 40) + 1)
-    styles = {"train": (TRAIN_COLOR, "-"), "dev": (DEV_COLOR, "--"), "test": (TEST_COLOR, ":")}
     for split, of in of_task.items():
-        color, line = styles[split]
+        style: dict[str, Any] = {"color": STYLES[split][0], "linestyle": STYLES[split][1], "histtype": "step"}
         weights = np.full(len(of.lengths), 100 / len(of.lengths))
-        axis.hist(
-            of.lengths, edges, weights=weights, histtype="step", color=color, linestyle=line, linewidth=1.6, label=split
-        )
+        axis.hist(of.lengths, edges.tolist(), weights=weights, label=split, linewidth=1.6, **style)
     axis.set_xlabel("length (tokens)")
     axis.legend(fontsize=8, frameon=False)
-
-
-def save_plot(figure: Any, path: Path) -> None:
-    """Writes a new PNG file. Raises DataError where it cannot."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        figure.savefig(beside, format="png")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise DataError(f"--plot {path}: cannot be written ({error.strerror})") from None
 
 
 # ------------------------------------------------------------------------------------------------------ command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists what is allowed)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(prog="datasets.py", description="Describe the data files of a directory.", allow_abbrev=False)
+    parser = Parser(prog="datasets.py", description="Describe the data files of a directory.", allow_abbrev=False)
     parser.add_argument("folder", metavar="DIR", help="a directory with CS224N's files, or sample")
-    parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw labels and lengths into a new file")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help=f"draw labels and lengths into a new file: {', '.join(FORMATS)}"
+    )
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="whose tokenizer counts (default: %(default)s)")
     parser.add_argument(
         "--batch_size", metavar="N", type=int, default=32, help="rows of a batch (default: %(default)s)"
@@ -244,23 +240,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for an input that cannot be used."""
     args = build_parser().parse_args(arguments)
-    try:
-        if args.batch_size < 1:
-            raise DataError(f"--batch_size {args.batch_size}: expected 1 or more")
-        if args.plot is not None and args.plot.exists():
-            raise DataError(f"--plot {args.plot}: exists already, expected the name of a new file")
-        if args.plot is not None and not args.plot.parent.is_dir():
-            raise DataError(f"--plot {args.plot}: no directory {args.plot.parent}")
-        folder = data_folder(args.folder, flag="")
-        checkpoint = find_checkpoint(args.model)
-        tokenizer = Tokenizer(checkpoint, BertConfig.from_dict(read_config(checkpoint)).max_position_embeddings)
-        descriptions = describe_folder(folder, tokenizer)
-        for line in report(descriptions, args.batch_size):
-            print(line)
-        if args.plot is not None:
-            save_plot(draw(descriptions), args.plot)
-            print(f"picture: {args.plot}")
-    except (DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: describe(args), DataError, CheckpointError)
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Draws where that is wanted, and prints."""
+    if args.batch_size < 1:
+        raise ReportError(f"--batch_size {args.batch_size}: expected 1 or more")
+    if args.plot is not None:
+        check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
+    folder = data_folder(args.folder, flag="")
+    checkpoint = find_checkpoint(args.model)
+    tokenizer = Tokenizer(checkpoint, read_bert_config(checkpoint).max_position_embeddings)
+    descriptions = describe_folder(folder, tokenizer)
+    lines = list(report(descriptions, args.batch_size))
+    if args.plot is not None:
+        write_file("--plot", args.plot, content(draw(descriptions), args.plot.suffix.lower()[1:]))
+        lines.append(f"picture: {args.plot}")
+    print("\n".join(lines))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finished_run import DevRows
-from tasks import TASKS, Task, scores
+from run_record import DevRows
+from tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from datasets import Example
@@ -29,48 +29,29 @@ class Part:
     numbers: dict[str, float]
 
 
-@dataclass(frozen=True)
-class WrongRow:
-    """A dev row that the model got wrong.
-
-    confidence: the probability of the prediction; on a scale, how far the prediction lies from the label.
-    """
-
-    row: int
-    label: float
-    prediction: float
-    confidence: float
-
-
 def by_class(task: Task, rows: DevRows) -> list[Part]:
     """Of each class precision, recall and F1; on a scale, of each band of labels the error of the predictions."""
     if task.output.num_classes is None:
         return _by_band(rows)
     from sklearn.metrics import precision_recall_fscore_support
 
-    classes = list(range(task.output.num_classes))
-    columns = precision_recall_fscore_support(rows.labels, rows.predictions, labels=classes, zero_division=0)
-    names = ("precision", "recall", "f1")
+    classes = range(task.output.num_classes)
+    columns = precision_recall_fscore_support(rows.labels, rows.predictions, labels=list(classes), zero_division=0)
     return [
-        Part(str(k), int(support), {name: float(value) for name, value in zip(names, values, strict=True)})
-        for k, *values, support in zip(classes, *columns, strict=True)
+        Part(str(k), int(support), {"precision": float(precision), "recall": float(recall), "f1": float(f1)})
+        for k, precision, recall, f1, support in zip(classes, *columns, strict=True)
     ]
 
 
 def _by_band(rows: DevRows) -> list[Part]:
-    low, high = float(rows.labels.min()), float(rows.labels.max())
-    edges = np.linspace(low, high, NUM_BANDS + 1)
+    edges = np.linspace(rows.labels.min(), rows.labels.max(), NUM_BANDS + 1)
     band_of = np.clip(np.searchsorted(edges, rows.labels, side="right") - 1, 0, NUM_BANDS - 1)
     parts = []
     for k in np.unique(band_of):
-        name, mask = f"{edges[k]:.3g} to {edges[k + 1]:.3g}", band_of == k
-        parts.append(Part(name, int(mask.sum()), _errors(rows, mask)))
+        errors = (rows.predictions - rows.labels)[band_of == k]
+        numbers = {"mean error": float(errors.mean()), "mean absolute error": float(np.abs(errors).mean())}
+        parts.append(Part(f"{edges[k]:.3g} to {edges[k + 1]:.3g}", len(errors), numbers))
     return parts
-
-
-def _errors(rows: DevRows, mask: np.ndarray) -> dict[str, float]:
-    differences = (rows.predictions - rows.labels)[mask]
-    return {"mean error": float(differences.mean()), "mean absolute error": float(np.abs(differences).mean())}
 
 
 def num_words(examples: Sequence["Example"]) -> np.ndarray:
@@ -87,15 +68,15 @@ def by_length(task: Task, rows: DevRows, lengths: np.ndarray) -> list[Part]:
         mask = quarter_of == quarter
         shortest, longest = int(lengths[mask].min()), int(lengths[mask].max())
         name = str(shortest) if shortest == longest else f"{shortest} to {longest}"
-        numbers = scores(task, rows.predictions[mask], rows.labels[mask])
-        parts.append(Part(name, int(mask.sum()), numbers))
+        parts.append(Part(name, int(mask.sum()), task.output.scores(rows.predictions[mask], rows.labels[mask])))
     return parts
 
 
-def most_wrong(task: Task, rows: DevRows, number: int) -> list[WrongRow]:
+def most_wrong(task: Task, rows: DevRows, number: int) -> list[tuple[int, float]]:
     """The wrong rows that the model was most sure of, or on a scale those with the largest errors, the worst first.
 
-    Empty for classes without probabilities.
+    Returns (row, probability of its prediction), on a scale (row, distance of its prediction from its label). Empty for
+    classes without probabilities.
     """
     if task.output.num_classes is None:
         confidences = np.abs(rows.predictions - rows.labels)
@@ -105,7 +86,7 @@ def most_wrong(task: Task, rows: DevRows, number: int) -> list[WrongRow]:
         confidences = rows.probabilities[np.arange(len(rows.labels)), rows.predictions.astype(int)]
     wrong = np.flatnonzero(rows.predictions != rows.labels)
     order = wrong[np.argsort(-confidences[wrong], kind="stable")][:number]
-    return [WrongRow(int(i), float(rows.labels[i]), float(rows.predictions[i]), float(confidences[i])) for i in order]
+    return [(int(i), float(confidences[i])) for i in order]
 
 
 def agreement(task: str, first: DevRows, second: DevRows) -> dict[str, float]:
@@ -115,10 +96,11 @@ def agreement(task: str, first: DevRows, second: DevRows) -> dict[str, float]:
     correlation and the mean distance of the predictions.
     """
     a, b = first.predictions, second.predictions
-    if TASKS[task].output.num_classes is not None:
-        from sklearn.metrics import cohen_kappa_score
+    num_classes = TASKS[task].output.num_classes
+    if num_classes is None:
+        return {"pearson": TASKS[task].output.scores(a, b)["pearson"], "mean distance": float(np.abs(a - b).mean())}
+    from sklearn.metrics import cohen_kappa_score
 
-        classes = list(range(TASKS[task].output.num_classes or 0))
-        with np.errstate(invalid="ignore"), warnings.catch_warnings(action="ignore"):
-            return {"equal": float(np.mean(a == b)), "kappa": float(cohen_kappa_score(a, b, labels=classes))}
-    return {"pearson": scores(TASKS[task], a, b)["pearson"], "mean distance": float(np.abs(a - b).mean())}
+    with np.errstate(invalid="ignore"), warnings.catch_warnings(action="ignore"):
+        kappa = cohen_kappa_score(a, b, labels=list(range(num_classes)))
+    return {"equal": float(np.mean(a == b)), "kappa": float(kappa)}

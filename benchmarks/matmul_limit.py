@@ -1,0 +1,123 @@
+"""What the matrix products of an encoder take at least: their operations, and the rate of the machine at them.
+
+Shape letters: N packed tokens, B rows, D hidden.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert import BertConfig
+from ops.linear import onednn_product, rows_multiple, uses_onednn
+
+
+def matmul_flops(config: BertConfig, lengths: np.ndarray) -> int:
+    """Floating-point operations of the layers' matrix products in one forward pass over rows of these lengths (B,)."""
+    size, tokens = config.hidden_size, int(lengths.sum())
+    dense = 2 * tokens * (4 * size * size + 2 * size * config.intermediate_size)
+    attention = 4 * size * int((lengths.astype(np.int64) ** 2).sum())
+    return config.num_hidden_layers * (dense + attention)
+
+
+def forward_flops(config: BertConfig, lengths: np.ndarray) -> int:
+    """The same, pooler included."""
+    return matmul_flops(config, lengths) + 2 * len(lengths) * config.hidden_size**2
+
+
+def needed_flops(config: BertConfig, lengths: np.ndarray) -> int:
+    """The same without what no pooled output depends on: of the last layer, all but the keys and values of the tokens
+    that are not their row's first."""
+    size, others = config.hidden_size, int(lengths.sum()) - len(lengths)
+    dense = 2 * others * (2 * size * size + 2 * size * config.intermediate_size)
+    attention = 4 * size * int((lengths.astype(np.int64) ** 2 - lengths).sum())
+    return forward_flops(config, lengths) - dense - attention
+
+
+def training_flops(config: BertConfig, lengths: np.ndarray) -> int:
+    """Of a forward and a backward pass: each product has one gradient for either factor."""
+    return 3 * forward_flops(config, lengths)
+
+
+def left_out(config: BertConfig, passes: Sequence[np.ndarray], share: float) -> str:
+    """A sentence on the products that ours does without. share: of the matmul limit, by all products."""
+    part = sum(needed_flops(config, of) for of in passes) / sum(forward_flops(config, of) for of in passes)
+    return (
+        f"the matmul limit counts all matrix products of the model over real tokens; ours runs {part:.0%} of them (of "
+        f"the last layer only what the pooled output depends on), and is at {part * share:.0%} of the limit of those"
+    )
+
+
+class MatmulLimit:
+    """The matrix products of an encoder's dense layers, at these shapes and by the same library, and nothing else.
+
+    What a machine needs for them bounds from below what a pass over the same tokens can take. Each layer has matrices
+    of its own, as in the encoder, so that they come from memory as often as there.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        passes: Sequence[np.ndarray],
+        training: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """passes: of each pass that will be run the lengths (B,) of its rows. training: the products of the backward
+        pass too."""
+        self.config, self.training, self.device = config, training, torch.device(device)
+        size = config.hidden_size
+        shapes = [(3 * size, size), (size, size), (config.intermediate_size, size), (size, config.intermediate_size)]
+        shapes = [*shapes * config.num_hidden_layers, (size, size)]
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        self._weights = [random(*shape) for shape in shapes]
+        most = max(self._places(lengths) for lengths in passes) * max(max(shape) for shape in shapes)
+        self._inputs, self._gradients = random(most), random(most)
+        self._results = random(max(most, *(weight.numel() for weight in self._weights)))
+        self.run(*{self._places(lengths): lengths for lengths in passes}.values())  # no kernel is made in a timed run
+
+    def run(self, *passes: np.ndarray) -> None:
+        """The products of passes over rows of these lengths."""
+        *dense, pooler = self._weights
+        for lengths in passes:
+            for weight in dense:
+                self._products(weight, self._places(lengths))
+            self._products(pooler, len(lengths))
+
+    def _places(self, lengths: np.ndarray) -> int:
+        """Rows of the encoder's matrices: the tokens of these rows, and those that belong to no row."""
+        multiple = rows_multiple(self.device)
+        return -(-int(lengths.sum()) // multiple) * multiple
+
+    def _products(self, weight: Tensor, num_places: int) -> None:
+        """Of one layer; no transposed first factor, which the library would have to copy."""
+        width_out, width_in = weight.shape
+        inputs = _leading(self._inputs, num_places, width_in)
+        self._product(inputs, weight.t())
+        if self.training:
+            self._product(_leading(self._gradients, num_places, width_out), weight)
+            self._product(_leading(self._gradients, width_out, num_places), inputs)
+
+    def _product(self, left: Tensor, right: Tensor) -> None:
+        if uses_onednn(left):
+            onednn_product(left, right.t())
+        else:
+            torch.mm(left, right, out=_leading(self._results, len(left), right.shape[1]))
+
+    def seconds(self, passes: Sequence[np.ndarray], measured: float) -> float:
+        """Seconds of all products of these passes over real tokens, attention's too, at the rate that `run` reached.
+
+        measured: seconds of `run` on these passes.
+        """
+        *dense, pooler = (weight.numel() for weight in self._weights)
+        done = sum(2 * self._places(lengths) * sum(dense) + 2 * len(lengths) * pooler for lengths in passes)
+        return measured * sum(forward_flops(self.config, lengths) for lengths in passes) / done
+
+
+def _leading(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
