@@ -7,6 +7,7 @@ while the other works. Printed: medians, and how many times as long the other on
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -40,10 +41,8 @@ class Worker:
         """Raises MeasurementError if the process ends instead; it says why on standard error."""
         requests, answers = self.process.stdin, self.process.stdout
         assert requests is not None and answers is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             print(kind, number, file=requests, flush=True)
-        except BrokenPipeError:
-            pass
         if answers.readline() != "done\n":
             raise MeasurementError(f"{self.checkout}: its process ended at a {KINDS[kind]}")
 

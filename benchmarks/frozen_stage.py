@@ -28,18 +28,15 @@ NUM_ROWS = 2000
 EVAL_BATCH_SIZE = 64
 
 
-class RunningEncoder:
+def running_encoder(model: MultitaskBert) -> TaskModel:
     """The heads of a model whose frozen encoder runs for every batch."""
 
-    def __init__(self, model: MultitaskBert) -> None:
-        self.model = model
-
-    def __call__(
-        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
-    ) -> Tensor:
+    def predict(task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: object = None) -> Tensor:
         with torch.no_grad():
-            pooled = self.model.pooled(task, batch)
-        return self.model.predict(task, pooled, masks)
+            pooled = model.pooled(task, batch)
+        return model.predict(task, pooled, masks)
+
+    return predict
 
 
 class Setup:
@@ -68,7 +65,7 @@ class Setup:
         return self._train(FrozenEncoder(self.model), features, epochs)
 
     def without(self, epochs: int) -> list[float]:
-        return self._train(RunningEncoder(self.model), self.rows, epochs)
+        return self._train(running_encoder(self.model), self.rows, epochs)
 
     def difference(self) -> float:
         """The largest relative difference between the losses of a step of the two ways, over an epoch."""
@@ -78,10 +75,7 @@ class Setup:
 
 def variants(options: Options) -> Mapping[str, Callable[[], Step]]:
     setup = Setup(options)
-    return {
-        KEPT: lambda: lambda number: setup.with_features(1),
-        RUNNING: lambda: lambda number: setup.without(1),
-    }
+    return {KEPT: lambda: lambda number: setup.with_features(1), RUNNING: lambda: lambda number: setup.without(1)}
 
 
 def measure(options: Options) -> Report:

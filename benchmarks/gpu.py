@@ -1,9 +1,9 @@
 """All that a CUDA GPU has to show, checked and timed: BERT-base with random weights, bfloat16, rows of real lengths.
 
-    python -m benchmarks.gpu [--data DIR] [--rounds N] [--device cuda|cpu] [--tiny]
+    python -m benchmarks.gpu [--rounds N] [--device cuda|cpu] [--tiny]
 
 It needs no checkpoint, no tokenizer and no data: weights and token ids are random, the lengths of the rows are those of
-row_lengths.json (CS224N's training files), or with --data those of a directory's files.
+CS224N's training files (row_lengths.json, written by python -m benchmarks.gpu --save_lengths DIR).
 
 Checked first: pooled outputs and gradients of the encoder on packed rows against transformers' on padded ones in
 float32, and our predictions in bfloat16 against those in float32. Then timed, ours and transformers alternately:
@@ -71,15 +71,10 @@ def row_lengths(path: Path = LENGTHS) -> dict[str, np.ndarray]:
     return {task: np.repeat([int(n) for n in of], list(of.values())) for task, of in counts.items()}
 
 
-def lengths_of_files(data: Path) -> dict[str, np.ndarray]:
-    """(R,) tokens of the rows of each training file, by the embedded model's tokenizer."""
+def write_row_lengths(data: Path, path: Path) -> None:
+    """What `row_lengths` reads: how many training rows of each task have how many of the embedded model's tokens."""
     rows = workload.Checkpoint.find(EMBEDDED_MODEL).rows(data, "train")
-    return {task: of.tokens.lengths for task, of in rows.items()}
-
-
-def write_row_lengths(lengths: Mapping[str, np.ndarray], path: Path) -> None:
-    """What `row_lengths` reads: how many rows of each task have how many tokens."""
-    counts = {task: zip(*np.unique(of, return_counts=True), strict=True) for task, of in lengths.items()}
+    counts = {task: zip(*np.unique(of.tokens.lengths, return_counts=True), strict=True) for task, of in rows.items()}
     named = {task: {str(value): int(number) for value, number in of} for task, of in counts.items()}
     text = json.dumps({"what": "tokens of the training rows of CS224N's files: rows by length", "counts": named})
     path.write_text(text + "\n", "utf-8")
@@ -270,26 +265,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="directory whose training rows give the lengths")
     parser.add_argument("--rounds", type=harness.count, default=10, help="rounds that count (default: 10)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a tiny encoder and few rows: to see that it works")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the result file")
-    parser.add_argument("--save_lengths", action="store_true", help=f"write {LENGTHS.name} from --data, and end")
+    parser.add_argument("--save_lengths", type=Path, metavar="DIR", help=f"write {LENGTHS.name} from files, and end")
     given = parser.parse_args(arguments)
-    if given.save_lengths and given.data is None:
-        parser.error("--save_lengths: expected with --data")
-    if given.device == "cuda" and not given.save_lengths and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA GPU found, expected cpu (with --tiny)")
-    try:
-        lengths = lengths_of_files(given.data) if given.data else row_lengths()
-    except harness.ERRORS as error:
-        parser.error(str(error))
     if given.save_lengths:
-        write_row_lengths(lengths, LENGTHS)
+        write_row_lengths(given.save_lengths, LENGTHS)
         return 0
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA GPU found, expected cpu (with --tiny)")
     device, size = torch.device(given.device), TINY if given.tiny else BASE
-    rows = workload.random_rows(lengths, size.num_rows, size.config, device)
+    rows = workload.random_rows(row_lengths(), size.num_rows, size.config, device)
     report = measure(Setup(size, device, rows, given.rounds or 10))
     return harness.publish("gpu", report, harness.environment_of(device), None if given.tiny else given.out)
 

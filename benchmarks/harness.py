@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -119,7 +120,7 @@ class Line:
     """One thing that was measured.
 
     values: of each round, in `unit`. ratio: to what the report's title says. matmul_share: of the speed of the matrix
-    products alone. memory: of a process, or of a GPU, that ran nothing else.
+    products alone. memory: of a process that ran nothing else, or of the GPU.
     """
 
     what: str
@@ -253,15 +254,8 @@ def environment_of(device: torch.device) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
         "kernels": speed_report(device.type),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES if find_spec(p)}},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------- command
@@ -316,11 +310,10 @@ class Benchmark:
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """The command. Returns its exit status: 0, 1 if a check that must hold does not, 2 for an error."""
-        options = Options(
-            **vars(make_parser(f"benchmarks.{self.name}", self.description, self.rounds).parse_args(arguments))
-        )
+        parser = make_parser(f"benchmarks.{self.name}", self.description, self.rounds)
+        options = Options(**vars(parser.parse_args(arguments)))
         try:
-            use_threads(options.threads)
+            torch.set_num_threads(options.threads or torch.get_num_threads())
             environment = environment_of(torch.device("cpu"))
             report = self.measure(replace(options, rounds=options.rounds or self.rounds))
             return publish(self.name, report, environment, options.out)
@@ -329,14 +322,9 @@ class Benchmark:
             return 2
 
 
-def use_threads(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-
-
 def run_alone(name: str, variant: str, options: Options) -> Memory:
     """What `Benchmark.memory` runs."""
-    use_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     benchmark: Benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
     take_step = benchmark.variants(options)[variant]()
     before = resident_memory_mb("VmRSS")

@@ -14,16 +14,14 @@ from ops.linear import onednn_product, rows_multiple, uses_onednn
 
 
 def matmul_flops(config: BertConfig, lengths: np.ndarray) -> int:
-    """Floating-point operations of the layers' matrix products in one forward pass over rows of these lengths (B,)."""
+    """Floating-point operations of the encoder's matrix products, pooler included, in one forward pass.
+
+    lengths: (B,) of the rows. A backward pass has twice as many: each product has one gradient for either factor.
+    """
     size, tokens = config.hidden_size, int(lengths.sum())
     dense = 2 * tokens * (4 * size * size + 2 * size * config.intermediate_size)
     attention = 4 * size * int((lengths.astype(np.int64) ** 2).sum())
-    return config.num_hidden_layers * (dense + attention)
-
-
-def forward_flops(config: BertConfig, lengths: np.ndarray) -> int:
-    """The same, pooler included."""
-    return matmul_flops(config, lengths) + 2 * len(lengths) * config.hidden_size**2
+    return config.num_hidden_layers * (dense + attention) + 2 * len(lengths) * size**2
 
 
 def needed_flops(config: BertConfig, lengths: np.ndarray) -> int:
@@ -32,17 +30,12 @@ def needed_flops(config: BertConfig, lengths: np.ndarray) -> int:
     size, others = config.hidden_size, int(lengths.sum()) - len(lengths)
     dense = 2 * others * (2 * size * size + 2 * size * config.intermediate_size)
     attention = 4 * size * int((lengths.astype(np.int64) ** 2 - lengths).sum())
-    return forward_flops(config, lengths) - dense - attention
-
-
-def training_flops(config: BertConfig, lengths: np.ndarray) -> int:
-    """Of a forward and a backward pass: each product has one gradient for either factor."""
-    return 3 * forward_flops(config, lengths)
+    return matmul_flops(config, lengths) - dense - attention
 
 
 def left_out(config: BertConfig, passes: Sequence[np.ndarray], share: float) -> str:
     """A sentence on the products that ours does without. share: of the matmul limit, by all products."""
-    part = sum(needed_flops(config, of) for of in passes) / sum(forward_flops(config, of) for of in passes)
+    part = sum(needed_flops(config, of) for of in passes) / sum(matmul_flops(config, of) for of in passes)
     return (
         f"the matmul limit counts all matrix products of the model over real tokens; ours runs {part:.0%} of them (of "
         f"the last layer only what the pooled output depends on), and is at {part * share:.0%} of the limit of those"
@@ -116,7 +109,7 @@ class MatmulLimit:
         """
         *dense, pooler = (weight.numel() for weight in self._weights)
         done = sum(2 * self._places(lengths) * sum(dense) + 2 * len(lengths) * pooler for lengths in passes)
-        return measured * sum(forward_flops(self.config, lengths) for lengths in passes) / done
+        return measured * sum(matmul_flops(self.config, lengths) for lengths in passes) / done
 
 
 def _leading(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The ordinary way: transformers' BERT on padded batches, and the loop around it that its documentation teaches.
 
-transformers is imported where a model is made, so that ours can be measured in a process without it.
+transformers is imported where it is needed, so that ours can be measured in a process without it.
 
 Shape letters: B rows, L longest row of a batch, D hidden, K outputs.
 """
@@ -46,7 +46,7 @@ def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "
 class PaddedBert(nn.Module):
     """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output).
 
-    It is asked as a MultitaskBert is, without adapters; its dropout draws its own masks.
+    It is asked as a MultitaskBert is; masks do not matter, its dropout draws its own.
     """
 
     def __init__(self, model: MultitaskBert) -> None:
@@ -65,20 +65,19 @@ class PaddedBert(nn.Module):
         """Logits (B, K) of a task."""
         return self.predict(task, self.pooled(task, batch))
 
-    def pooled(self, task: str, batch: PaddedBatch, masks: None = None) -> Tensor:
+    def pooled(self, task: str, batch: PaddedBatch, masks: object = None) -> Tensor:
         """(B, D) pooler output."""
         names = ("input_ids", "token_type_ids", "attention_mask")
         return self.encoder(**{name: getattr(batch, name) for name in names}).pooler_output  # type: ignore[no-any-return]
 
-    def predict(self, task: str, pooled: Tensor, masks: None = None) -> Tensor:
+    def predict(self, task: str, pooled: Tensor, masks: object = None) -> Tensor:
         """Logits (B, K) of a task's head from (B, D)."""
         return self.heads[task](self.dropout(pooled))  # type: ignore[no-any-return]
 
     def trained(self) -> Trained:
         """All parameters."""
-        return Trained(
-            dict(self.encoder.named_parameters()), {t: dict(h.named_parameters()) for t, h in self.heads.items()}
-        )
+        own = {task: dict(head.named_parameters()) for task, head in self.heads.items()}
+        return Trained(dict(self.encoder.named_parameters()), own)
 
 
 class OrdinaryLoop:
@@ -88,11 +87,7 @@ class OrdinaryLoop:
     """
 
     def __init__(
-        self,
-        model: PaddedBert,
-        rows: Mapping[str, TokenizedRows],
-        precision: Precision,
-        fused: bool = False,
+        self, model: PaddedBert, rows: Mapping[str, TokenizedRows], precision: Precision, fused: bool = False
     ) -> None:
         """fused: AdamW by torch's fused kernel, which is not its default."""
         self.model = model.to(precision.device).train()

@@ -60,12 +60,10 @@ class Curve:
         sizes = list(self.seconds)
         return float(np.polyfit(np.log(sizes[-last:]), np.log(self.medians[-last:]), 1)[0])
 
-    def in_words(self) -> str:
-        k, sizes = self.exponent(), list(self.seconds)
-        kind = "in proportion" if abs(k - 1) <= 0.05 else "more slowly" if k < 1 else "faster"
+    def __str__(self) -> str:
         return (
-            f"{self.what}: grows like {self.unit} to the power {k:.2f} from {sizes[0]:,} to {sizes[-1]:,}, {kind} "
-            f"({self.exponent(last=2):.2f} between the two largest)"
+            f"{self.what}: grows like {self.unit} to the power {self.exponent():.2f} from {min(self.seconds):,} to "
+            f"{max(self.seconds):,} ({self.exponent(last=2):.2f} between the two largest)"
         )
 
 
@@ -173,7 +171,7 @@ def measure(options: Options) -> Report:
         draw_panels(curves, options.out / "scaling.png")
     lines = [Line(f"{c.what}, {size:,} {c.unit}", of) for c in curves for size, of in c.seconds.items()]
     settings = {"rounds": options.rounds, "exponents": {curve.what: curve.exponent() for curve in curves}}
-    return Report("seconds as one number grows", lines, notes=[curve.in_words() for curve in curves], settings=settings)
+    return Report("seconds as one number grows", lines, notes=list(map(str, curves)), settings=settings)
 
 
 BENCHMARK = Benchmark("scaling", __doc__, measure, rounds=5)

@@ -12,12 +12,12 @@ library does those of the dense layers, measured in every round on the same numb
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks import workload
-from benchmarks.harness import WARM_UP, Benchmark, Check, Line, Options, Report, Step, Summary
+from benchmarks import harness, workload
+from benchmarks.harness import WARM_UP, Check, Line, Options, Report, Step, Summary
 from benchmarks.matmul_limit import MatmulLimit, left_out
 from benchmarks.reference import OrdinaryLoop, PaddedBert, length_grouped_batches
 
@@ -26,14 +26,23 @@ LIMIT = "matrix products alone"
 
 
 class Setup:
-    """The checkpoint, the rows, and what each step sees of them. grouped: for each step rows of similar length."""
+    """The checkpoint, the rows, and what each step sees of them."""
 
     def __init__(self, options: Options) -> None:
         self.checkpoint = workload.Checkpoint.find(options.model)
         self.rows = self.checkpoint.rows(options.data, "train")
         self.draws = workload.Draws(self.rows)
         self.num_steps = WARM_UP + options.rounds
-        self.grouped = grouped_draws({t: of.tokens.lengths for t, of in self.rows.items()}, self.num_steps)
+
+    @cached_property
+    def grouped(self) -> list[workload.Draw]:
+        """For each step rows of similar length of one task, the tasks in turn, all lengths in their proportion."""
+        num_batches = -(-self.num_steps // len(self.rows))
+        batches = {
+            task: length_grouped_batches(of.tokens.lengths, workload.BATCH_SIZE, num_batches)
+            for task, of in self.rows.items()
+        }
+        return [(task, batches[task][i]) for i in range(num_batches) for task in self.rows][: self.num_steps]
 
     def ours(self) -> Step:
         return workload.step_of(workload.full_trainer(self.checkpoint.model(tuple(self.rows)), self.rows))
@@ -46,18 +55,11 @@ class Setup:
         return lambda step: [loop.take_step(*draw) for draw in self.draws(step)]
 
     def grouped_by_length(self) -> Step:
-        loop = self._loop()
-        return lambda step: loop.take_step(*self.grouped[step % self.num_steps])
+        loop, draws = self._loop(), self.grouped
+        return lambda step: loop.take_step(*draws[step % self.num_steps])
 
     def makers(self) -> dict[str, Callable[[], Step]]:
         return {OURS: self.ours, PADDED: self.padded, GROUPED: self.grouped_by_length}
-
-
-def grouped_draws(lengths: Mapping[str, np.ndarray], num_steps: int) -> list[workload.Draw]:
-    """For each step rows of similar length of one task, the tasks in turn, all lengths in their proportion."""
-    num_batches = -(-num_steps // len(lengths))
-    batches = {task: length_grouped_batches(of, workload.BATCH_SIZE, num_batches) for task, of in lengths.items()}
-    return [(task, batches[task][i]) for i in range(num_batches) for task in lengths][:num_steps]
 
 
 def measure(options: Options) -> Report:
@@ -68,7 +70,7 @@ def measure(options: Options) -> Report:
     limit = MatmulLimit(setup.checkpoint.config, lengths)
     makers = setup.makers()
     kinds: dict[str, Step] = {name: make() for name, make in makers.items()}
-    seconds = alternate({**kinds, LIMIT: lambda step: limit.run(lengths[step])}, options.rounds)
+    seconds = harness.alternate({**kinds, LIMIT: lambda step: limit.run(lengths[step])}, options.rounds)
 
     batches = {OURS: lengths[WARM_UP:], PADDED: lengths[WARM_UP:], GROUPED: grouped[WARM_UP:]}
     least = [limit.seconds([of], took) for of, took in zip(batches[OURS], seconds[LIMIT], strict=True)]
@@ -76,7 +78,7 @@ def measure(options: Options) -> Report:
     by_row = {n: [s / len(of) for s, of in zip(seconds[n], batches[n], strict=True)] for n in batches}
     ratios = {
         PADDED: Summary.of_ratios(seconds[PADDED], seconds[OURS]),
-        GROUPED: ratio_of_totals(by_row[GROUPED], by_row[OURS]),
+        GROUPED: harness.ratio_of_totals(by_row[GROUPED], by_row[OURS]),
     }
     memory = {name: BENCHMARK.memory(name, options) for name in makers}
     lines = [Line(name, seconds[name], "s", ratios.get(name), shares.get(name), memory[name]) for name in makers]
@@ -85,20 +87,20 @@ def measure(options: Options) -> Report:
         Check("our step over that with batches grouped by length, by the row", 1 / ratios[GROUPED].median, 1 / 1.5),
         Check("our step over the matmul limit", 1 / shares[OURS], 1 / 0.6),
     ]
-    per_row = [f"{name} {significant(1000 * float(np.mean(of)))} ms" for name, of in by_row.items()]
+    per_row = [f"{name} {harness.significant(1000 * float(np.mean(of)))} ms" for name, of in by_row.items()]
     num_tokens = [int(of.sum()) for of in batches[OURS]]
     padding = np.median([len(of) * int(of.max()) / int(of.sum()) for of in batches[OURS]])
     notes = [
         f"by the row, all rounds together, as is the ratio of {GROUPED}: {', '.join(per_row)}",
         f"the median random batch has {np.median(num_tokens):.0f} real tokens; padded to its longest row it has "
-        f"{significant(float(padding))} times as many",
+        f"{harness.significant(float(padding))} times as many",
         left_out(setup.checkpoint.config, batches[OURS], shares[OURS]),
     ]
     settings = {"rounds": options.rounds, "batch_size": workload.BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
     return Report("seconds of an optimizer step on 32 rows; ratios to ours", lines, checks, notes, settings)
 
 
-BENCHMARK = Benchmark("training_step", __doc__, measure, lambda options: Setup(options).makers())
+BENCHMARK = harness.Benchmark("training_step", __doc__, measure, lambda options: Setup(options).makers())
 
 if __name__ == "__main__":
     sys.exit(BENCHMARK.main())
