@@ -1,93 +1,152 @@
-"""AdamW against torch.optim.AdamW."""
+"""AdamW against its formula and torch's own; parameters as views of vectors; norms and clipping."""
 
 import math
+from collections.abc import Sequence
 
-import kernels
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import generator, tiny_model
-from optimizer import AdamW, clip_factor, gradient_norm
-from pal import PalConfig
+from ops.adamw import Moments, adamw_by_definition, adamw_step
+from optimizer import FlatParameters, clip_factor, gradient_norm
+from pal import ProjectedAttention
+from parameters import Choice
+
+PAL = Choice("pal", ProjectedAttention.Parameters())
 
 
-def parameters_with_gradients(seed: int) -> dict[str, nn.Parameter]:
-    model = tiny_model(adapters=PalConfig("attention", 8, 2, 2), head_layers=1)
-    named = dict(model.named_parameters())
-    set_gradients(named, seed)
-    return named
+def model_parameters() -> dict[str, nn.Parameter]:
+    return dict(tiny_model(adapter=PAL).named_parameters())
 
 
 def set_gradients(named: dict[str, nn.Parameter], seed: int) -> None:
-    """Random gradients; of every fifth parameter none, another fifth in each step."""
+    """Random ones, as a backward pass leaves them: in the tensors that are there."""
     noise = generator(seed)
-    for i, parameter in enumerate(named.values()):
+    for parameter in named.values():
         gradient = torch.randn(parameter.shape, generator=noise)
-        parameter.grad = None if (i + seed) % 5 == 0 else gradient
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.copy_(gradient)
 
 
-def reference(named: dict[str, nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+def vectors(named: dict[str, nn.Parameter]) -> list[str]:
     """Biases and LayerNorms by name, not by dimension."""
-    vectors = [p for name, p in named.items() if name.endswith(".bias") or "norm" in name]
-    matrices = [p for p in named.values() if not any(p is vector for vector in vectors)]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=False, foreach=False)
+    return [name for name in named if name.endswith(".bias") or "norm" in name]
 
 
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """By our kernels and by torch's."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
-    elif kernels.build().library is None:
-        pytest.skip(f"no kernels: {kernels.build().problem}")
-    return str(request.param)
+# -------------------------------------------------------------------------------------------------------- AdamW
+
+
+@pytest.mark.parametrize("num_decayed", [0, 4, 7])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_step_is_that_of_the_definition(num_decayed: int, factor: float) -> None:
+    """Each part's length may be nothing; the steps are counted once."""
+    ours = torch.randn(7, generator=generator())
+    theirs, decay = ours.double(), torch.tensor([0.3] * num_decayed + [0.0] * (7 - num_decayed))
+    moments, exact = Moments.zeros_like(ours), Moments.zeros_like(theirs)
+    for step in range(5):
+        gradient = torch.randn(7, generator=generator(step)) * 10.0 ** (step - 2)
+        adamw_by_definition(theirs, gradient.double(), exact, 1e-2 * (step + 1), decay, factor)
+        adamw_step(ours, gradient, moments, 1e-2 * (step + 1), 0.3, num_decayed, factor)
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-6)
+        assert moments.step.item() == exact.step.item() == step + 1
+    for name, value in vars(moments).items():
+        torch.testing.assert_close(value, vars(exact)[name].float(), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_steps_are_those_of_torch_with_decay_for_matrices_only(weight_decay: float) -> None:
-    ours, theirs = parameters_with_gradients(0), parameters_with_gradients(0)
-    optimizer, expected = AdamW(ours, weight_decay), reference(theirs, weight_decay)
-    for step in range(7):
-        lr = 1e-3 * (step + 1)
+    ours, theirs = model_parameters(), model_parameters()
+    flat = FlatParameters(ours)
+    groups = [{"params": [theirs[name] for name in vectors(theirs)], "weight_decay": 0.0}]
+    groups += [{"params": [p for name, p in theirs.items() if name not in vectors(theirs)]}]
+    expected = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=False, foreach=False)
+    for step in range(5):
         for named in (ours, theirs):
             set_gradients(named, step)
         for group in expected.param_groups:
-            group["lr"] = lr
-        optimizer.step(lr)
+            group["lr"] = 1e-3 * (step + 1)
+        flat.step(flat.gradients[0], 1e-3 * (step + 1), weight_decay, 1.0)
         expected.step()
         for name, parameter in ours.items():
             torch.testing.assert_close(parameter, theirs[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_parameter_without_a_gradient_stays_and_has_no_moments() -> None:
-    named = parameters_with_gradients(0)
-    still = [name for name, parameter in named.items() if parameter.grad is None]
-    before = {name: named[name].detach().clone() for name in still}
-    optimizer = AdamW(named, 0.5)
-    optimizer.step(0.1)
-    assert still and all(torch.equal(named[name], before[name]) for name in still)
-    assert {name.split(":")[0] for name in optimizer.state()} == set(named) - set(still)
-
-
 def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
-    whole, stopped = parameters_with_gradients(0), parameters_with_gradients(0)
-    first, second = AdamW(whole, 0.1), AdamW(stopped, 0.1)
-    for optimizer in (first, second):
-        optimizer.step(1e-2)
-    restored = AdamW(stopped, 0.1)
+    whole, stopped = model_parameters(), model_parameters()
+    first, second = FlatParameters(whole), FlatParameters(stopped)
+    for flat, named in ((first, whole), (second, stopped)):
+        set_gradients(named, 0)
+        flat.step(flat.gradients[0], 1e-2, 0.1, 1.0)
+    restored = FlatParameters(stopped)
     restored.load_state({name: value.clone() for name, value in second.state().items()})
-    for optimizer, named in ((first, whole), (restored, stopped)):
+    for flat, named in ((first, whole), (restored, stopped)):
         set_gradients(named, 1)
-        optimizer.step(1e-2)
+        flat.step(flat.gradients[0], 1e-2, 0.1, 1.0)
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert restored.moments.step.item() == 2
+
+
+def test_the_state_of_other_parameters_is_refused() -> None:
+    flat = FlatParameters({"a": nn.Parameter(torch.ones(3))})
+    for changes in ({"exp_avg": torch.zeros(4)}, {"step": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} is missing or of another shape"):
+            flat.load_state({**flat.state(), **changes})
+    with pytest.raises(ValueError, match="exp_avg_sq is missing"):
+        flat.load_state({name: value for name, value in flat.state().items() if name != "exp_avg_sq"})
+
+
+# ------------------------------------------------------------------------------------------------ flat parameters
+
+
+def small() -> dict[str, nn.Parameter]:
+    shapes: dict[str, Sequence[int]] = {"a": (2, 3), "b": (3,), "c": (1, 4), "d": (2,), "e": (2, 2)}
+    noise = generator()
+    return {name: nn.Parameter(torch.randn(*shape, generator=noise)) for name, shape in shapes.items()}
+
+
+def test_parameters_and_gradients_are_views_of_vectors_matrices_first() -> None:
+    named, before = small(), {name: p.detach().clone() for name, p in small().items()}
+    flat = FlatParameters(named, num_gradients=3)
+    assert flat.names == ["a", "c", "e", "b", "d"] and flat.num_decayed == 14 and len(flat) == 19
+    assert torch.equal(flat.values, torch.cat([before[name].flatten() for name in flat.names]))
+    assert all(torch.equal(named[name], before[name]) for name in named)
+    assert flat.gradients.shape == (3, 19) and not flat.gradients.any()
+    for row, factor in ((0, 1.0), (2, 3.0), (0, 4.0)):
+        flat.point_to(row)
+        sum((p * before[name]).sum() * factor for name, p in named.items()).backward()  # type: ignore[union-attr]
+    expected = torch.cat([before[name].flatten() for name in flat.names])
+    torch.testing.assert_close(flat.gradients, expected * torch.tensor([5.0, 0.0, 3.0])[:, None])
+    flat.values.zero_()
+    assert not any(p.any() for p in named.values())
+
+
+def test_columns_are_where_the_parameters_stand_in_as_few_ranges_as_there_are() -> None:
+    named = small()
+    flat = FlatParameters(named)  # a, c, e, b, d of 6, 4, 4, 3, 2
+    assert flat.columns(["e", "c", "d"]) == [slice(6, 14), slice(17, 19)]
+    assert flat.columns(named) == [slice(0, 19)] and flat.columns([]) == []
+
+
+@pytest.mark.parametrize(("names", "num_decayed"), [("ace", 14), ("bd", 0), ("", 0)])
+def test_there_may_be_no_matrices_no_biases_and_nothing_at_all(names: str, num_decayed: int) -> None:
+    named = {name: parameter for name, parameter in small().items() if name in names}
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    flat = FlatParameters(named)
+    assert flat.num_decayed == num_decayed
+    flat.gradients.fill_(1)
+    flat.step(flat.gradients[0], 0.1, 0.5, 1.0)
+    for name, value in before.items():  # the first step of AdamW is of length lr
+        torch.testing.assert_close(named[name].detach(), value * (0.95 if value.dim() > 1 else 1) - 0.1)
+
+
+# -------------------------------------------------------------------------------------------------------- norms
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
 def test_norm_and_clipping_are_torchs(max_norm: float) -> None:
-    named = parameters_with_gradients(1)
-    gradients = [parameter.grad for parameter in named.values() if parameter.grad is not None]
+    named = model_parameters()
+    set_gradients(named, 1)
+    gradients: list[Tensor] = [parameter.grad for parameter in named.values() if parameter.grad is not None]
     before = torch.cat([gradient.flatten() for gradient in gradients])
     norm = gradient_norm(gradients)
     assert norm == pytest.approx(float(before.double().norm()), rel=1e-6)
@@ -96,84 +155,8 @@ def test_norm_and_clipping_are_torchs(max_norm: float) -> None:
     torch.testing.assert_close(before * factor, torch.cat([gradient.flatten() for gradient in gradients]))
 
 
-def test_the_norm_of_what_is_not_finite_is_not_finite() -> None:
+def test_the_norm_is_finite_exactly_as_long_as_the_gradients_are() -> None:
     for wrong in (float("nan"), float("inf")):
         assert not math.isfinite(gradient_norm([torch.ones(3), torch.tensor([[1.0, wrong]])]))
-
-
-def test_the_norm_of_large_gradients_is_finite_as_long_as_they_are() -> None:
     assert gradient_norm([torch.full((4, 4), 1e20), torch.zeros(3)]) == pytest.approx(4e20)
     assert clip_factor(0.0, 1.0) == 1.0
-
-
-def test_gradients_that_do_not_lie_in_one_piece_are_clipped_and_followed_too() -> None:
-    gradient = torch.randn(6, 4, generator=generator()).T
-    ours, theirs = ({"weight": nn.Parameter(torch.ones(4, 6))} for _ in range(2))
-    ours["weight"].grad, theirs["weight"].grad = gradient.clone(), gradient.contiguous()
-    ours["weight"].grad = torch.empty(6, 4).T.copy_(gradient)
-    assert not ours["weight"].grad.is_contiguous()
-    assert gradient_norm([ours["weight"].grad]) == pytest.approx(float(gradient.norm()), rel=1e-6)
-    for named in (ours, theirs):
-        AdamW(named, 0.1).step(1e-2, 0.5)
-    torch.testing.assert_close(ours["weight"], theirs["weight"])
-
-
-def test_a_step_along_clipped_gradients_is_that_of_the_smaller_ones() -> None:
-    ours, theirs = parameters_with_gradients(2), parameters_with_gradients(2)
-    for parameter in theirs.values():
-        if parameter.grad is not None:
-            parameter.grad.mul_(0.25)
-    AdamW(ours, 0.1).step(1e-2, 0.25)
-    AdamW(theirs, 0.1).step(1e-2)
-    for name, parameter in ours.items():
-        torch.testing.assert_close(parameter, theirs[name])
-
-
-def test_steps_that_know_which_lines_have_gradients_are_the_same() -> None:
-    """Also after a checkpoint, which does not say which lines have been moved."""
-    whole, by_lines = ({"words": nn.Parameter(torch.ones(9, 20))} for _ in range(2))
-    first, second = AdamW(whole, 0.1), AdamW(by_lines, 0.1)
-    for number, lines in enumerate(([1, 4], [4, 7], [], [1, 8])):
-        gradient = torch.zeros(9, 20)
-        gradient[lines] = torch.randn(len(lines), 20, generator=generator(number))
-        whole["words"].grad, by_lines["words"].grad = gradient, gradient.clone()
-        first.step(1e-2)
-        second.step(1e-2, 1.0, {"words": torch.tensor(lines, dtype=torch.long)})
-        torch.testing.assert_close(by_lines["words"], whole["words"], rtol=1e-7, atol=0)
-        if number == 1:
-            state = {name: value.clone() for name, value in second.state().items()}
-            second = AdamW(by_lines, 0.1)
-            second.load_state(state)
-    for name, value in first.state().items():
-        torch.testing.assert_close(second.state()[name], value, rtol=1e-6, atol=0)
-
-
-def test_lines_whose_average_gradient_has_vanished_go_on_after_a_checkpoint() -> None:
-    """exp_avg is zero there, exp_avg_sq is not."""
-    whole, stopped = ({"words": nn.Parameter(torch.ones(3, 4))} for _ in range(2))
-    state = {
-        "words:step": torch.tensor(900.0),
-        "words:exp_avg": torch.zeros(3, 4),
-        "words:exp_avg_sq": torch.tensor([[0.5], [0.0], [2.0]]).expand(3, 4).contiguous(),
-    }
-    first, second = AdamW(whole, 0.1), AdamW(stopped, 0.1)
-    for optimizer, named in ((first, whole), (second, stopped)):
-        optimizer.load_state({name: value.clone() for name, value in state.items()})
-        named["words"].grad = torch.zeros(3, 4)
-    first.step(1e-2)
-    second.step(1e-2, 1.0, {"words": torch.empty(0, dtype=torch.long)})
-    for name, value in first.state().items():
-        torch.testing.assert_close(second.state()[name], value, rtol=1e-7, atol=0)
-
-
-def test_steps_that_do_not_name_lines_are_remembered_by_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, by_lines = ({"words": nn.Parameter(torch.ones(5, 4))} for _ in range(2))
-    first, second = AdamW(whole, 0.0), AdamW(by_lines, 0.0)
-    usable = kernels.usable
-    for line, named, compiled in ((1, True, True), (2, True, False), (3, False, True), (1, True, True)):
-        monkeypatch.setattr(kernels, "usable", usable if compiled else lambda *tensors: False)
-        for parameters in (whole, by_lines):
-            parameters["words"].grad = torch.zeros(5, 4).index_fill_(0, torch.tensor([line]), 1.0)
-        first.step(1e-2)
-        second.step(1e-2, 1.0, {"words": torch.tensor([line])} if named else {})
-    torch.testing.assert_close(by_lines["words"], whole["words"], rtol=1e-6, atol=0)
