@@ -398,7 +398,7 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
     needs(is_full, f"{option} does not fine-tune, expected only with finetune", *tuning)
     if config.is_treated and not is_full:
         problems.append(f"--treatment {config.treatment}: {option} shares no trained parameters between tasks")
-    training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "batch_size", "warmup", "scheduler"]
+    training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler"]
     training += ["weight_decay", "patience", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm"]
     training += ["eval_every"]
     needs(config.option != "test", f"{option} does not train", *training)

@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 
 from config import Config
 from run_record import DevRows
-from tasks import TASKS, scores
+from tasks import TASKS
 
 ROWS = 60
 
@@ -64,7 +64,7 @@ def write_run(
         sums = {"rows": len(predicted), "skipped": [], "sha256": hashlib.sha256(content).hexdigest()}
         files[TASKS[task].file_name("dev")] = sums
         labels = labels_of(data, task)
-        dev[task] = scores(TASKS[task], predicted, labels)
+        dev[task] = TASKS[task].output.scores(predicted, labels)
         if TASKS[task].output.num_classes is not None:
             confusion[task] = confusion_matrix(labels, predicted, labels=range(TASKS[task].output.num_classes)).tolist()
         _write_predictions(path / "predictions", task, predicted, labels)

@@ -11,7 +11,7 @@ import pytest
 from made_runs import labels_of, noisy, training_records, write_dev_files, write_run
 from reports.finished_run import FinishedRun
 from run_record import DevRows, RunError, parse_records
-from tasks import TASKS, scores
+from tasks import TASKS
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_the_dev_rows_of_a_run_give_its_scores_and_its_prediction_files(treated_
     assert run.tasks == ("sst", "para", "sts")
     for task in run.tasks:
         rows = run.dev_rows(task)
-        found = scores(TASKS[task], rows.predictions, rows.labels)
+        found = TASKS[task].output.scores(rows.predictions, rows.labels)
         assert found == pytest.approx(run.results["dev"][task], abs=1e-6)
         lines = (treated_run / "predictions" / f"{task}-dev-output.csv").read_text().splitlines()[1:]
         assert [line.split(" , ")[0] for line in lines] == list(rows.ids)

@@ -285,17 +285,19 @@ def test_absent_and_damaged_json_is_one_line(tmp_path: Path) -> None:
 
 def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
     tensors = {"moment": torch.randn(3, 4).t(), "step": torch.tensor(7), "half": torch.ones(2, dtype=torch.bfloat16)}
-    state = {"step": 12, "best": 1 / 3, "draws": {"sst": 4}, "none": None}
+    state = {"format": 2, "step": 12, "best": 1 / 3, "draws": {"sst": 4}, "none": None}
     write_trainer(tmp_path, tensors, state)
-    found, found_state = read_trainer(tmp_path)
+    found, found_state = read_trainer(tmp_path, 2)
     assert found_state == state and found.keys() == tensors.keys()
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
     assert contents(tmp_path).keys() == {TRAINER_TENSORS, TRAINER_STATE}
+    with pytest.raises(RunError, match=r"trainer\.json: written by another version"):
+        read_trainer(tmp_path, 3)
     weights = tmp_path / TRAINER_TENSORS
     weights.write_bytes(weights.read_bytes()[:-4])
     for _ in range(2):  # cut off, then absent
         with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):
-            read_trainer(tmp_path)
+            read_trainer(tmp_path, 2)
         weights.unlink(missing_ok=True)
 
 
