@@ -136,7 +136,8 @@ def test_every_parameter_is_shared_or_one_task_s(adapter: Choice | None) -> None
 
 def test_what_a_stage_does_not_train_requires_no_gradient() -> None:
     model = tiny_model(adapter=PAL)
-    head, layer = model.head_parameters("sst"), {"encoder.pooler.weight": model.encoder.pooler.weight}
+    name = "encoder.pooler.weight"
+    head, layer = model.head_parameters("sst"), {name: model.shared_parameters()[name]}
     for trained_ones in (Trained({}, {"sst": head}), Trained(layer, {"sst": head, "sts": {}}), model.trained()):
         trained_ones.freeze_others(model)
         wanted = {*trained_ones.shared, *(name for own in trained_ones.own.values() for name in own)}

@@ -2,35 +2,41 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert import Bert, BertConfig, DropoutMasks, PackedTokens, initialize
-from helpers import generator, random_batch, random_tokens, randomize_vectors, tiny_config, tiny_encoder, tiny_model
+import ops
+from bert import Bert, BertConfig, Uninitialized, initialize
+from helpers import (
+    generator,
+    pack,
+    random_batch,
+    random_tokens,
+    randomize_vectors,
+    tiny_config,
+    tiny_encoder,
+    tiny_model,
+)
 from model import MultitaskBert
-from pal import PalConfig, ProjectedAttention, make_adapters
+from ops import DropoutMasks, PackedTokens
+from pal import ProjectedAttention, adapter_sizes
+from parameters import Choice
 from tasks import TASKS, task_loss
 
-ATTENTION = PalConfig("attention", size=12, num_heads=3, num_layers=3)
-LOW_RANK = PalConfig("low_rank", size=5, num_heads=1, num_layers=3)
-TOP = PalConfig("attention", size=12, num_heads=3, num_layers=1)
-TOP_LOW_RANK = PalConfig("low_rank", size=5, num_heads=1, num_layers=2)
+Parameters = ProjectedAttention.Parameters
+ATTENTION, LOW_RANK = Parameters("attention", 12, 3, 3), Parameters("low_rank", 5, 1, 3)
+TOP, TOP_LOW_RANK = Parameters("attention", 12, 3, 1), Parameters("low_rank", 5, 1, 2)
 KINDS = pytest.mark.parametrize(
-    "config", [ATTENTION, LOW_RANK, TOP, TOP_LOW_RANK], ids=lambda c: f"{c.kind}-{c.num_layers}"
+    "parameters", [ATTENTION, LOW_RANK, TOP, TOP_LOW_RANK], ids=lambda p: f"{p.kind}-{p.layers}"
 )
 
 
-def pal_model(config: PalConfig | None, seed: int = 0) -> MultitaskBert:
-    return tiny_model(adapters=config, seed=seed, num_hidden_layers=3)
-
-
-def trained(module: nn.Module, seed: int = 7) -> None:
-    """Random numbers everywhere, as after training."""
-    initialize(module, 0.3, generator(seed))
-    randomize_vectors(module, seed)
+def pal_model(parameters: ProjectedAttention.Parameters | None) -> MultitaskBert:
+    return tiny_model(adapter=None if parameters is None else Choice("pal", parameters), num_hidden_layers=3)
 
 
 def adapter_of(model: MultitaskBert, task: str) -> ProjectedAttention:
@@ -39,114 +45,103 @@ def adapter_of(model: MultitaskBert, task: str) -> ProjectedAttention:
     return adapter
 
 
+def trained(adapter: ProjectedAttention) -> ProjectedAttention:
+    """Random numbers everywhere, as after training."""
+    initialize(adapter, 0.3, generator(7))
+    randomize_vectors(adapter, 7)
+    return adapter
+
+
+def rows_of(tokens: PackedTokens, values: Tensor) -> Sequence[Tensor]:
+    """Of (N, ...) the part of each row."""
+    return list(values[: tokens.num_tokens].split(tokens.packing.lengths.tolist()))
+
+
 # ---------------------------------------------------------------------------------------------- the plain formula
 
 
 def plain_attention(qkv: nn.Linear, states: Tensor, num_heads: int) -> Tensor:
     """Multi-head attention without an output matrix, over one row (L, D)."""
     size = states.shape[1]
-    heads = []
-    for query, key, value in zip(
-        *(part.split(size // num_heads, 1) for part in qkv(states).split(size, 1)), strict=True
-    ):
-        heads.append(torch.softmax(query @ key.T / math.sqrt(size // num_heads), -1) @ value)
-    return torch.cat(heads, 1)
+    heads = zip(*(part.split(size // num_heads, 1) for part in qkv(states).split(size, 1)), strict=True)
+    return torch.cat([torch.softmax(q @ k.T / math.sqrt(size // num_heads), -1) @ v for q, k, v in heads], 1)
 
 
-def plain_task_term(adapter: ProjectedAttention, place: int, states: Tensor) -> Tensor:
-    """V_D g(V_E h) of one row, the layer being number `place` among the adapted ones."""
-    config = adapter.config
-    if config.kind == "low_rank":
-        return F.linear(
-            F.linear(states, adapter.down[place].weight, adapter.down[place].bias),
-            adapter.up[place].weight,
-            adapter.up[place].bias,
-        )
-    qkv = adapter.qkv[place]
-    assert isinstance(qkv, nn.Linear)
-    return adapter.up[0](plain_attention(qkv, adapter.down[0](states), config.num_heads))  # type: ignore[no-any-return]
-
-
-def plain_encoder(
-    encoder: Bert, adapter: ProjectedAttention | None, ids: Sequence[int], types: Sequence[int]
-) -> Tensor:
-    """Hidden states (L, D) of one row: LN(h' + FFN(h') + TS(h)), h' = LN(h + MHA(h))."""
-    h = encoder.word_embeddings.weight[list(ids)] + encoder.token_type_embeddings.weight[list(types)]
+def plain_encoder(encoder: Bert, adapter: Any, parameters: Any, ids: list[int], types: list[int]) -> Tensor:
+    """Hidden states (L, D) of one row: LN(h' + FFN(h') + TS(h)), h' = LN(h + MHA(h)); TS(h) = V_D g(V_E h)."""
+    h = encoder.word_embeddings.weight[ids] + encoder.token_type_embeddings.weight[types]
     h = encoder.embedding_norm(h + encoder.position_embeddings.weight[: len(ids)])
-    for number, layer in enumerate(encoder.layers):
+    layers: Any = encoder.layers
+    for number, layer in enumerate(layers):
         attended = layer.attention_output(plain_attention(layer.qkv, h, encoder.config.num_attention_heads))
         between = layer.attention_norm(h + attended)
         total = between + layer.output(F.gelu(layer.intermediate(between)))
-        if adapter is not None:
-            first = encoder.config.num_hidden_layers - adapter.config.num_layers
-            if number >= first:
-                total = total + plain_task_term(adapter, number - first, h)
+        place = number - (len(layers) - parameters.layers) if parameters else -1
+        if place >= 0 and parameters.kind == "attention":
+            total = total + adapter.up[0](plain_attention(adapter.qkv[place], adapter.down[0](h), parameters.heads))
+        elif place >= 0:
+            total = total + adapter.up[place](adapter.down[place](h))
         h = layer.output_norm(total)
-    return h
+    return h  # type: ignore[no-any-return]
 
 
 @KINDS
-def test_the_task_term_enters_at_the_final_norm_of_each_adapted_layer(config: PalConfig) -> None:
+def test_the_task_term_enters_at_the_final_norm_of_each_adapted_layer(
+    parameters: ProjectedAttention.Parameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens belong to no row."""
     encoder = tiny_encoder(num_hidden_layers=3)
-    adapter = ProjectedAttention(config, encoder.config)
-    trained(adapter)
-    tokens = random_tokens(6, 2)
-    lengths = tokens.layout.lengths.tolist()
-    found = encoder(tokens, adapter=adapter).split(lengths)
-    with_none = encoder(tokens).split(lengths)
-    for row, plain, ids, types in zip(
-        found, with_none, tokens.input_ids.split(lengths), tokens.token_type_ids.split(lengths), strict=True
-    ):
-        assert torch.allclose(row, plain_encoder(encoder, adapter, ids.tolist(), types.tolist()), atol=1e-5)
-        assert torch.allclose(plain, plain_encoder(encoder, None, ids.tolist(), types.tolist()), atol=1e-5)
-        assert not torch.allclose(row, plain, atol=1e-2)
+    adapter = trained(ProjectedAttention(parameters, encoder.config))
+    for multiple in (1, 7, 32):
+        monkeypatch.setattr(ops.packed, "rows_multiple", lambda device, multiple=multiple: multiple)
+        tokens = random_tokens(6, 2)
+        rows = [rows_of(tokens, of) for of in (encoder(tokens, adapter=adapter), encoder(tokens))]
+        ids, types = (rows_of(tokens, of) for of in (tokens.input_ids, tokens.token_type_ids))
+        for row, without, *columns in zip(*rows, ids, types, strict=True):
+            lists = [column.tolist() for column in columns]
+            assert torch.allclose(row, plain_encoder(encoder, adapter, parameters, *lists), atol=1e-5)
+            assert torch.allclose(without, plain_encoder(encoder, None, None, *lists), atol=1e-5)
+            assert not torch.allclose(row, without, atol=1e-2)
 
 
 def test_the_attention_of_an_adapter_is_torch_s_without_its_output_matrix() -> None:
-    encoder = tiny_config(num_hidden_layers=3)
-    adapter = ProjectedAttention(ATTENTION, encoder)
-    trained(adapter)
-    states = torch.randn(7, 32, generator=generator())
-    tokens = PackedTokens.from_rows([[1] * 7], [[0] * 7])
+    adapter: Any = trained(ProjectedAttention(ATTENTION, tiny_config(num_hidden_layers=3)))
+    tokens = pack([[1] * 7], [[0] * 7])
+    states = torch.randn(len(tokens.input_ids), 32, generator=generator())
     for layer in range(3):
         attention = nn.MultiheadAttention(12, 3)
         with torch.no_grad():
             attention.in_proj_weight.copy_(adapter.qkv[layer].weight)
             attention.in_proj_bias.copy_(adapter.qkv[layer].bias)
             attention.out_proj.weight.copy_(torch.eye(12))
-            attention.out_proj.bias.zero_()
-        projected = adapter.down[0](states)
+        projected = adapter.down[0](states[:7])
         expected = adapter.up[0](attention(projected, projected, projected)[0])
-        assert torch.allclose(adapter(layer, states, tokens.layout, None), expected, atol=1e-5)
+        assert torch.allclose(adapter(layer, states, tokens.packing, None)[:7], expected, atol=1e-5)
 
 
 def test_projections_are_shared_by_the_layers_and_attention_is_each_layer_s_own() -> None:
-    adapter = ProjectedAttention(ATTENTION, tiny_config(num_hidden_layers=3))
-    names = {name.removesuffix(".weight") for name, p in adapter.named_parameters() if p.dim() == 2}
-    assert names == {"down.0", "up.0", "qkv.0", "qkv.1", "qkv.2"}
-    low_rank = ProjectedAttention(LOW_RANK, tiny_config(num_hidden_layers=3))
-    names = {name.removesuffix(".weight") for name, p in low_rank.named_parameters() if p.dim() == 2}
-    assert names == {f"{part}.{i}" for part in ("down", "up") for i in range(3)}
-
-
-def test_adapters_in_the_top_layers_leave_the_lower_ones_alone() -> None:
-    encoder = tiny_encoder(num_hidden_layers=3)
-    adapter = ProjectedAttention(TOP, encoder.config)
-    trained(adapter)
-    tokens = random_tokens(4, 0)
+    """Below the adapted layers there is no term."""
+    config, tokens = tiny_config(num_hidden_layers=3), random_tokens(4)
     states = torch.randn(len(tokens.input_ids), 32, generator=generator())
-    terms = [adapter(layer, states, tokens.layout, None) for layer in range(3)]
-    assert terms[0] is None
-    assert terms[1] is None
-    assert terms[2].shape == states.shape
+    for parameters, names in (
+        (ATTENTION, "down.0 up.0 qkv.0 qkv.1 qkv.2"),
+        (LOW_RANK, "down.0 down.1 down.2 up.0 up.1 up.2"),
+        (TOP, "down.0 up.0 qkv.0"),
+        (TOP_LOW_RANK, "down.0 down.1 up.0 up.1"),
+    ):
+        adapter = trained(ProjectedAttention(parameters, config))
+        matrices = {name.removesuffix(".weight") for name, p in adapter.named_parameters() if p.dim() == 2}
+        assert matrices == set(names.split())
+        is_there = [adapter(layer, states, tokens.packing, None) is not None for layer in range(3)]
+        assert is_there == [False] * (3 - parameters.layers) + [True] * parameters.layers
 
 
 # --------------------------------------------------------------------------------------------- fresh and trained
 
 
 @KINDS
-def test_a_fresh_pal_leaves_the_encoder_output_unchanged(config: PalConfig) -> None:
-    plain, with_pal = pal_model(None), pal_model(config)
+def test_a_fresh_pal_leaves_the_encoder_output_unchanged(parameters: ProjectedAttention.Parameters) -> None:
+    plain, with_pal = pal_model(None), pal_model(parameters)
     for task in TASKS:
         batch = random_batch(task, 6)
         assert torch.equal(plain.pooled(task, batch), with_pal.pooled(task, batch))
@@ -154,70 +149,40 @@ def test_a_fresh_pal_leaves_the_encoder_output_unchanged(config: PalConfig) -> N
 
 
 @KINDS
-def test_only_the_up_projection_of_a_fresh_pal_is_zero(config: PalConfig) -> None:
-    adapters = make_adapters(config, tiny_config(num_hidden_layers=3), list(TASKS), generator())
-    for name, parameter in adapters.named_parameters():
+def test_only_the_up_projection_of_a_fresh_pal_is_zero(parameters: ProjectedAttention.Parameters) -> None:
+    """The tasks start different."""
+    model = pal_model(parameters)
+    for name, parameter in model.adapters.named_parameters():
         is_zero = ".up." in name or name.endswith("bias")
         assert bool(parameter.any()) != is_zero, name
-        assert parameter.device.type == "cpu"
         if not is_zero and parameter.numel() > 100:
             assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.3)
-
-
-def test_the_adapters_of_the_tasks_start_different_and_depend_on_the_generator_only() -> None:
-    config = tiny_config(num_hidden_layers=3)
-    torch.manual_seed(0)
-    first = make_adapters(ATTENTION, config, list(TASKS), generator(1)).state_dict()
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    second = make_adapters(ATTENTION, config, list(TASKS), generator(1)).state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["sst.down.0.weight"], first["para.down.0.weight"])
+    first, second = (adapter_of(model, task).down[0].weight for task in ("sst", "para"))
+    assert not torch.equal(first, second)  # type: ignore[arg-type]
 
 
 @KINDS
 @pytest.mark.parametrize("task", TASKS)
-def test_a_step_moves_the_task_s_adapter_and_no_other(config: PalConfig, task: str) -> None:
-    model = pal_model(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+def test_a_step_moves_the_task_s_adapter_and_no_other(parameters: ProjectedAttention.Parameters, task: str) -> None:
+    model = pal_model(parameters)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fresh = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def step() -> dict[str, bool]:
+    moved: list[set[str]] = []
+    for _ in range(2):
         batch = random_batch(task, 8)
         optimizer.zero_grad()
         task_loss(TASKS[task], model(task, batch, DropoutMasks(0)), batch.labels).backward()
         optimizer.step()
-        return {name: not torch.equal(p.detach(), fresh[name]) for name, p in model.named_parameters()}
-
-    first = step()
-    second = step()
-    for name in fresh:
-        if name.startswith("adapters."):
-            is_own = name.startswith(f"adapters.{task}.")
-            assert second[name] == is_own, name
-            if ".up." in name:
-                assert first[name] == is_own, name
-        elif name.startswith("heads."):
-            assert first[name] == name.startswith(f"heads.{task}."), name
-    assert first["encoder.layers.0.qkv.weight"]
+        moved.append({name for name, p in model.named_parameters() if not torch.equal(p.detach(), fresh[name])})
+    own = set(model.adapter_parameters(task))
+    first, second = ({name for name in names if name.startswith("adapters.")} for names in moved)
+    assert first == {name for name in own if ".up." in name}
+    assert second == own
 
 
 @KINDS
-def test_the_up_projection_has_a_gradient_from_the_first_step_in_every_adapted_layer(config: PalConfig) -> None:
-    model = pal_model(config)
-    batch = random_batch("sst", 8)
-    task_loss(TASKS["sst"], model("sst", batch), batch.labels).backward()
-    ups = [(name, p) for name, p in adapter_of(model, "sst").named_parameters() if name.startswith("up.")]
-    assert len(ups) == 2 * (1 if config.kind == "attention" else config.num_layers)
-    for name, parameter in ups:
-        assert parameter.grad is not None and parameter.grad.any(), name
-
-
-@KINDS
-def test_each_task_reads_through_its_own_adapter(config: PalConfig) -> None:
-    model = pal_model(config)
-    batch = random_batch("para", 6)
+def test_each_task_reads_through_its_own_adapter(parameters: ProjectedAttention.Parameters) -> None:
+    model, batch = pal_model(parameters), random_batch("para", 6)
     before = {task: model.pooled(task, batch) for task in TASKS}
     trained(adapter_of(model, "para"))
     for task in TASKS:
@@ -225,128 +190,79 @@ def test_each_task_reads_through_its_own_adapter(config: PalConfig) -> None:
 
 
 @KINDS
-def test_a_prediction_through_an_adapter_does_not_depend_on_the_other_rows(config: PalConfig) -> None:
-    model = pal_model(config)
-    trained(adapter_of(model, "sst"))
-    tokens = random_tokens(7, 4)
-    lengths = tokens.layout.lengths.tolist()
-    together = model.encoder(tokens, adapter=model.adapter("sst")).split(lengths)
-    for states, ids, types in zip(
-        together, tokens.input_ids.split(lengths), tokens.token_type_ids.split(lengths), strict=True
-    ):
-        alone = PackedTokens.from_rows([ids.tolist()], [types.tolist()])
-        assert torch.allclose(model.encoder(alone, adapter=model.adapter("sst")), states, atol=1e-5)
-
-
-@KINDS
-def test_adapters_enter_the_pooled_output_as_they_enter_all_hidden_states(config: PalConfig) -> None:
+def test_adapters_enter_the_pooled_output_as_they_enter_all_hidden_states(
+    parameters: ProjectedAttention.Parameters,
+) -> None:
     """In value and in the gradients of the adapters."""
-    model = pal_model(config)
-    adapter, tokens = adapter_of(model, "sst"), random_tokens(7, 4)
-    trained(adapter)
-    whole = model.encoder.pool(model.encoder(tokens, adapter=adapter)[tokens.first_tokens])
-    pooled = model.encoder.pool(model.encoder(tokens, adapter=adapter, first_only=True))
-    torch.testing.assert_close(pooled, whole, rtol=0, atol=1e-5)
-    expected, found = (torch.autograd.grad(of.square().sum(), list(adapter.parameters())) for of in (whole, pooled))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    model, tokens = pal_model(parameters), random_tokens(7, 4)
+    adapter = trained(adapter_of(model, "sst"))
+    whole = model.encoder(tokens, adapter=adapter)[tokens.first_tokens]
+    first = model.encoder(tokens, adapter=adapter, first_only=True)
+    torch.testing.assert_close(first, whole, rtol=0, atol=1e-5)
+    expected, found = (torch.autograd.grad((of**3).sum(), list(adapter.parameters())) for of in (whole, first))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_attention_of_an_adapter_has_the_dropout_of_the_encoder_s_attention() -> None:
-    tokens = random_tokens(4, 0)
+    tokens = random_tokens(4)
     states = torch.randn(len(tokens.input_ids), 32, generator=generator())
     for prob in (0.0, 0.5):
         config = tiny_config(num_hidden_layers=3, attention_probs_dropout_prob=prob, hidden_dropout_prob=0.3)
-        adapter = ProjectedAttention(ATTENTION, config)
-        trained(adapter)
-        plain = adapter(0, states, tokens.layout, None)
-        first, again, other = (adapter(0, states, tokens.layout, DropoutMasks(seed)) for seed in (1, 1, 2))
+        adapter = trained(ProjectedAttention(ATTENTION, config))
+        plain = adapter(0, states, tokens.packing, None)
+        first, again, other = (adapter(0, states, tokens.packing, DropoutMasks(seed)) for seed in (1, 1, 2))
+        assert plain is not None and first is not None and again is not None and other is not None
         assert torch.equal(first, again)
-        assert torch.allclose(first, plain) == (prob == 0)
-        assert torch.equal(first, other) == (prob == 0)
+        assert torch.allclose(first, plain) == torch.equal(first, other) == (prob == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def test_eight_tasks_make_bert_base_1_13_times_as_large() -> None:
-    config = BertConfig()
-    pal = PalConfig.for_encoder(config)
-    assert (pal.size, pal.num_heads, pal.num_layers, pal.kind) == (204, 12, 12, "attention")
-    with torch.device("meta"):
-        encoder, adapter = Bert(config), ProjectedAttention(pal, config)
-    assert (count(encoder) + 8 * count(adapter)) / count(encoder) == pytest.approx(1.13, abs=0.005)
-
-
-def test_the_low_rank_variant_is_100_wide_beside_bert_base_and_of_about_the_same_size() -> None:
-    config = BertConfig()
-    low_rank = PalConfig.for_encoder(config, "low_rank")
-    assert (low_rank.size, low_rank.num_layers) == (100, 12)
-    with torch.device("meta"):
-        ratio = count(ProjectedAttention(low_rank, config)) / count(Bert(config))
-    assert 1 + 8 * ratio == pytest.approx(1.13, abs=0.01)
+@pytest.mark.parametrize(("kind", "size", "tolerance"), [("attention", 204, 0.005), ("low_rank", 100, 0.01)])
+def test_eight_tasks_make_bert_base_1_13_times_as_large(kind: str, size: int, tolerance: float) -> None:
+    with Uninitialized():
+        encoder, adapter = Bert(BertConfig()), ProjectedAttention(Parameters(kind), BertConfig())
+    assert adapter.down[0].out_features == size and adapter.first_layer == 0
+    counts = [sum(p.numel() for p in module.parameters()) for module in (encoder, adapter)]
+    assert 1 + 8 * counts[1] / counts[0] == pytest.approx(1.13, abs=tolerance)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "size", "num_heads", "low_rank"), [(768, 204, 12, 100), (1024, 272, 16, 133), (384, 102, 6, 50)]
+    ("hidden", "heads", "size", "num_heads", "low_rank"),
+    [(768, 12, 204, 12, 100), (1024, 16, 272, 16, 133), (384, 6, 102, 6, 50), (100, 5, 34, 2, 13), (64, 1, 17, 1, 8)],
 )
-def test_default_sizes_follow_the_hidden_size(hidden: int, size: int, num_heads: int, low_rank: int) -> None:
-    config = BertConfig(hidden_size=hidden, num_attention_heads=hidden // 64, num_hidden_layers=6)
-    pal = PalConfig.for_encoder(config)
-    assert (pal.size, pal.num_heads, pal.num_layers) == (size, num_heads, 6)
-    assert PalConfig.for_encoder(config, "low_rank").size == low_rank
+def test_default_sizes_follow_the_hidden_size(
+    hidden: int, heads: int, size: int, num_heads: int, low_rank: int
+) -> None:
+    config = tiny_config(hidden_size=hidden, num_attention_heads=heads)
+    assert adapter_sizes(Parameters(), config) == (size, num_heads)
+    assert adapter_sizes(Parameters("low_rank"), config)[0] == low_rank
 
 
-@pytest.mark.parametrize(("hidden", "num_heads"), [(16, 2), (32, 4), (64, 1), (96, 3), (100, 5), (312, 12)])
-@pytest.mark.parametrize("kind", ["attention", "low_rank"])
-def test_default_sizes_fit_any_small_encoder(hidden: int, num_heads: int, kind: str) -> None:
-    config = tiny_config(hidden_size=hidden, num_attention_heads=num_heads)
-    if hidden < 18 and kind == "attention":  # one head is 17 wide
-        with pytest.raises(ValueError, match="less than the hidden size"):
-            PalConfig.for_encoder(config, kind)
-        return
-    pal = PalConfig.for_encoder(config, kind)
-    assert 0 < pal.size < hidden
-    assert pal.size % pal.num_heads == 0
-    ProjectedAttention(pal, config)
-
-
-def test_given_sizes_are_kept() -> None:
-    config = tiny_config(num_hidden_layers=3)
-    assert PalConfig.for_encoder(config, "attention", 24, 6, 2) == PalConfig("attention", 24, 6, 2)
-    assert PalConfig.for_encoder(config, "low_rank", 7, 0, 1) == PalConfig("low_rank", 7, 1, 1)
-    assert PalConfig.for_encoder(config, size=9, num_heads=3).num_layers == 3
-    assert PalConfig(**ATTENTION.to_dict()) == ATTENTION
+def test_given_sizes_are_kept_and_the_others_fit_them() -> None:
+    config = tiny_config(hidden_size=96, num_attention_heads=3)
+    assert adapter_sizes(Parameters(size=24, heads=6), config) == (24, 6)
+    assert adapter_sizes(Parameters(size=9), config) == (9, 1)  # two heads would not fit
+    assert adapter_sizes(Parameters(heads=3), config) == (51, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("parameters", "message"),
     [
-        ({"kind": "linear"}, "--pal_kind linear"),
-        ({"size": 32}, "--pal_size 32: expected 1 to 31"),
-        ({"size": 768}, "--pal_size 768"),
-        ({"size": -4}, "--pal_size -4"),
-        ({"size": 12, "num_heads": 5}, "--pal_size 12: not a multiple of --pal_heads 5"),
-        ({"num_layers": 4}, "--pal_layers 4: the encoder has 3 layers"),
-        ({"num_layers": -1}, "--pal_layers -1"),
+        (Parameters(size=32), "--pal_size 32: expected 1 to 31, less than the hidden size"),
+        (Parameters(heads=2), "--pal_size 34: expected 1 to 31"),
+        (Parameters(size=12, heads=5), "--pal_size 12: not a multiple of --pal_heads 5"),
+        (Parameters(size=12, layers=4), "--pal_layers 4: the encoder has 3 layers"),
     ],
 )
-def test_sizes_that_do_not_fit_the_encoder_are_refused(arguments: dict[str, object], message: str) -> None:
+def test_sizes_that_do_not_fit_the_encoder_are_refused(parameters: ProjectedAttention.Parameters, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PalConfig.for_encoder(tiny_config(num_hidden_layers=3), **arguments)  # type: ignore[arg-type]
+        ProjectedAttention(parameters, tiny_config(num_hidden_layers=3))
 
 
 @KINDS
-@pytest.mark.parametrize("hidden", [32, 48])
-def test_an_adapter_always_has_the_width_of_its_encoder(config: PalConfig, hidden: int) -> None:
-    encoder = tiny_config(hidden_size=hidden, num_hidden_layers=3)
-    adapter = ProjectedAttention(config, encoder)
-    assert {down.in_features for down in adapter.down} == {hidden}  # type: ignore[union-attr]
-    assert {up.out_features for up in adapter.up} == {hidden}  # type: ignore[union-attr]
-    assert "hidden" not in " ".join(config.to_dict())  # nothing by which the width could be said differently
-    other = ProjectedAttention(config, tiny_config(hidden_size=hidden + 16, num_hidden_layers=3))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        adapter.load_state_dict(other.state_dict())
+def test_an_adapter_always_has_the_width_of_its_encoder(parameters: ProjectedAttention.Parameters) -> None:
+    for hidden in (32, 48):
+        adapter = ProjectedAttention(parameters, tiny_config(hidden_size=hidden, num_hidden_layers=3))
+        assert {down.in_features for down in adapter.down} == {up.out_features for up in adapter.up} == {hidden}
