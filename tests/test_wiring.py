@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_engine import random_rows
 from test_pcgrad import vector_gradvac, vector_pcgrad
 from torch import Tensor
 
 import config as flags
 from console import Console
-from datasets import Batch, TokenizedRows, TokenRows
-from helpers import generator, random_batch, tiny_model
+from datasets import Batch
+from helpers import generator, tiny_model
 from model import MultitaskBert
 from ops import DropoutMasks
 from run import Run
@@ -46,22 +47,12 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def rows_of(task: str, num_rows: int, seed: int) -> TokenizedRows:
-    """Random rows of 4 to 12 tokens."""
-    draw = np.random.default_rng(seed)
-    lengths = draw.integers(4, 13, num_rows).astype(np.int32)
-    ids = draw.integers(0, 100, int(lengths.sum())).astype(np.int32)
-    firsts = draw.integers(1, lengths).astype(np.int32)
-    labels = random_batch(task, num_rows, seed).labels.double().numpy()
-    return TokenizedRows(TASKS[task], [str(i) for i in range(num_rows)], labels, TokenRows(ids, lengths, firsts), CPU)
-
-
 def make_run(arguments: str, dropout: float = 0.0) -> Run:
     """A run of these flags on a tiny model and data sets of unequal sizes, as run.prepare would make it."""
     tuning = "" if "--option" in arguments else "--epochs 3 --lr 0.003"
     config = flags.parse(f"{BASE} {tuning} {arguments}".split())
     sizes = {"hidden_size": 16, "intermediate_size": 24}
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     adapter = config.choice("adapter", config.adapter) if config.adapter else None
     head = config.choice("head", config.head[0] if config.head else "linear")
     model = tiny_model(config.tasks, adapter, head, **sizes, **rates).double()
@@ -70,9 +61,11 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
         if ".up." in name:  # fresh ones are zero, and leave the other matrices of an adapter without a gradient
             torch.nn.init.normal_(parameter, std=0.1, generator=noise)
     data = Data(
-        train={task: rows_of(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
-        dev={task: rows_of(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
+        train={task: random_rows(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
+        dev={task: random_rows(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
     )
+    for rows in (*data.train.values(), *data.dev.values()):
+        rows.labels = rows.labels.astype(np.float64)
     nothing: Any = None
     stop: Any = type("NeverStopped", (), {"check": lambda self: None})()
     return Run(config, model, Path(), data, nothing, Console(), stop)
