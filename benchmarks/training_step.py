@@ -13,6 +13,7 @@ library does those of the dense layers, measured in every round on the same numb
 
 import sys
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
