@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ from datasets import Batch
 from helpers import generator, tiny_model
 from model import MultitaskBert
 from ops import DropoutMasks
-from run import Run
+from run import Run, plan_stages
 from run_data import Data
 from seeding import derive_seed
 from tasks import TASKS
 
 SIZES = {"sst": 17, "para": 41, "sts": 9}
-CPU = torch.device("cpu")
 
 
 # ------------------------------------------------------------------------------------------------- the run itself
@@ -185,48 +185,64 @@ class Naive:
             losses = losses + 30 * output.divergence(logits, reference)
         return losses
 
-    def gradient(self, task: str, rows: np.ndarray, step: int) -> dict[str, Tensor]:
-        """Of the mean loss of the rows, by parameter."""
+    def loss_and_gradient(self, task: str, rows: np.ndarray, step: int) -> tuple[float, dict[str, Tensor]]:
+        """The mean loss of the rows, and its gradient by parameter."""
         parts = {first: self.data.train[task].batch(rows[first : first + 7]) for first in range(0, len(rows), 7)}
         losses = [self.losses(task, part, self.seed("dropout", step, task, first)) for first, part in parts.items()]
         names, parameters = [*self.groups["shared"], *self.groups[task]], dict(self.model.named_parameters())
-        found = torch.autograd.grad(torch.cat(losses).mean(), [parameters[name] for name in names])
-        return dict(zip(names, found, strict=True))
+        loss = torch.cat(losses).mean()
+        found = torch.autograd.grad(loss, [parameters[name] for name in names])
+        return float(loss.detach()), dict(zip(names, found, strict=True))
 
-    def treated_sum(self, gradients: dict[str, dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-        """The sum of the treated gradients of the shared parameters."""
+    def treated_sum(
+        self, gradients: dict[str, dict[str, Tensor]], step: int, found: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The sum of the treated gradients of the shared parameters. found: what a step records of them."""
         draw, num_tasks, result = random.Random(self.seed("treatment", step)), len(gradients), {}
         orders = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
         for order in orders:
             draw.shuffle(order)
+        kept = torch.zeros(num_tasks)
+        originals = {task: flat(of_task, self.groups["shared"]) for task, of_task in gradients.items()}
         for number, part in enumerate(by_layer(self.groups["shared"]) if self.by_layer else [self.groups["shared"]]):
             vectors = torch.stack([flat(of_task, part) for of_task in gradients.values()])  # (T, P)
             if self.treatment == "pcgrad":
-                total = vector_pcgrad(vectors, orders).sum(0)
+                treated = vector_pcgrad(vectors, orders)
             elif self.treatment == "gradvac":
                 targets = self.targets.get(number, torch.zeros(num_tasks, num_tasks))
                 treated, self.targets[number] = vector_gradvac(vectors, targets, self.beta, orders)
-                total = treated.sum(0)
             else:
-                total = getattr(pytest.importorskip("torchjd.aggregation"), self.treatment)()(vectors)
-            result.update(unflat(total, self.values, part))
+                aggregation = pytest.importorskip("torchjd.aggregation")
+                weights = getattr(aggregation, f"{self.treatment}Weighting")()(vectors @ vectors.T)
+                treated = weights[:, None] * vectors
+            kept = kept + (treated * vectors).sum(1)
+            result.update(unflat(treated.sum(0), self.values, part))
+        found["cosines"] = {
+            f"{one}-{other}": float(torch.cosine_similarity(originals[one], originals[other], 0))
+            for one, other in combinations(gradients, 2)
+        }
+        squares = torch.stack([original @ original for original in originals.values()])
+        found["removed"] = dict(zip(gradients, (1 - kept / squares).clamp(min=0).tolist(), strict=True))
         return result
 
-    def step(self, epoch: int, step: int) -> None:
+    def step(self, epoch: int, step: int) -> dict[str, Any]:
+        """Takes a step and returns what is to be recorded of it."""
         drawn, gradients, total = self.drawn(epoch, step), {}, dict[str, Tensor]()
+        found: dict[str, Any] = {"draws": Counter(drawn), "losses": {}, "loss": 0.0}
         ends = [i * ROWS // len(drawn) for i in range(len(drawn) + 1)]
         b = 0.2 + 0.8 * (epoch - 1) / (self.epochs - 1) if self.scheduler == "pal" and self.epochs > 1 else 1.0
         for task in (task for task in self.tasks if task in drawn):
             k = drawn.count(task)
             num_rows = sum(ends[i + 1] - ends[i] for i, name in enumerate(drawn) if name == task)
             weight = k * k**-b if self.treatment else num_rows / ROWS
-            of_task = self.gradient(task, self.next_rows(task, num_rows), step)
+            loss, of_task = self.loss_and_gradient(task, self.next_rows(task, num_rows), step)
+            found["losses"][task], found["loss"] = loss, found["loss"] + loss * num_rows / ROWS
             gradients[task] = {name: weight * gradient for name, gradient in of_task.items()}
             total.update(gradients[task])
         for name in self.groups["shared"]:
             total[name] = torch.stack([of_task[name] for of_task in gradients.values()]).sum(0)
         if self.treatment:
-            total.update(self.treated_sum(gradients, step))
+            total.update(self.treated_sum(gradients, step, found))
         norm = float(flat(total, list(total)).norm())
         factor = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
         rising = int(self.warmup * self.num_steps)
@@ -241,6 +257,7 @@ class Naive:
         beta = 0.99 if step < 0.1 * self.num_steps else 0.999
         self.averages = {n: beta * average + (1 - beta) * self.values[n] for n, average in self.averages.items()}
         self.model.load_state_dict(self.values)
+        return found | {"gradient_norm": norm, "lr": share * self.lr}
 
 
 def decay_of(name: str) -> float:
@@ -334,24 +351,51 @@ def test_they_are_with_dropout_too(case: str) -> None:
 
 
 def assert_as_naive(case: str, dropout: float) -> None:
-    """Through the first epoch and into the second."""
+    """Fine-tuning through the first epoch and into the second, the frozen stage to its end."""
     arguments, how = CASES[case]
-    run = make_run(arguments, dropout)
-    number = 0 if "frozen" in case else len(run.stages) - 1
+    run, is_frozen = make_run(arguments, dropout), "frozen" in case
+    number = 0 if is_frozen else len(run.stages) - 1
     naive = Naive(run.model.duplicate(), run.data, run.stages[number].name, **how)
     trainer = run.make_trainer(number)
     parameters = dict(run.model.named_parameters())
     moving = {name for names in naive.groups.values() for name in names}
     assert {name for name, parameter in parameters.items() if parameter.requires_grad} == moving
     steps_per_epoch = naive.num_steps // naive.epochs
-    for _ in (event for event in trainer.run() if not event.is_epoch):
+    last = naive.num_steps - 1 if is_frozen or naive.epochs == 1 else steps_per_epoch + 2
+    for record in (event.record for event in trainer.run() if event.record and not event.is_epoch):
         step = trainer.progress.step - 1
-        naive.step(1 + step // steps_per_epoch, step)
+        expected = naive.step(1 + step // steps_per_epoch, step)
         assert [name for name, value in naive.values.items() if not near(parameters[name], value)] == [], step
-        if step == min(steps_per_epoch + 2, naive.num_steps - 1):
+        assert {name: record[name] for name in expected} == {n: pytest.approx(v, abs=1e-9) for n, v in expected.items()}
+        if step == last:
             return
     pytest.fail("the stage ended early")
 
 
 def near(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-8, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- flags to stages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("", ["pretrain", "finetune"]),
+        ("--pretrain_epochs 0", ["finetune"]),
+        ("--checkpoint runs/other", ["finetune"]),
+        ("--option pretrain", ["pretrain"]),
+        ("--option individual_pretrain", ["pretrain_sst", "pretrain_para", "pretrain_sts"]),
+        ("--option test --checkpoint runs/other", []),
+    ],
+)
+def test_an_option_runs_its_stages(arguments: str, names: list[str]) -> None:
+    assert [stage.name for stage in plan_stages(flags.parse(arguments.split()), make_run("").data)] == names
+
+
+def test_stages_have_the_settings_of_the_flags() -> None:
+    run = make_run("--patience 2 --eval_every 1 --eval_batch_size 5 --steps_per_epoch 6")
+    for stage, is_frozen in zip(run.stages, (True, False), strict=True):
+        assert (stage.patience, stage.eval_every, stage.eval_batch_size) == (2, 1, 5)
+        assert (stage.steps_per_epoch, stage.is_frozen) == (6, is_frozen)
