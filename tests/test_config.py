@@ -204,7 +204,6 @@ REFUSED = """
     --train pal --pal --pcgrad                             | --train --treatment
     --batch_size 2 --pcgrad                                | --batch_size at least 3 rows
     --pcgrad --draws_per_step 2                            | --draws_per_step at least 3 draws
-    --pcgrad --scheduler pal --draws_per_step 3            | --draws_per_step --scheduler
     --draws_per_step 33                                    | --draws_per_step at most the rows of a step, 32
     --pcgrad --tasks sst                                   | --treatment --tasks
     --tasks sst --scheduler random                         | --scheduler --tasks
@@ -247,7 +246,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "--tasks sst --smart",
         "--resume x --device cpu --threads 2",
         "--option predict --checkpoint x --task sst --input - --output y --amp --device cpu --max_length 64",
-        "--pcgrad --draws_per_step 3",
+        "--pcgrad --scheduler pal --draws_per_step 3",
     ],
 )
 def test_combinations_that_make_sense_are_accepted(line: str) -> None:
