@@ -130,9 +130,7 @@ class Setup:
         checks = []
         for task, of in self.rows.items():
             pooled, gradient = _gradient(ours.pooled(task, of.batch(numbers)), our_query)
-            wanted, wanted_gradient = _gradient(
-                theirs.pooled(task, reference.pad(of, numbers, self.device)), their_query
-            )
+            wanted, wanted_gradient = _gradient(theirs.pooled(reference.pad(of, numbers, self.device)), their_query)
             half, whole = (predict_logits(plain, task, of, EVAL_BATCH_SIZE, precision) for precision in precisions)
             query_difference = difference(gradient[:size], wanted_gradient)
             checks += [

@@ -16,17 +16,16 @@ described here, neither copied nor measured.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks import workload
 from benchmarks.harness import Benchmark, Check, Options, Report, Step, Summary, alternate, lines_of
-from benchmarks.reference import PaddedBert, pad
+from datasets import TokenizedRows
 from model import MultitaskBert
 from ops import DropoutMasks
 from optimizer import FlatParameters
@@ -35,30 +34,24 @@ from tasks import TASKS, task_loss
 
 PLAIN, OURS = "plain passes", "ours"
 BACKWARD, SAVING, MTL = "torchjd backward", "torchjd backward, memory saving", "torchjd mtl_backward"
-PADDED, LIBMTL = "torchjd backward, transformers padded", "LibMTL"
+LIBMTL = "LibMTL"
 AT_MOST = 1.10
 
 
 class Passes:
-    """The forward passes of a step by one of the encoders. batch: the rows of a task as its model takes them."""
+    """The forward passes of a step by our encoder."""
 
-    def __init__(
-        self,
-        model: MultitaskBert | PaddedBert,
-        tasks: Collection[str],
-        batch: Callable[[str, np.ndarray], Any],
-        dropout: bool = True,
-    ) -> None:
-        self.model, self.batch, self.dropout = model, batch, dropout
+    def __init__(self, model: MultitaskBert, rows: Mapping[str, TokenizedRows], dropout: bool = True) -> None:
+        self.model, self.rows, self.dropout = model, rows, dropout
         trained = model.trained()
         self.shared = list(trained.shared.values())
-        self.own = [list(trained.own[task].values()) for task in tasks]
+        self.own = [list(trained.own[task].values()) for task in rows]
 
     def __call__(self, draws: Sequence[workload.Draw], step: int) -> tuple[list[Tensor], list[Tensor]]:
         """The loss of each draw, and the pooled features that it follows from."""
         losses, features = [], []
         for i, (task, numbers) in enumerate(draws):
-            batch, masks = self.batch(task, numbers), DropoutMasks(1000 * step + i) if self.dropout else None
+            batch, masks = self.rows[task].batch(numbers), DropoutMasks(1000 * step + i) if self.dropout else None
             features.append(self.model.pooled(task, batch, masks))
             losses.append(task_loss(TASKS[task], self.model.predict(task, features[-1], masks), batch.labels))
         return losses, features
@@ -125,21 +118,10 @@ class Setup:
         options: dict[str, Any] = {"draws_per_step": len(self.rows), "treatment": treatment}
         return workload.step_of(workload.full_trainer(self.model(), self.rows, **options))
 
-    def passes(self, dropout: bool = True) -> Passes:
-        """Of our encoder."""
-        return Passes(self.model(), self.rows, lambda task, numbers: self.rows[task].batch(numbers), dropout)
-
-    def padded(self) -> Step:
-        model = PaddedBert(self.model()).train()
-        return self.by(torchjd_backward, Passes(model, self.rows, lambda task, numbers: pad(self.rows[task], numbers)))
-
-    def libmtl(self) -> Step:
-        passes = self.passes()
-        return self.by(libmtl_backward(passes), passes)
-
-    def by(self, differentiate: Differentiate, passes: Passes | None = None) -> Step:
-        """A step with another library's treatment, on our encoder by default."""
-        of = passes or self.passes()
+    def by(self, make: Callable[[Passes], Differentiate]) -> Step:
+        """A step with another library's treatment. make: what differentiates in its way."""
+        of = Passes(self.model(), self.rows)
+        differentiate = make(of)
         parameters = [*of.shared, *(parameter for own in of.own for parameter in own)]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01, fused=True)
 
@@ -156,19 +138,19 @@ class Setup:
         makers = {
             PLAIN: lambda: self.ours(""),
             OURS: lambda: self.ours("pcgrad"),
-            BACKWARD: lambda: self.by(torchjd_backward),
-            SAVING: lambda: self.by(partial(torchjd_backward, saving=True)),
-            MTL: lambda: self.by(torchjd_mtl_backward),
-            PADDED: self.padded,
+            BACKWARD: lambda: self.by(lambda of: torchjd_backward),
+            SAVING: lambda: self.by(lambda of: partial(torchjd_backward, saving=True)),
+            MTL: lambda: self.by(lambda of: torchjd_mtl_backward),
         }
-        return {**makers, LIBMTL: self.libmtl} if importlib.util.find_spec("LibMTL") else makers
+        libmtl = {LIBMTL: lambda: self.by(libmtl_backward)} if importlib.util.find_spec("LibMTL") else {}
+        return makers | libmtl
 
     def difference_from_torchjd(self, sign: float) -> float:
         """Of the shared gradient from torchjd's, in its norm: same rows and orders, no dropout.
 
         sign: factor on the first task's loss; with -1 tasks that agree are in conflict.
         """
-        passes, tasks = self.passes(dropout=False), range(len(self.rows))
+        passes, tasks = Passes(self.model(), self.rows, dropout=False), range(len(self.rows))
 
         def losses() -> list[Tensor]:
             first, *others = passes(self.draws(0), 0)[0]

@@ -18,7 +18,7 @@ from checkpoints import to_huggingface
 from datasets import TokenizedRows
 from evaluation import Precision
 from heads import LinearHead
-from model import MultitaskBert, Trained
+from model import MultitaskBert
 from tasks import TASKS, task_loss
 
 
@@ -44,10 +44,7 @@ def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "
 
 
 class PaddedBert(nn.Module):
-    """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output).
-
-    It is asked as a MultitaskBert is; masks do not matter, its dropout draws its own.
-    """
+    """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output)."""
 
     def __init__(self, model: MultitaskBert) -> None:
         """With the weights of a model of ours."""
@@ -63,21 +60,12 @@ class PaddedBert(nn.Module):
 
     def forward(self, task: str, batch: PaddedBatch) -> Tensor:
         """Logits (B, K) of a task."""
-        return self.predict(task, self.pooled(task, batch))
+        return self.heads[task](self.dropout(self.pooled(batch)))  # type: ignore[no-any-return]
 
-    def pooled(self, task: str, batch: PaddedBatch, masks: object = None) -> Tensor:
+    def pooled(self, batch: PaddedBatch) -> Tensor:
         """(B, D) pooler output."""
         names = ("input_ids", "token_type_ids", "attention_mask")
         return self.encoder(**{name: getattr(batch, name) for name in names}).pooler_output  # type: ignore[no-any-return]
-
-    def predict(self, task: str, pooled: Tensor, masks: object = None) -> Tensor:
-        """Logits (B, K) of a task's head from (B, D)."""
-        return self.heads[task](self.dropout(pooled))  # type: ignore[no-any-return]
-
-    def trained(self) -> Trained:
-        """All parameters."""
-        own = {task: dict(head.named_parameters()) for task, head in self.heads.items()}
-        return Trained(dict(self.encoder.named_parameters()), own)
 
 
 class OrdinaryLoop:
