@@ -149,8 +149,9 @@ def test_a_run_leaves_everything_in_its_directory(
     assert results["best_epoch"] in (1, 2) and results["peak_memory_mb"] > 10
     assert [sum(map(sum, results["confusion"][task])) for task in ("sst", "para")] == [8, 8]
     config = read(out / "config.json")
-    assert config["treatment"] == "pcgrad" and config["draws_per_step"] == 4 and config["lr"] > 0
-    assert config["threads"] > 0 and config["max_length"] == 64  # no value is left to be chosen
+    assert config["treatment"] == "pcgrad" and config["draws_per_step"] == 4
+    assert config["lr"] == running.default_learning_rate(32)  # no value is left to be chosen
+    assert config["threads"] > 0 and config["max_length"] == 64
     assert config["versions"]["torch"] == torch.__version__ and "commit" in config
     assert config["data_files"]["quora-train.csv"]["rows"] == 26
     assert len(config["data_files"]["quora-train.csv"]["sha256"]) == 64
@@ -645,19 +646,6 @@ def test_other_kinds_of_runs_resume_too(command: Command, whole_runs: Any, signa
         assert_same_run(out, whole)
 
 
-def test_a_run_killed_twice_still_equals_the_uninterrupted_run(
-    command: Command, whole_runs: Any, signalled: Any, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    resume = ["--resume", str(out)]
-    assert signalled(command(out, "--save_every 2"), "step", 4, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert signalled(resume, "step", 7, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert signalled(resume, "rename", 2, signal.SIGKILL)[0] == -signal.SIGKILL
-    run(resume)
-    assert steps(out) == both()
-    assert_same_run(out, whole_runs(command, ""))
-
-
 @pytest.mark.parametrize(
     ("method", "point", "number", "what", "finished"),
     [
@@ -686,6 +674,29 @@ def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uni
     assert steps(out)[-1:] == ([finished] if finished[1] else [])
     run(shlex.split(again)[2:])
     assert_same_run(out, whole_runs(command, METHODS[method]))
+
+
+@pytest.mark.parametrize(
+    ("second", "after", "at_once"),
+    [(signal.SIGINT, 0.1, True), (signal.SIGTERM, 0.1, False), (signal.SIGTERM, 2.0, True)],
+)
+def test_a_second_signal_stops_at_once_but_for_one_of_a_pair(
+    second: signal.Signals, after: float, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([5.0, 5.0 + after])
+    monkeypatch.setattr("run.time.monotonic", lambda: next(times))
+    stop, was_cut_off = running.StopSignals(), False
+    try:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), second)
+    except KeyboardInterrupt:
+        was_cut_off = True
+    finally:
+        stop.restore()
+    assert was_cut_off == at_once and stop.status == 128 + signal.SIGTERM
+    with pytest.raises(running.Stopped):
+        stop.check()
 
 
 def start_process(arguments: Sequence[str]) -> subprocess.Popen[str]:
@@ -952,10 +963,3 @@ def test_an_existing_out_is_refused_and_untouched(
     line = error_line(command(out), capsys)
     assert f"--out {out}" in line and "exists" in line
     assert everything(tmp_path) == before
-
-
-def test_a_real_process_ends_with_status_2_and_one_line(command: Command, tmp_path: Path) -> None:
-    process = start_process(command(tmp_path / "run", "--warmup 7"))
-    shown, errors = process.communicate()
-    assert (process.returncode, shown) == (2, "")
-    assert errors == "error: --warmup 7.0: expected a number from 0 to below 1\n"
