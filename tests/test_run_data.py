@@ -11,7 +11,7 @@ import torch
 import datasets
 from config import parse
 from datasets import TokenizedRows, Tokenizer, read_examples
-from helpers import WORDS
+from helpers import WORDS, write_data
 from run_data import Data, load_data
 from tasks import TASKS
 
@@ -87,3 +87,12 @@ def test_edited_rows_are_rows_of_the_class_that_they_fill_up(data: Path, tiny: P
             i for i in originals if examples[i].label == label and len(words & set(originals[i])) >= len(words) - 1
         ]
         assert sources, f"row {number} is like no row of class {label}"
+
+
+def test_of_many_rows_without_a_label_the_first_are_named(tmp_path: Path, tiny: Path) -> None:
+    path = write_data(tmp_path) / "sts-train.csv"
+    header, *rows = path.read_text().splitlines()
+    unlabelled = [row.rsplit("\t", 1)[0] + "\t" for row in rows[:23]]
+    path.write_text("\n".join([header, *unlabelled, *rows[23:]]) + "\n")
+    (note,) = [note for note in load(tmp_path, tiny).notes if "without a label" in note]
+    assert note.startswith(f"skipped 23 rows without a label: {path}:2, ") and note.endswith(f"{path}:21 and 3 more")
