@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import random_rows
+from test_engine import fill_adapters, random_rows
 from test_pcgrad import vector_gradvac, vector_pcgrad
 from torch import Tensor
 
@@ -56,10 +56,7 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
     adapter = config.choice("adapter", config.adapter) if config.adapter else None
     head = config.choice("head", config.head[0] if config.head else "linear")
     model = tiny_model(config.tasks, adapter, head, **sizes, **rates).double()
-    noise = generator(5)
-    for name, parameter in model.adapters.named_parameters():
-        if ".up." in name:  # fresh ones are zero, and leave the other matrices of an adapter without a gradient
-            torch.nn.init.normal_(parameter, std=0.1, generator=noise)
+    fill_adapters(model)
     data = Data(
         train={task: random_rows(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
         dev={task: random_rows(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
