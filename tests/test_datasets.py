@@ -123,7 +123,7 @@ def test_a_byte_order_mark_and_a_missing_last_line_end_do_not_matter(tmp_path: P
 
 
 PAIR = "id\tsentence1\tsentence2\t"
-WHOLE, ON_SCALE = "expected a whole number from 0 to 4", "expected a number from 0 to 5"
+QUOTED = ": a quoted cell runs over 2 lines, expected a closing quote"
 BAD_FILES: list[tuple[str | bytes, str, Task]] = [
     ("", ": the file is empty, expected a header line and rows", SST),
     (HEADER, ": no rows below the header, expected at least one", SST),
@@ -138,26 +138,11 @@ BAD_FILES: list[tuple[str | bytes, str, Task]] = [
     (HEADER.encode() + b"0\ta\tone\t1\n1\tb\tcaf\xe9 noir\t2\n", ":3: byte 0xe9 is not valid UTF-8", SST),
     (HEADER + "0\ta\tone\t1\n1\tb\ttwo\n", ":3: 3 columns, expected 4 as in the header", SST),
     (HEADER + "0\ta\tone\tmore\t1\n", ":2: 5 columns, expected 4 as in the header", SST),
-    (
-        HEADER + '0\ta\tone\t1\n1\tb\t"two\t2\n2\tc\tthree\t3\n',
-        ":3: a quoted cell runs over 2 lines, expected a closing quote",
-        SST,
-    ),
-    (
-        HEADER + '0\ta\t"one\t1\n1\tb\ttwo\t2\n2\tc\t"three"\t3\n',
-        ":2: a quoted cell runs over 2 lines, expected a closing quote",
-        SST,
-    ),
-    (HEADER + "0\ta\tone\t1\n1\tb\ttwo\t5\n", f":3: sentiment is '5', {WHOLE}", SST),
-    *[(f"{HEADER}0\ta\tone\t{cell}\n", f":2: sentiment is '{cell}', {WHOLE}", SST) for cell in ("-1", "1.5", "good")],
-    *[
-        (f"{PAIR}similarity\na\tA\tB\t{cell}\n", f":2: similarity is '{cell}', {ON_SCALE}", STS)
-        for cell in ("5.01", "-0.1", "inf", "nan", "1,5")
-    ],
-    *[
-        (f"{PAIR}is_duplicate\na\tA\tB\t{cell}\n", f":2: is_duplicate is '{cell}', expected 0 or 1", PARA)
-        for cell in ("2", "0.5", "yes")
-    ],
+    (HEADER + '0\ta\tone\t1\n1\tb\t"two\t2\n2\tc\tthree\t3\n', f":3{QUOTED}", SST),
+    (HEADER + '0\ta\t"one\t1\n1\tb\ttwo\t2\n2\tc\t"three"\t3\n', f":2{QUOTED}", SST),
+    (HEADER + "0\ta\tone\t1\n1\tb\ttwo\t5\n", ":3: sentiment is '5', expected a whole number from 0 to 4", SST),
+    (f"{PAIR}similarity\na\tA\tB\tnan\n", ":2: similarity is 'nan', expected a number from 0 to 5", STS),
+    (f"{PAIR}is_duplicate\na\tA\tB\t2\n", ":2: is_duplicate is '2', expected 0 or 1", PARA),
 ]
 
 
