@@ -68,7 +68,7 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
     return Run(config, model, Path(), data, nothing, Console(), stop)
 
 
-BASE = """--batch_size 7 --accumulation_steps 2 --pretrain_epochs 4 --pretrain_lr 0.02 --warmup 0.3
+BASE = """--batch_size 7 --accumulation_steps 2 --pretrain_epochs 8 --pretrain_lr 0.02 --warmup 0.3
 --weight_decay 0.1 --max_grad_norm 0.3 --eval_every 0 --seed 3 --device cpu"""
 ROWS = 14  # of a step
 
@@ -153,7 +153,7 @@ class Naive:
     def next_rows(self, task: str, count: int) -> np.ndarray:
         """Pass after pass over the rows of a task, each in an order of its own."""
         size, first = len(self.data.train[task]), self.num_rows[task]
-        orders = [np.random.default_rng([self.seed("rows", task), number]).permutation(size) for number in range(20)]
+        orders = [np.random.default_rng([self.seed("rows", task), number]).permutation(size) for number in range(60)]
         self.num_rows[task] += count
         return np.concatenate(orders)[first : first + count]
 
@@ -285,7 +285,7 @@ def unflat(vector: Tensor, like: Mapping[str, Tensor], names: Sequence[str]) -> 
 SMART = "--smart --smart_eps 0.05 --smart_sigma 0.03 --smart_eta 0.04 --smart_steps 2 --smart_weight 2.5"
 PAL = "--pal --pal_size 6 --pal_heads 2"
 BREGMAN = "--bregman --bregman_weight 30"
-FROZEN: dict[str, Any] = {"epochs": 4, "lr": 0.02, "moves": ["heads"]}
+FROZEN: dict[str, Any] = {"epochs": 8, "lr": 0.02, "moves": ["heads"]}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pcgrad": (f"{PAL} --pcgrad --draws_per_step 5", {"treatment": "pcgrad", "draws": 5}),
