@@ -14,8 +14,7 @@ As a command it writes the augmented file, so that people can look at it:
 import argparse
 import csv
 import io
-import math
-import os
+import itertools
 import random
 import re
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tsv import numbered_rows
 
@@ -205,9 +204,6 @@ def augment_rows(
 # ------------------------------------------------------------------------------------------------------ WordNet
 
 SYSTEM_WORDNETS = (Path("/usr/share/wordnet"), Path("/usr/local/WordNet-3.0/dict"))
-WORDNET_FILES = tuple(
-    name for part in ("noun", "verb", "adj", "adv") for name in (f"data.{part}", f"index.{part}", f"{part}.exc")
-)
 
 
 class WordNet:
@@ -219,27 +215,24 @@ class WordNet:
         Raises EdaError if there is none.
         """
         self._root = _wordnet_root(folder)
-        self._found: dict[str, tuple[str, ...]] = {}
+        self._look_up = cache(self._lemmas)
 
     def __call__(self, word: str) -> tuple[str, ...]:
         """The other lemmas of all senses of the word, most frequent sense first; several words with spaces.
 
         Raises EdaError if WordNet cannot be read.
         """
-        if word not in self._found:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", UserWarning)
-                    self._found[word] = self._look_up(word)
-            except Exception as error:  # what nltk makes of damaged files is no one class of errors
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                message = f"{self._root}: not readable as WordNet ({reason}), expected WordNet 3's files"
-                raise EdaError(message) from None
-        return self._found[word]
+        try:
+            return self._look_up(word)
+        except Exception as error:  # what nltk makes of damaged files is no one class of errors
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise EdaError(f"{self._root}: not readable as WordNet ({reason}), expected WordNet 3's files") from None
 
-    def _look_up(self, word: str) -> tuple[str, ...]:
-        own = {word, *(self._reader.morphy(word, part) for part in "nvar")}
-        names = (lemma.name() for synset in self._reader.synsets(word) for lemma in synset.lemmas())
+    def _lemmas(self, word: str) -> tuple[str, ...]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            own = {word, *(self._reader.morphy(word, part) for part in "nvar")}
+            names = [lemma.name() for synset in self._reader.synsets(word) for lemma in synset.lemmas()]
         return tuple(dict.fromkeys(name.replace("_", " ") for name in names if name.lower() not in own))
 
     @cached_property
@@ -271,214 +264,104 @@ def _wordnet_root(folder: Path | None) -> Any:
         try:
             return nltk.data.find("corpora/wordnet/")  # the slash finds wordnet.zip, too
         except LookupError:
-            folder = next((path for path in SYSTEM_WORDNETS if (path / "data.noun").is_file()), None)
-    if folder is None:
-        raise EdaError(
-            "no WordNet found, expected one of: apt-get install wordnet-base; python -m nltk.downloader wordnet; "
-            "--wordnet DIR with WordNet's dictionary files"
-        )
-    missing = next((name for name in WORDNET_FILES if not (folder / name).is_file()), None)
-    if missing:
-        raise EdaError(f"--wordnet {folder}: no {missing} there, expected WordNet's dictionary files")
-    root = str(folder.resolve())
-    if root not in nltk.data.path:  # nltk reads below registered directories only
-        nltk.data.path.append(root)
-    return nltk.data.FileSystemPathPointer(root)
+            pass
+    for place in SYSTEM_WORDNETS if folder is None else (folder,):
+        if (place / "data.noun").is_file():
+            nltk.data.path.append(str(place.resolve()))  # nltk reads below registered directories only
+            return nltk.data.FileSystemPathPointer(str(place.resolve()))
+    raise EdaError(
+        f"no WordNet found{f' in {folder}' if folder else ''}, expected one of: apt-get install wordnet-base; "
+        "python -m nltk.downloader wordnet; --wordnet DIR with WordNet's dictionary files"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ command
 
-LABELS: Mapping[str, tuple[Sequence[int], str]] = {
-    "sentiment": (range(5), "a whole number from 0 to 4"),
-    "is_duplicate": (range(2), "0 or 1"),
-}
+LABEL_COLUMNS, TEXT_COLUMNS = ("sentiment", "is_duplicate"), ("sentence", "sentence1", "sentence2")
 
 
-@dataclass(frozen=True)
-class Table:
-    """A CS224N file: its bytes, and its rows as (line in the file, cells)."""
+def read_labelled(path: Path, content: bytes, label: str) -> tuple[list[str], list[list[str]], dict[int, int]]:
+    """The header, the rows below it, and by row number the class of those that have one.
 
-    path: Path
-    content: bytes
-    header: list[str]
-    rows: list[tuple[int, list[str]]]
-
-    @property
-    def names(self) -> str:
-        """The named columns, for messages."""
-        return ", ".join(repr(column) for column in self.header if column) or "none"
-
-    def column(self, name: str) -> int:
-        """Where a column stands. Raises EdaError if it is not there."""
-        if name not in self.header:
-            raise EdaError(f"{self.path}:1: no column {name!r}, found {self.names}")
-        return self.header.index(name)
-
-
-def read_table(path: Path) -> Table:
-    """A tab-separated file with a header line. Raises EdaError for anything that is wrong."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise EdaError(f"{path}: {error.strerror or error}") from None
-    numbered = numbered_rows(path, content, EdaError)
-    header = [name.strip() for name in next(numbered, (1, []))[1]]
-    rows = list(numbered)
-    if not rows:
-        raise EdaError(f"{path}: no rows, expected a header line and rows")
-    for line, cells in rows:
+    label: the column of the classes; "": the one that CS224N's file has. Raises EdaError for what cannot be used.
+    """
+    (_, header), *rows = [*numbered_rows(path, content, EdaError)] or [(1, [])]
+    header = [name.strip() for name in header]
+    label = label or next((name for name in LABEL_COLUMNS if name in header), LABEL_COLUMNS[0])
+    if not {"id", label} <= set(header) or not set(TEXT_COLUMNS) & set(header):
+        found = ", ".join(filter(None, header)) or "none"
+        raise EdaError(f"{path}:1: found the columns {found}; expected id, {label}, and sentence or sentence1 and 2")
+    labels = {}
+    for row, (line, cells) in enumerate(rows):
         if len(cells) != len(header):
             raise EdaError(f"{path}:{line}: {len(cells)} columns, expected {len(header)} as in the header")
-    return Table(path, content, header, rows)
+        if cell := cells[header.index(label)].strip():
+            if not re.fullmatch(r"-?[0-9]+(\.0*)?", cell):
+                raise EdaError(f"{path}:{line}: {label} is {cell!r}, expected a class, which is a whole number")
+            labels[row] = int(float(cell))
+    return header, [cells for _, cells in rows], labels
 
 
-def label_column(table: Table, name: str) -> str:
-    """The column of the classes. name: "auto" finds the one that CS224N's files have."""
-    if name == "similarity" or (name == "auto" and "similarity" in table.header):
-        raise EdaError(
-            f"{table.path}:1: similarity is a number on a scale, not a class, so there is nothing to balance; "
-            "expected a column 'sentiment' or 'is_duplicate'"
-        )
-    present = [column for column in LABELS if column in table.header]
-    if name == "auto" and len(present) != 1:
-        raise EdaError(
-            f"{table.path}:1: found the columns {table.names}, expected 'sentiment' or 'is_duplicate' "
-            "(--label_column names another)"
-        )
-    return present[0] if name == "auto" else name
-
-
-def row_labels(table: Table, column: str) -> dict[int, int]:
-    """Row number -> class, for the rows that have one."""
-    allowed, in_words = LABELS.get(column, (None, "a whole number"))
-    place, labels = table.column(column), dict[int, int]()
-    for row, (line, cells) in enumerate(table.rows):
-        if cell := cells[place].strip():
-            try:
-                label = float(cell)
-            except ValueError:
-                label = math.nan
-            if not label.is_integer() or (allowed is not None and label not in allowed):
-                raise EdaError(f"{table.path}:{line}: {column} is {cell!r}, expected {in_words}")
-            labels[row] = int(label)
-    if not labels:
-        raise EdaError(f"{table.path}: no row has a label in the column {column!r}")
-    return labels
-
-
-def new_lines(table: Table, new_rows: Sequence[tuple[int, tuple[str, ...]]], text_columns: Sequence[int]) -> str:
-    """The new rows as lines of the file, with ids and numbers that it does not have.
-
-    new_rows: (number of the source row in the table, texts). Raises EdaError if the rows are not numbered.
-    """
-    newline = "\r\n" if table.content.split(b"\n", 1)[0].endswith(b"\r") else "\n"
-    id_column, is_numbered, lines = table.column("id"), table.header[0] == "", []
-    for line, cells in table.rows:
-        if is_numbered and not re.fullmatch(r"[0-9]{1,18}", cells[0]):
-            raise EdaError(f"{table.path}:{line}: the unnamed first column is {cells[0]!r}, expected a whole number")
-    next_number = max(int(cells[0]) for _, cells in table.rows) + 1 if is_numbered else 0
-    ids, copies = {cells[id_column] for _, cells in table.rows}, Counter[str]()
-    for number, (source, texts) in enumerate(new_rows, next_number):
-        cells = list(table.rows[source][1])
-        original = cells[id_column]
-        while cells[id_column] in ids:
-            copies[original] += 1
-            cells[id_column] = f"{original}-eda{copies[original]}"
-        ids.add(cells[id_column])
-        for column, text in zip(text_columns, texts, strict=True):
-            cells[column] = text
-        if is_numbered:
-            cells[0] = str(number)
+def new_lines(header: list[str], rows: list[list[str]], new: Sequence[tuple[int, tuple[str, ...]]]) -> Iterator[str]:
+    """The new rows, (number of the source row, texts), as lines without ends, with ids and numbers that are free."""
+    place, copies = header.index("id"), Counter[str]()
+    ids = {cells[place] for cells in rows}
+    numbers = itertools.count(1 + max((int(cells[0]) for cells in rows if cells[0].isdecimal()), default=-1))
+    for source, texts in new:
+        given, edited = rows[source], iter(texts)
+        cells = [next(edited) if name in TEXT_COLUMNS else cell for name, cell in zip(header, given, strict=True)]
+        while cells[place] in ids:
+            copies[given[place]] += 1
+            cells[place] = f"{given[place]}-eda{copies[given[place]]}"
+        ids.add(cells[place])
+        if header[0] == "":
+            cells[0] = str(next(numbers))
         stream = io.StringIO()
         csv.writer(stream, delimiter="\t").writerow(cells)  # with its own line end, so that it quotes both \r and \n
-        lines.append(stream.getvalue().removesuffix("\r\n") + newline)
-    return "".join(lines)
+        yield stream.getvalue().removesuffix("\r\n")
 
 
-def check_is_new(path: Path) -> None:
-    """Raises EdaError where a file cannot be written without replacing another."""
-    if os.path.lexists(path):
-        raise EdaError(f"{path}: exists already, expected the name of a new file")
-    if not path.parent.is_dir():
-        raise EdaError(f"{path}: no directory {path.parent}")
-
-
-def write_new_file(path: Path, content: bytes) -> None:
-    """Writes beside the path and renames, so that the file is there whole or not at all. Never replaces a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            beside.write_bytes(content)
-            check_is_new(path)
-            beside.rename(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise EdaError(f"{path}: {error.strerror or error}, nothing was written") from None
-
-
-def augment_file(
-    source: Path, target: Path, column: str, config: EdaConfig, seed: int, wordnet: Path | None
-) -> list[str]:
-    """Writes `target`: the bytes of `source`, then the new rows. Returns what to tell the user, in lines."""
-    check_is_new(target)
-    table = read_table(source)
-    column = label_column(table, column)
-    names = ("sentence",) if "sentence" in table.header else ("sentence1", "sentence2")
-    text_columns = [table.column(name) for name in names]
-    labels = row_labels(table, column)
-    numbers = list(labels)
-    texts = [tuple(table.rows[row][1][i] for i in text_columns) for row in numbers]
-    new = edited_rows(texts, list(labels.values()), config, seed, WordNet(wordnet))
-    new_rows = [(numbers[row], edited) for row, edited in new]
-    end = b"" if table.content.endswith(b"\n") else b"\n"
-    write_new_file(target, table.content + end + new_lines(table, new_rows, text_columns).encode())
-
-    skipped = [str(line) for row, (line, _) in enumerate(table.rows) if row not in labels]
-    before, added = Counter(labels.values()), Counter(labels[row] for row, _ in new_rows)
-    return [
-        *([f"{source}: {len(skipped)} without a label, only copied: line {', '.join(skipped)}"] if skipped else []),
-        *(f"{column} {x}: {before[x]:,} rows + {added[x]:,} new = {before[x] + added[x]:,}" for x in sorted(before)),
-        f"{target}: {len(table.rows):,} rows + {len(new_rows):,} new, seed {seed}",
-    ]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists what is allowed)\n")
+def augmented(path: Path, label: str, config: EdaConfig, seed: int, synonyms: Synonyms) -> tuple[bytes, list[str]]:
+    """A file's content and the new rows, and what to tell the user, in lines. label: as in `read_labelled`."""
+    content = path.read_bytes()
+    header, rows, labels = read_labelled(path, content, label)
+    places, numbers = [i for i, name in enumerate(header) if name in TEXT_COLUMNS], list(labels)
+    texts = [tuple(rows[row][i] for i in places) for row in numbers]
+    edited = edited_rows(texts, list(labels.values()), config, seed, synonyms)
+    new = [(numbers[source], found) for source, found in edited]
+    end = "\r\n" if content.split(b"\n", 1)[0].endswith(b"\r") else "\n"
+    added = ("" if content.endswith(b"\n") else end) + "".join(line + end for line in new_lines(header, rows, new))
+    before, more = Counter(labels.values()), Counter(labels[row] for row, _ in new)
+    told = [f"class {x}: {count:,} rows + {more[x]:,} new" for x, count in sorted(before.items())]
+    told += [f"{len(rows):,} rows, {len(rows) - len(labels):,} without a label, + {len(new):,} new, seed {seed}"]
+    return content + added.encode(), told
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, 2 for an input that cannot be used, 130 when interrupted."""
-    parser = _Parser(
-        prog="eda.py",
-        description="Write a CS224N training file with augmented rows appended, so that its classes are equal in "
-        "number. Synonyms come from WordNet.",
-    )
+    """The command. Returns its exit code: 0, or 2 for an input that cannot be used."""
+    description = "Append augmented rows to a CS224N training file, so that its classes are equal in number."
+    parser = argparse.ArgumentParser(prog="eda.py", description=description)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("source", metavar="IN.csv", type=Path, help="tab-separated file with sentiment or is_duplicate")
     add("target", metavar="OUT.csv", type=Path, help="new file; an existing one is never replaced")
-    add("--label_column", metavar="NAME", default="auto", help=f"column of the classes {default}")
+    add("--label_column", metavar="NAME", default="", help="column of the classes, if it is another one")
     add("--eda_alpha", metavar="SHARE", type=float, default=0.1, help=f"share of the words edited {default}")
     add("--eda_deletion_prob", metavar="P", type=float, default=0.1, help=f"chance that a word goes {default}")
     add("--seed", metavar="N", type=int, default=0, help=f"the same seed writes the same bytes {default}")
     add("--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files (default: nltk's, else the system's)")
     args = parser.parse_args(arguments)
     try:
-        if args.seed < 0:
-            raise EdaError(f"--seed {args.seed}: expected a whole number from 0 up")
-        alpha = args.eda_alpha
-        config = EdaConfig(
-            alpha_replacement=alpha, alpha_insertion=alpha, alpha_swap=alpha, deletion_prob=args.eda_deletion_prob
-        )
-        for line in augment_file(args.source, args.target, args.label_column, config, args.seed, args.wordnet):
-            print(line)
-    except EdaError as error:
+        if args.target.exists():
+            raise EdaError(f"{args.target}: exists already, expected the name of a new file")
+        alphas = dict.fromkeys(("alpha_replacement", "alpha_insertion", "alpha_swap"), args.eda_alpha)
+        config, synonyms = EdaConfig(**alphas, deletion_prob=args.eda_deletion_prob), WordNet(args.wordnet)
+        content, told = augmented(args.source, args.label_column, config, args.seed, synonyms)
+        with args.target.open("xb") as file:
+            file.write(content)
+    except (EdaError, OSError) as error:
         print(f"eda.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("eda.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    print("\n".join(told))
     return 0
 
 

@@ -6,47 +6,24 @@ What such a model reaches needs no understanding of order, negation or roles: a 
 what it adds to these numbers. Settings are chosen on the dev files themselves, in favour of the counting.
 """
 
-import argparse
-import csv
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, hstack
+from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import MaxAbsScaler
 
-Texts = Sequence[str]
-Labels = NDArray[np.float64]
-Score = Callable[[Labels, Labels], float]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from datasets import DataError, Example, data_folder, read_examples
+from tasks import TASKS, Task
 
 INVERSE_PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0)
 NGRAMS = ((1, 1), (1, 2))
-
-
-def read_columns(path: Path, text_columns: Sequence[str], label_column: str) -> tuple[list[list[str]], Labels]:
-    """One list per text column, and the labels. A row without a label is left out: the real Quora file has two.
-
-    Raises ValueError if a column is missing.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        for column in (*text_columns, label_column):
-            if column not in (reader.fieldnames or ()):
-                raise ValueError(f"{path}: no column {column!r}, only {reader.fieldnames}; is it a file of CS224N?")
-        rows = [row for row in reader if row[label_column]]
-    texts = [[row[column] for row in rows] for column in text_columns]
-    return texts, np.array([float(row[label_column]) for row in rows])
-
-
-def accuracy(predictions: Labels, labels: Labels) -> float:
-    return float(np.mean(predictions == labels))
-
-
-def pearson(predictions: Labels, labels: Labels) -> float:
-    return float(np.corrcoef(predictions, labels)[0, 1])
 
 
 def overlap_features(first: csr_matrix, second: csr_matrix) -> csr_matrix:
@@ -63,85 +40,51 @@ def overlap_features(first: csr_matrix, second: csr_matrix) -> csr_matrix:
     return csr_matrix(np.hstack([np.asarray(column).reshape(-1, 1) for column in columns]))
 
 
-def pair_features(vectorizer: TfidfVectorizer, texts: Sequence[Texts]) -> csr_matrix:
-    """Overlap, difference and product of two texts' word weights."""
-    first, second = (vectorizer.transform(column) for column in texts)
+def features(vectorizer: TfidfVectorizer, examples: Sequence[Example]) -> csr_matrix:
+    """The words' weights; of a pair overlap, difference and product of two texts' weights."""
+    columns = [vectorizer.transform(texts) for texts in zip(*(example.texts for example in examples), strict=True)]
+    if len(columns) == 1:
+        return columns[0]
+    first, second = columns
     return hstack([overlap_features(first, second), abs(first - second), first.multiply(second)]).tocsr()
 
 
-def features(train: Sequence[Texts], dev: Sequence[Texts], ngrams: tuple[int, int]) -> tuple[csr_matrix, csr_matrix]:
-    """Features of train and dev rows; the vocabulary and the scales are those of train."""
-    vectorizer = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=r"\b\w+\b")
-    vectorizer.fit([text for column in train for text in column])
-    if len(train) == 1:
-        return vectorizer.transform(train[0]), vectorizer.transform(dev[0])
-    scaler = MaxAbsScaler().fit(pair_features(vectorizer, train))
-    return scaler.transform(pair_features(vectorizer, train)), scaler.transform(pair_features(vectorizer, dev))
-
-
-def best_score(
-    model: Callable[[float], LogisticRegression | Ridge],
-    score: Score,
-    train: tuple[Sequence[Texts], Labels],
-    dev: tuple[Sequence[Texts], Labels],
-) -> float:
-    """The best dev score over n-gram lengths and penalties."""
-    scores = []
+def bag_of_words_scores(folder: Path, task: Task) -> dict[str, float]:
+    """The best dev score over n-gram lengths and penalties and, for classes, of always the most frequent one."""
+    train, dev = (read_examples(folder / task.file_name(split), task, True).examples for split in ("train", "dev"))
+    labels, dev_labels = (np.array([example.label for example in examples]) for examples in (train, dev))
+    is_scale = task.output.num_classes is None
+    found = []
     for ngrams in NGRAMS:
-        train_features, dev_features = features(train[0], dev[0], ngrams)
-        for inverse_penalty in INVERSE_PENALTIES:
-            fitted = model(inverse_penalty).fit(train_features, train[1])
-            scores.append(score(fitted.predict(dev_features), dev[1]))
-    return max(scores)
+        vectorizer = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True, token_pattern=r"\b\w+\b")
+        vectorizer.fit([text for example in train for text in example.texts])
+        scaler = MaxAbsScaler().fit(train_features := features(vectorizer, train))
+        for penalty in INVERSE_PENALTIES:
+            model = Ridge(alpha=1 / penalty) if is_scale else LogisticRegression(C=penalty, max_iter=300)
+            model.fit(scaler.transform(train_features), labels)
+            predictions = model.predict(scaler.transform(features(vectorizer, dev)))
+            found.append(task.output.scores(predictions, dev_labels)[task.output.selection_metric])
+    if is_scale:
+        return {"bag of words": max(found)}
+    majority = DummyClassifier().fit(labels, labels).score(dev_labels, dev_labels)
+    return {"bag of words": max(found), "majority class": float(majority)}
 
 
-def majority_accuracy(train_labels: Labels, dev_labels: Labels) -> float:
-    classes, counts = np.unique(train_labels, return_counts=True)
-    return float(np.mean(dev_labels == classes[counts.argmax()]))
-
-
-def classifier(inverse_penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=inverse_penalty, max_iter=300)
-
-
-def regressor(inverse_penalty: float) -> Ridge:
-    return Ridge(alpha=1 / inverse_penalty)
-
-
-def bag_of_words_scores(folder: Path) -> dict[str, dict[str, float]]:
-    """Task -> score of the counting model and, for the classes, of always answering the most frequent one."""
-    scores = {}
-    for task, stem, text_columns, label_column in (
-        ("sst", "ids-sst", ("sentence",), "sentiment"),
-        ("para", "quora", ("sentence1", "sentence2"), "is_duplicate"),
-        ("sts", "sts", ("sentence1", "sentence2"), "similarity"),
-    ):
-        train = read_columns(folder / f"{stem}-train.csv", text_columns, label_column)
-        dev = read_columns(folder / f"{stem}-dev.csv", text_columns, label_column)
-        if task == "sts":
-            scores[task] = {"bag of words": best_score(regressor, pearson, train, dev)}
-        else:
-            scores[task] = {
-                "bag of words": best_score(classifier, accuracy, train, dev),
-                "majority class": majority_accuracy(train[1], dev[1]),
-            }
-    return scores
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print what models that only count words reach on the dev files.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with CS224N's files")
-    folder = parser.parse_args().folder
+def main() -> int:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: python data/bag_of_words.py DIR, a folder with CS224N's files", file=sys.stderr)
+        return 2
     try:
-        scores = bag_of_words_scores(folder)
-    except FileNotFoundError as error:
-        parser.error(f"{error.filename}: no such file; DIR must hold ids-sst, quora and sts files, train and dev")
-    except ValueError as error:
-        parser.error(str(error))
-    for task, named in scores.items():
-        metric = "Pearson r" if task == "sts" else "accuracy"
-        print(f"{task:5}{metric:10}", *(f"{name} {value:.3f}" for name, value in named.items()), sep="  ")
+        folder = data_folder(sys.argv[1], flag="")
+        for task in TASKS.values():
+            scores = bag_of_words_scores(folder, task)
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            print(f"{task.name:5}  {task.output.selection_metric:10}  {shown}")
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.normalizers import BertNormalizer
 
@@ -22,20 +23,12 @@ from eda import EDITS, EdaConfig, EdaError, WordNet, augment_rows, balance, edit
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = EdaConfig()
-SEEDS = range(200)
+SEEDS = range(100)
 
 
 def fake_synonyms(word: str) -> list[str]:
     """Every word has synonyms, stop words too, and some of them are stop words."""
     return [f"{word}ish", "not", f"very {word}", "the"]
-
-
-def no_synonyms(word: str) -> list[str]:
-    return []
-
-
-def unquoted(line: str) -> list[str]:
-    return next(csv.reader([line], delimiter="\t"))
 
 
 # -------------------------------------------------------------------------------------------------------- edits
@@ -45,11 +38,10 @@ WORDS = TEXT.split()
 
 
 def test_number_of_edits_is_the_share_of_the_words_but_at_least_one() -> None:
-    assert [eda.num_edits(0.1, n) for n in (0, 1, 9, 10, 19, 20, 35)] == [1, 1, 1, 1, 1, 2, 3]
-    assert eda.num_edits(0.5, 7) == 3
+    assert [eda.num_edits(0.1, n) for n in (0, 1, 9, 19, 20, 35)] == [1, 1, 1, 1, 2, 3]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 3])
 def test_replacement_changes_n_content_words_and_leaves_the_others_byte_for_byte(n: int) -> None:
     changed = set()
     for seed in SEEDS:
@@ -60,20 +52,17 @@ def test_replacement_changes_n_content_words_and_leaves_the_others_byte_for_byte
     assert changed == {"Steps", "wickedly", "funny", "stylish", "farce", '"Bravo!"', "(twice)", "NASA"}
 
 
-@pytest.mark.parametrize(
-    ("words", "synonym", "expected"),
-    [
-        (['("Film",'], "movie", ['("Movie",']),  # punctuation and capital of the word stay
-        (["film?"], "moving picture", ["moving picture?"]),
-        (["delhi"], "Old Delhi", ["Old Delhi"]),
-        (["a", "film"], "movie", ["a", "movie"]),  # all words that have synonyms, when fewer than n do
-    ],
-)
-def test_a_synonym_takes_the_place_of_the_word_alone(words: list[str], synonym: str, expected: list[str]) -> None:
-    assert eda.synonym_replacement(words, random.Random(0), 9, lambda _: [synonym]) == expected
+def test_a_synonym_takes_the_place_of_the_word_alone() -> None:
+    for word, synonym, expected in (
+        ('("Film",', "movie", '("Movie",'),  # punctuation and capital of the word stay
+        ("film?", "moving picture", "moving picture?"),
+        ("delhi", "Old Delhi", "Old Delhi"),
+    ):
+        words = ["a", word, "the"]  # fewer than n have synonyms
+        assert eda.synonym_replacement(words, random.Random(0), 9, lambda _, s=synonym: [s]) == ["a", expected, "the"]
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 5])
 def test_insertion_adds_n_synonyms_and_leaves_all_words_in_order(n: int) -> None:
     content = ("steps", "wickedly", "funny", "stylish", "farce", "bravo", "twice", "nasa")
     source_of = {synonym: word for word in content for synonym in (f"{word}ish", f"very {word}")}
@@ -89,13 +78,11 @@ def test_insertion_adds_n_synonyms_and_leaves_all_words_in_order(n: int) -> None
     assert {0, len(WORDS)} <= places or n > 1, "a synonym may stand first and last"
 
 
-@pytest.mark.parametrize(
-    "word", ["the", "The", "not", "isn't", "isn’t", "n't", "It", '"is', "us", "WHO", "may", "can't"]
-)
-def test_a_stop_word_is_neither_replaced_nor_inserted_from(word: str) -> None:
-    for seed in range(20):
-        assert eda.synonym_replacement([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
-        assert eda.random_insertion([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
+def test_a_stop_word_is_neither_replaced_nor_inserted_from() -> None:
+    for word in ["the", "The", "not", "isn't", "isn’t", "n't", "It", '"is', "us", "WHO", "may", "can't"]:
+        for seed in range(20):
+            assert eda.synonym_replacement([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
+            assert eda.random_insertion([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
 
 
 def test_a_stop_word_is_no_synonym_nor_is_the_word_itself() -> None:
@@ -103,14 +90,12 @@ def test_a_stop_word_is_no_synonym_nor_is_the_word_itself() -> None:
     assert eda.word_synonyms("Film", lambda _: ["film", "FILM", "movie"]) == ["movie"]
 
 
-@pytest.mark.parametrize(
-    "word", ["2016", "3.5", "B2B", "20th", "?", "...", "$5", "naïve", "фильм", "電影", "فيلم", "😀", "a1-b"]
-)
-def test_numbers_punctuation_and_other_scripts_have_no_synonyms(word: str) -> None:
-    assert eda.word_synonyms(word, lambda _: ["wrong"]) == []
+def test_numbers_punctuation_and_other_scripts_have_no_synonyms() -> None:
+    for word in ["2016", "3.5", "B2B", "20th", "?", "...", "$5", "naïve", "фильм", "電影", "فيلم", "😀", "a1-b"]:
+        assert eda.word_synonyms(word, lambda _: ["wrong"]) == []
 
 
-@pytest.mark.parametrize("n", [1, 2, 6])
+@pytest.mark.parametrize("n", [1, 6])
 def test_swap_only_changes_places(n: int) -> None:
     moved = set()
     for seed in SEEDS:
@@ -135,12 +120,9 @@ def test_deletion_keeps_the_order_and_drops_each_word_with_the_probability() -> 
     assert all(abs(kept[word] / 2000 - 0.7) < 0.05 for word in words)
 
 
-def test_deletion_leaves_a_word_even_where_every_word_would_go() -> None:
+def test_deletion_always_leaves_a_word_that_a_tokenizer_sees_where_there_is_one() -> None:
     left = Counter(tuple(eda.random_deletion(["a", "b", "c"], random.Random(seed), 0.999)) for seed in SEEDS)
     assert set(left) == {("a",), ("b",), ("c",)}
-
-
-def test_deletion_never_leaves_only_what_a_tokenizer_drops_and_leaves_a_text_of_it_alone() -> None:
     for seed in SEEDS:
         assert "word" in eda.random_deletion(["\u200b", "word", "\u0301", "\ufffd"], random.Random(seed), 0.9)
     words = ["\u0378", "\ufffd", "\u0301"]
@@ -158,22 +140,22 @@ def test_digits_case_and_punctuation_of_untouched_words_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize("text", ["", " ", "42", "7 8 9", "2016 10 31", "?", "the", "\u200b", "\x00", "film"])
-def test_tiny_texts_survive_every_edit_and_digits_stay_digits(name: str, text: str) -> None:
-    for seed in range(20):
-        edited = edited_text(text, EDITS[name], random.Random(seed), CONFIG, fake_synonyms)
-        assert bool(edited.split()) == bool(text.split())
-        if text in ("42", "?", "the", "\u200b", " "):
-            assert edited == text
-        if text[:1].isdigit():
-            assert set(edited.split()) <= set(text.split())
-            assert name == "deletion" or sorted(edited.split()) == sorted(text.split())
+def test_tiny_texts_survive_every_edit_and_digits_stay_digits(name: str) -> None:
+    for text in ["", " ", "42", "7 8 9", "2016 10 31", "?", "the", "\u200b", "\x00", "film"]:
+        for seed in range(20):
+            edited = edited_text(text, EDITS[name], random.Random(seed), CONFIG, fake_synonyms)
+            assert bool(edited.split()) == bool(text.split())
+            if text in ("42", "?", "the", "\u200b", " "):
+                assert edited == text
+            if text[:1].isdigit():
+                assert set(edited.split()) <= set(text.split())
+                assert name == "deletion" or sorted(edited.split()) == sorted(text.split())
 
 
 @pytest.mark.parametrize("name", ["replacement", "insertion"])
 def test_a_text_that_no_edit_changes_keeps_its_spacing(name: str) -> None:
     text = "  the   2nd\tof\u00a0May "
-    assert edited_text(text, EDITS[name], random.Random(0), CONFIG, no_synonyms) == text
+    assert edited_text(text, EDITS[name], random.Random(0), CONFIG, lambda _: []) == text
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -185,39 +167,22 @@ def test_each_setting_governs_its_own_edit(name: str) -> None:
         assert len(results) == (2 if other == name else 1)
 
 
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "flag"),
-    [
-        *(("alpha_replacement", 0.0, "--eda_alpha"), ("alpha_insertion", 1.5, "--eda_alpha")),
-        *(("alpha_swap", -0.1, "--eda_alpha"), ("alpha_swap", NAN, "--eda_alpha")),
-        *(("deletion_prob", value, "--eda_deletion_prob") for value in (0.0, 1.0, NAN)),
-    ],
-)
-def test_a_bad_setting_is_one_line_with_its_flag(name: str, value: float, flag: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{flag} {value}: expected a number above 0[^\n]*$"):
-        EdaConfig(**{name: value})
-
-
-def test_settings_are_given_by_name() -> None:
-    with pytest.raises(TypeError):
-        EdaConfig(0.1, 0.1)  # type: ignore[call-arg]
+def test_a_bad_setting_is_one_line_with_its_flag() -> None:
+    bad = {"alpha_replacement": 0.0, "alpha_insertion": 1.5, "alpha_swap": float("nan"), "deletion_prob": 1.0}
+    for name, value in bad.items():
+        flag = "--eda_deletion_prob" if name == "deletion_prob" else "--eda_alpha"
+        with pytest.raises(EdaError, match=rf"^{flag} {value}: expected a number above 0[^\n]*$"):
+            EdaConfig(**{name: value})
 
 
 # ---------------------------------------------------------------------------------------------------- balancing
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ([0] * 7 + [3] * 20 + [1] * 20 + [4], {0: 13, 4: 19}),
-        *(([], {}), ([3], {}), ([0, 1], {}), ([2, 2, 2], {})),
-    ],
-)
-def test_balance_fills_every_class_up_to_the_most_common_one(labels: list[int], expected: dict[int, int]) -> None:
-    assert Counter(labels[row] for row in balance(labels, random.Random(0))) == expected
+def test_balance_fills_every_class_up_to_the_most_common_one() -> None:
+    for labels in ([], [3], [0, 1], [2, 2, 2]):
+        assert balance(labels, random.Random(0)) == []
+    labels = [0] * 7 + [3] * 20 + [1] * 20 + [4]
+    assert Counter(labels[row] for row in balance(labels, random.Random(0))) == {0: 13, 4: 19}
 
 
 def test_balance_uses_every_row_equally_often_before_any_again() -> None:
@@ -250,7 +215,7 @@ def test_the_texts_of_a_pair_are_edited_each_on_its_own() -> None:
 
 def test_the_four_edits_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eda, "EDITS", {name: lambda *_, name=name: [name] for name in EDITS})
-    new = augment_rows([("one text",)] * 2001, [0] + [1] * 2000, CONFIG, 0, no_synonyms)
+    new = augment_rows([("one text",)] * 2001, [0] + [1] * 2000, CONFIG, 0, lambda _: [])
     used = Counter(text for (text,), _ in new)
     assert set(used) == {"replacement", "insertion", "swap", "deletion"}
     assert all(abs(count - 500) < 100 for count in used.values())
@@ -267,13 +232,20 @@ def test_rows_depend_on_the_seed_alone_and_move_no_global_generator() -> None:
     assert augment_rows(rows, labels, CONFIG, 6, fake_synonyms) != first
 
 
-def test_importing_touches_no_generator_and_loads_no_wordnet() -> None:
-    code = (
-        "import random, sys; random.seed(3); state = random.getstate(); import eda; "
-        "assert random.getstate() == state, 'seeded'; assert 'nltk' not in sys.modules, 'nltk'; "
-        "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy'"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_importing_touches_no_generator_and_every_process_gives_the_same_rows() -> None:
+    code = """
+import random, sys
+random.seed(3); state = random.getstate()
+import eda
+assert random.getstate() == state, "seeded"
+assert not {"nltk", "torch", "numpy"} & set(sys.modules), "heavy"
+rows = [("a funny film ran for 3 hours and was no movie",)] * 40
+print(eda.augment_rows(rows, [0] * 5 + [1] * 35, eda.EdaConfig(), 7, lambda word: [word + "ish", "very " + word]))"""
+    command, shown = [sys.executable, "-c", code], list[bytes]()
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        shown.append(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True).stdout)
+    assert shown[0] == shown[1] and shown[0].count(b"hours") > 9
 
 
 # ------------------------------------------------------------------------------------------------- any unicode
@@ -289,7 +261,7 @@ def what_bert_sees(text: str) -> str:
     return str(normalizer.normalize_str(text)).strip()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TEXTS, st.sampled_from(list(EDITS)), st.integers(0, 99), st.sampled_from([0.1, 0.9]))
 def test_no_edit_raises_or_empties_a_text(text: str, name: str, seed: int, amount: float) -> None:
     config = EdaConfig(alpha_replacement=amount, alpha_insertion=amount, alpha_swap=amount, deletion_prob=amount)
@@ -298,36 +270,6 @@ def test_no_edit_raises_or_empties_a_text(text: str, name: str, seed: int, amoun
     assert what_bert_sees(edited) or not what_bert_sees(text)
     if name in ("swap", "deletion"):
         assert Counter(edited.split()) <= Counter(text.split())
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4))
-def test_any_text_goes_through_the_command_as_through_the_function(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[tuple[str, str]]
-) -> None:
-    monkeypatch.setattr(eda, "WordNet", lambda folder: fake_synonyms)
-    rows = [(a.replace("\t", " "), b.replace("\n", " ")) for a, b in rows]  # both: as if a quote were never closed
-    plain = [("another", "row")] * (3 * len(rows))  # more of the other class, so that each text is edited twice
-    labels = [0] * len(rows) + [1] * len(plain)
-    rows = [*rows, *plain]
-    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
-    target.unlink(missing_ok=True)
-    cells = [
-        [str(i), f"id{i}", *texts, f"{label}.0"] for i, (texts, label) in enumerate(zip(rows, labels, strict=True))
-    ]
-    source.write_text(as_csv([["", "id", "sentence1", "sentence2", "is_duplicate"], *cells]), "utf-8", newline="")
-    assert eda.main([str(source), str(target), "--seed", "7"]) == 0
-    written = [cells for _, cells in eda.read_table(target).rows]
-    assert written[: len(rows)] == cells
-    expected = augment_rows(rows, labels, CONFIG, 7, fake_synonyms)
-    assert [((a, b), int(float(label))) for _, _, a, b, label in written[len(rows) :]] == expected
-
-
-def as_csv(rows: Sequence[Sequence[str]]) -> str:
-    """Tab-separated lines as other programs write them, every cell in quotes where it needs them."""
-    buffer = io.StringIO()
-    csv.writer(buffer, delimiter="\t").writerows(rows)  # ends lines with \r\n, so that both are quoted
-    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------ WordNet
@@ -372,36 +314,18 @@ def wordnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_wordnet(tmp_path / "wordnet")
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("film", ("movie", "moving picture", "Celluloid", "shoot")),  # the other lemmas of all senses, with spaces
-        ("funny", ("amusing",)),
-        ("qwerty", ()),
-        ("films", ("movie", "moving picture", "Celluloid", "shoot")),  # not an inflected word's own base form
-        ("ran", ("scat",)),
-    ],
-)
-def test_synonyms_of(word: str, expected: tuple[str, ...], wordnet: Path) -> None:
-    assert WordNet(wordnet)(word) == expected
+def test_synonyms_are_the_other_lemmas_of_all_senses_and_not_a_words_own_base_form(wordnet: Path) -> None:
+    film = ("movie", "moving picture", "Celluloid", "shoot")
+    expected = {"film": film, "films": film, "funny": ("amusing",), "qwerty": (), "ran": ("scat",)}
+    assert {word: WordNet(wordnet)(word) for word in expected} == expected
 
 
-def test_a_word_is_looked_up_once(wordnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synonyms, words = WordNet(wordnet), []
-    look_up = synonyms._look_up
-    monkeypatch.setattr(synonyms, "_look_up", lambda word: words.append(word) or look_up(word))
-    assert len({synonyms("film") for _ in range(3)}) == 1 and synonyms("nothing") == synonyms("nothing") == ()
-    assert words == ["film", "nothing"]
-
-
-def test_no_warning_comes_from_loading(wordnet: Path, recwarn: pytest.WarningsRecorder) -> None:
-    WordNet(wordnet)("film")
+def test_a_word_is_looked_up_once_and_nothing_is_warned_of(wordnet: Path, recwarn: pytest.WarningsRecorder) -> None:
+    synonyms = WordNet(wordnet)
+    synonyms("film")
     assert not [warning for warning in recwarn if "ultilingual" in str(warning.message)]
-
-
-def test_the_system_wordnet_is_found(wordnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eda, "SYSTEM_WORDNETS", (wordnet.parent / "missing", wordnet))
-    assert WordNet()("film")
+    synonyms._reader.synsets = lambda word: pytest.fail("looked up again")
+    assert synonyms("film")
 
 
 @pytest.mark.parametrize("archive", [False, True])
@@ -421,26 +345,22 @@ def test_the_data_of_nltk_comes_first(wordnet: Path, monkeypatch: pytest.MonkeyP
     assert "corpora" in str(synonyms._root)
 
 
-def test_without_wordnet_one_line_says_what_to_install(wordnet: Path) -> None:
+def test_without_wordnet_one_line_says_what_to_install(wordnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = r"apt-get install wordnet-base; .*nltk\.downloader wordnet; --wordnet DIR"
-    with pytest.raises(EdaError, match=rf"^[^\n]*{where}[^\n]*$"):
-        WordNet()
+    for folder in (None, wordnet.parent):
+        with pytest.raises(EdaError, match=rf"^[^\n]*{where}[^\n]*$"):
+            WordNet(folder)
+    monkeypatch.setattr(eda, "SYSTEM_WORDNETS", (wordnet.parent, wordnet))
+    assert WordNet()("film")
 
 
-@pytest.mark.parametrize("missing", ["data.noun", "index.adv", "verb.exc"])
-def test_an_incomplete_directory_is_named(wordnet: Path, missing: str) -> None:
-    (wordnet / missing).unlink()
-    with pytest.raises(EdaError, match=f"--wordnet .*: no {missing} there"):
-        WordNet(wordnet)
-
-
-@pytest.mark.parametrize(("name", "content"), [("index.noun", b"film n x\n"), ("data.noun", b"\xff\xfe")])
-def test_damaged_files_are_one_line(wordnet: Path, name: str, content: bytes, recwarn: pytest.WarningsRecorder) -> None:
-    (wordnet / name).write_bytes(content)
-    with pytest.raises(EdaError, match="not readable as WordNet") as error:
+@pytest.mark.parametrize(
+    ("name", "content"), [("index.noun", b"film n x\n"), ("data.noun", b"\xff\xfe"), ("verb.exc", None)]
+)
+def test_damaged_and_missing_files_are_one_line(wordnet: Path, name: str, content: bytes | None) -> None:
+    (wordnet / name).unlink() if content is None else (wordnet / name).write_bytes(content)
+    with pytest.raises(EdaError, match=r"^[^\n]*not readable as WordNet[^\n]*$"):
         WordNet(wordnet)("film")
-    assert "\n" not in str(error.value)
-    assert not [warning for warning in recwarn if "WordNet" in str(warning.message)]
 
 
 def test_the_installed_wordnet_knows_everyday_words() -> None:
@@ -456,48 +376,45 @@ def test_the_installed_wordnet_knows_everyday_words() -> None:
 
 # ------------------------------------------------------------------------------------------------------ command
 
-SENTENCES = """\
-\tid\tsentence\tsentiment
-7\tx1\t A well-made movie , full of 3 surprises .\t3
+HEADER = "\tid\tsentence\tsentiment\n"
+SENTENCES = f"""\
+{HEADER}7\tx1\t A well-made movie , full of 3 surprises .\t3
 4\tx2\t"She said ""go"" and left ."\t3
 9\tx3\tThe end never comes .\t0
 5\tx4\tNo label here\t
 6\tx3\tThe same id again\t3
 """
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the command on in.csv, with this content, into out.csv; synonyms are made up."""
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command on in.csv, with this content, into out.csv; returns its status, output and errors."""
     monkeypatch.setattr(eda, "WordNet", lambda folder: fake_synonyms)
     monkeypatch.chdir(tmp_path)
 
-    def run(content: str | bytes = SENTENCES, *arguments: str) -> int:
+    def run(content: str | bytes = SENTENCES, *flags: str, files: tuple[str, ...] = ("in.csv", "out.csv")) -> Any:
         Path("in.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return eda.main(["in.csv", "out.csv", *arguments])
+        return (eda.main([*files, *flags]), *capsys.readouterr())
 
     return run
 
 
-def test_the_command_appends_rows_until_classes_are_equal(
-    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command() == 0
-    written = Path("out.csv").read_text()
-    assert written.startswith(SENTENCES)
-    new = [unquoted(line) for line in written[len(SENTENCES) :].splitlines()]
+def written(path: str = "out.csv") -> str:
+    return Path(path).read_bytes().decode()
+
+
+def test_the_command_appends_rows_until_classes_are_equal(command: Command) -> None:
+    status, shown, _ = command()
+    assert status == 0 and written().startswith(SENTENCES)
+    new = list(csv.reader(io.StringIO(written()[len(SENTENCES) :]), delimiter="\t"))
     assert [(index, name, label) for index, name, _, label in new] == [("10", "x3-eda1", "0"), ("11", "x3-eda2", "0")]
-    assert capsys.readouterr().out.splitlines() == [
-        "in.csv: 1 without a label, only copied: line 5",
-        "sentiment 0: 1 rows + 2 new = 3",
-        "sentiment 3: 3 rows + 0 new = 3",
-        "out.csv: 5 rows + 2 new, seed 0",
-    ]
+    last = "5 rows, 1 without a label, + 2 new, seed 0"
+    assert shown.splitlines() == ["class 0: 1 rows + 2 new", "class 3: 3 rows + 0 new", last]
     assert sorted(os.listdir()) == ["in.csv", "out.csv"]
 
 
 PAIRS = "".join(f"{i}\tq{i}\tIs it {i} o'clock now?\tWhat time is it?\t{float(i == 0)}\n" for i in range(4))
-HEADER = "\tid\tsentence\tsentiment\n"
 PLAIN = "id\tsentence\tsentiment\n"
 
 
@@ -506,156 +423,78 @@ PLAIN = "id\tsentence\tsentiment\n"
     [
         ("\tid\tsentence1\tsentence2\tis_duplicate\n" + PAIRS, "", r"5\tq0-eda2\t.*\t1\.0"),  # a label as it is written
         (PLAIN + "a\tone\t0\na-eda1\ttwo\t1\nb\tthree\t1\n", "", r"a-eda2\t.*"),  # an id that the file does not have
-        ("id\tsentence\ttopic\na\tone two\t12\nb\tx\t-3\nc\ty\t-3\n", "--label_column topic", r"a-eda1\t.*\t12"),
+        (
+            PLAIN.replace("sentiment", "topic") + "a\tx y\t12\nb\tx\t-3\nc\ty\t-3",
+            "--label_column topic",
+            r"a-eda1\t.*\t12",
+        ),
         (PLAIN + 'a\t"the\r"\t0\nb\tx\t1\nc\ty\t1\n', "", r'a-eda1\t"the\r"\t0'),  # read again, it is one cell
         (PLAIN + "a\tone\t0\nb\ttwo\t1\n", "", r"b\ttwo\t1"),  # nothing to add
+        (SENTENCES.replace("\n", "\r\n").removesuffix("\r\n"), "", r"11\tx3-eda2\t.*\t0\r"),  # line ends as in the file
     ],
 )
-def test_the_last_row_written(content: str, flags: str, last_line: str, command: Callable[..., int]) -> None:
-    assert command(content, *flags.split()) == 0
-    written = Path("out.csv").read_bytes().decode()
-    assert written.startswith(content)
-    assert re.fullmatch(last_line, written.removesuffix("\n").split("\n")[-1])
+def test_the_last_row_written(content: str, flags: str, last_line: str, command: Command) -> None:
+    assert command(content, *flags.split())[0] == 0
+    assert written().startswith(content)
+    assert re.fullmatch(last_line, written().removesuffix("\n").split("\n")[-1])
 
 
-def test_line_ends_and_the_last_line_are_as_in_the_file(command: Callable[..., int]) -> None:
-    content = SENTENCES.replace("\n", "\r\n").removesuffix("\r\n")
-    assert command(content) == 0
-    written = Path("out.csv").read_bytes()
-    assert written.startswith(content.encode())
-    assert eda.read_table(Path("out.csv")).rows[-1][1][1] == "x3-eda2"
-    assert written.endswith(b"\t0\r\n")
+def test_the_rows_are_those_of_the_function_under_the_flags(command: Command) -> None:
+    rows = [(f"one two three four {i}\r five", '"quoted" text\u2028') for i in range(30)]
+    labels = [0] * 10 + [1] * 20
+    text = io.StringIO()
+    cells = [[f"x{i}", *texts, label] for i, (texts, label) in enumerate(zip(rows, labels, strict=True))]
+    csv.writer(text, delimiter="\t").writerows([["id", "sentence1", "sentence2", "is_duplicate"], *cells])
+    config = EdaConfig(alpha_replacement=0.3, alpha_insertion=0.3, alpha_swap=0.3, deletion_prob=0.4)
+    for seed in (0, 7):
+        flags = f"--eda_alpha 0.3 --eda_deletion_prob 0.4 --seed {seed}"
+        assert command(text.getvalue(), *flags.split(), files=("in.csv", f"{seed}.csv"))[0] == 0
+        found = list(csv.reader(io.StringIO(written(f"{seed}.csv"), newline=""), delimiter="\t"))[31:]
+        assert [((a, b), int(label)) for _, a, b, label in found] == augment_rows(
+            rows, labels, config, seed, fake_synonyms
+        )
+    assert written("0.csv") != written("7.csv")
 
 
-@pytest.mark.parametrize("cell", ['"one\rtwo"', "one\rtwo"])
-def test_a_carriage_return_in_a_cell_stays_quoted_or_not(cell: str, command: Callable[..., int]) -> None:
-    content = f"{PLAIN}a\t{cell}\t0\nb\tx\t1\nc\ty\t1\n"
-    assert command(content) == 0
-    assert Path("out.csv").read_bytes().startswith(content.encode())
-    assert len(eda.read_table(Path("out.csv")).rows) == 4
-
-
-def test_the_command_writes_the_same_bytes_in_every_process(wordnet: Path, tmp_path: Path) -> None:
-    rows = "".join(f"{i}\tx{i}\ta funny film ran for {i} hours and was not a movie\t{i // 9}\n" for i in range(10))
-    (tmp_path / "in.csv").write_text(HEADER + rows)
-    for number in "12":
-        command = [sys.executable, ROOT / "eda.py", "in.csv", f"{number}.csv", "--wordnet", wordnet]
-        environment = {**os.environ, "PYTHONHASHSEED": number}
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "2.csv").read_bytes()
-
-
-def test_the_seed_flag_changes_the_file(command: Callable[..., int]) -> None:
-    content, written = PLAIN + "a\tone two three four\t0\n" + "b\tfive\t1\n" * 9, set()
-    for seed in "010":
-        assert command(content, "--seed", seed) == 0
-        written.add(Path("out.csv").read_bytes())
-        Path("out.csv").unlink()
-    assert len(written) == 2
-
-
-def test_the_flags_for_amounts_reach_all_edits(command: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    configs: list[EdaConfig] = []
-    monkeypatch.setattr(eda, "edited_rows", lambda rows, labels, config, *_: configs.append(config) or [])
-    assert command(SENTENCES, "--eda_alpha", "0.3", "--eda_deletion_prob", "0.4") == 0
-    assert configs == [EdaConfig(alpha_replacement=0.3, alpha_insertion=0.3, alpha_swap=0.3, deletion_prob=0.4)]
-
-
-EXISTS = "eda.py: out.csv: exists already, expected the name of a new file\n"
-
-
-@pytest.mark.parametrize("is_link", [False, True])
-def test_an_existing_file_or_link_is_never_replaced(
-    is_link: bool, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = Path("out.csv")
-    target.symlink_to("nowhere") if is_link else target.write_text("mine")
-    assert command() == 2
-    assert target.is_symlink() if is_link else target.read_text() == "mine"
-    assert capsys.readouterr().err == EXISTS
-
-
-def test_a_file_that_appears_meanwhile_is_not_replaced(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_file_is_never_replaced(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def synonyms(word: str) -> list[str]:
         Path("out.csv").write_text("mine")
         return fake_synonyms(word)
 
     monkeypatch.setattr(eda, "WordNet", lambda folder: synonyms)
-    assert command(PLAIN + "a\tgood film\t0\n" + "b\tx\t1\n" * 20) == 2
-    assert Path("out.csv").read_text() == "mine"
-    assert sorted(os.listdir()) == ["in.csv", "out.csv"]
-    assert capsys.readouterr().err == EXISTS
-
-
-def test_an_interrupted_command_leaves_nothing(
-    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "rename", interrupt)
-    assert command() == 130
-    assert os.listdir() == ["in.csv"]
-    assert capsys.readouterr().err == "eda.py: interrupted, nothing was written\n"
+    appearing = PLAIN + "a\tgood film\t0\n" + "b\tx\t1\n" * 20
+    for content, message in (
+        (appearing, "File exists"),
+        (SENTENCES, "out.csv: exists already, expected the name of a"),
+    ):
+        status, _, error = command(content)
+        assert (status, written()) == (2, "mine") and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "flags", "message"),
     [
-        ("", "in.csv: no rows, expected a header line and rows"),
-        (HEADER, "in.csv: no rows, expected a header line and rows"),
-        (HEADER + "0\ta\tx\t1\n1\tb\ty\tgood\n", "in.csv:3: sentiment is 'good', expected a whole number from 0 to 4"),
-        *(
-            (HEADER + f"0\ta\tx\t{cell}\n", f"in.csv:2: sentiment is '{cell}', expected a whole number from 0 to 4")
-            for cell in ("7", "nan", "1.5")
-        ),
-        (HEADER + "0\ta\tx\n", "in.csv:2: 3 columns, expected 4 as in the header"),
-        (HEADER + "zero\ta\tx\t1\n", "in.csv:2: the unnamed first column is 'zero', expected a whole number"),
-        (HEADER + "0\ta\tx\t\n", "in.csv: no row has a label in the column 'sentiment'"),
-        (HEADER + '0\ta\t"x\t1\n1\tb\ty\t1\n', "in.csv:2: a quoted cell runs over 2 lines, expected a closing"),
-        (HEADER.encode() + b"0\ta\t\xff\t1\n", "in.csv:2: byte 0xff is not valid UTF-8"),
-        ("id\tsentence\na\tx\n", "in.csv:1: found the columns 'id', 'sentence', expected 'sentiment' or 'is_dup"),
-        ("id\tsentiment\na\t1\n", "in.csv:1: no column 'sentence1', found 'id', 'sentiment'"),
-        ("sentence\tsentiment\nx\t1\n", "in.csv:1: no column 'id', found 'sentence', 'sentiment'"),
-        ("id\tsimilarity\na\t2.5\n", "in.csv:1: similarity is a number on a scale, not a class, so there is nothing"),
+        ("", "", "in.csv:1: found the columns none; expected id, sentiment, and sentence or sentence1"),
+        ("id\tsimilarity\na\t2.5\n", "", "in.csv:1: found the columns id, similarity; expected id, sentiment, and"),
+        ("sentence\tsentiment\nx\t1\n", "", "in.csv:1: found the columns sentence, sentiment; expected id,"),
+        (SENTENCES, "--label_column topic", "in.csv:1: found the columns id, sentence, sentiment; expected id, topic,"),
+        (HEADER + "0\ta\tx\t1\n1\tb\ty\t2.5\n", "", "in.csv:3: sentiment is '2.5', expected a class, which is a whole"),
+        (HEADER + "0\ta\tx\n", "", "in.csv:2: 3 columns, expected 4 as in the header"),
+        (HEADER + '0\ta\t"x\t1\n1\tb\ty\t1\n', "", "in.csv:2: a quoted cell runs over 2 lines, expected a closing"),
+        (HEADER.encode() + b"0\ta\t\xff\t1\n", "", "in.csv:2: byte 0xff is not valid UTF-8"),
+        (SENTENCES, "--eda_alpha 0", "--eda_alpha 0.0: expected a number above 0 and at most 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    content: str | bytes, message: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    content: str | bytes, flags: str, message: str, command: Command
 ) -> None:
-    assert command(content) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"eda.py: {message}") and error.count("\n") == 1
+    status, _, error = command(content, *flags.split())
+    assert status == 2 and error.startswith(f"eda.py: {message}") and error.count("\n") == 1
     assert os.listdir() == ["in.csv"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("missing.csv out.csv", "missing.csv: No such file or directory"),
-        (". out.csv", ".: Is a directory"),
-        ("in.csv no/such/out.csv", "no/such/out.csv: no directory no/such"),
-        ("in.csv " + "o" * 300, "o"),
-        ("in.csv out.csv --eda_alpha 0", "--eda_alpha 0.0: expected a number above 0 and at most 1"),
-        ("in.csv out.csv --eda_deletion_prob 1", "--eda_deletion_prob 1.0: expected a number above 0 and below"),
-        ("in.csv out.csv --seed -1", "--seed -1: expected a whole number from 0 up"),
-        ("in.csv out.csv --label_column topic", "in.csv:1: no column 'topic', found 'id', 'sentence'"),
-        ("in.csv out.csv --label_column similarity", "in.csv:1: similarity is a number on a scale"),
-        ("in.csv out.csv --alpha 1", "unrecognized arguments: --alpha 1"),
-        ("in.csv out.csv --eda_alpha x", "argument --eda_alpha: invalid float value: 'x'"),
-        ("in.csv", "the following arguments are required: OUT.csv"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_code_2(
-    arguments: str, message: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("in.csv").write_text(SENTENCES)
-    try:
-        code: int | str | None = eda.main(arguments.split())
-    except SystemExit as error:
-        code = error.code
-    error_text = capsys.readouterr().err
-    assert code == 2 and error_text.startswith(f"eda.py: {message}") and error_text.count("\n") == 1
-    assert os.listdir() == ["in.csv"]
+@pytest.mark.parametrize("files", [("missing.csv", "out.csv"), (".", "out.csv"), ("in.csv", "no/such/out.csv")])
+def test_a_file_that_cannot_be_opened_is_one_line(files: tuple[str, str], command: Command) -> None:
+    status, _, error = command(files=files)
+    assert status == 2 and error.startswith("eda.py: ") and error.count("\n") == 1
+    assert next(name for name in files if name not in ("in.csv", "out.csv")) in error
