@@ -454,7 +454,6 @@ void attention_backward(const Rows *rows, const float *query, long query_stride,
                     const float along = sum_of(mean);
                     for (long k = 0; k < padded; k += LANES) put(at(p + k) * (at(g + k) - along), g + k);
                 }
-                memset(grads + count * padded, 0, sizeof(float) * (QUERIES - count) * padded);
                 product(length, width, grads, padded, keys, sums);
                 store(count, size, width, sums, factor, grad_query + place, query_stride);
                 add_outer(length, width, dropped, padded, grad_context, grad_values);

@@ -16,6 +16,7 @@ needs_kernels = pytest.mark.skipif(kernels.build().library is None, reason=f"no 
 
 def test_other_types_and_autocast_are_left_to_torch() -> None:
     assert kernels.can_run(torch.zeros(2)) == (kernels.build().library is not None)
+    assert (kernels.speed_report("cpu") == "compiled") == kernels.can_run(torch.zeros(2))
     assert not kernels.can_run(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
     assert not kernels.can_run(torch.zeros(2, device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
