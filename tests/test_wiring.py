@@ -392,7 +392,7 @@ def test_an_option_runs_its_stages(arguments: str, names: list[str]) -> None:
 
 
 def test_stages_have_the_settings_of_the_flags() -> None:
-    run = make_run("--patience 2 --eval_every 1 --eval_batch_size 5 --steps_per_epoch 6")
+    run = make_run("--patience 2 --eval_every 3 --eval_batch_size 5 --steps_per_epoch 6")
     for stage, is_frozen in zip(run.stages, (True, False), strict=True):
-        assert (stage.patience, stage.eval_every, stage.eval_batch_size) == (2, 1, 5)
+        assert (stage.patience, stage.eval_every, stage.eval_batch_size) == (2, 3, 5)
         assert (stage.steps_per_epoch, stage.is_frozen) == (6, is_frozen)
