@@ -86,20 +86,23 @@ def test_numbers_are_shown_with_three_significant_digits() -> None:
 def test_kinds_alternate_and_a_device_s_work_counts_for_the_step_that_asked_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A clock that only the steps move, and work that is done when it is waited for."""
+    """A clock that only the steps move: "a" works at once, the work of "b" is done when it is waited for."""
     now, waiting, calls = 0.0, 0.0, list[tuple[str, int]]()
     monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
 
-    def step(name: str, seconds: float, number: int) -> None:
-        nonlocal waiting
+    def step(name: str, number: int) -> None:
+        nonlocal now, waiting
         calls.append((name, number))
-        waiting += seconds * (number + 1)
+        if name == "a":
+            now += number + 1
+        else:
+            waiting += 10 * (number + 1)
 
     def synchronize() -> None:
         nonlocal now, waiting
         now, waiting = now + waiting, 0.0
 
-    kinds = {"a": partial(step, "a", 1.0), "b": partial(step, "b", 10.0)}
+    kinds = {name: partial(step, name) for name in "ab"}
     found = harness.alternate(kinds, rounds=3, warm_up=1, synchronize=synchronize)
     assert found == {"a": [2.0, 3.0, 4.0], "b": [20.0, 30.0, 40.0]}
     assert calls == [(name, n) for n in range(4) for name in ("ab" if n % 2 == 0 else "ba")]
