@@ -396,8 +396,19 @@ def peak_memory_mb(device: torch.device) -> float:
     """Most memory that the process held: on the GPU by torch's count, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if platform.system() == "Darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    try:
+        return resident_memory_mb("VmHWM")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def resident_memory_mb(name: str) -> float:
+    """Resident memory of this process by Linux: VmRSS, what it holds now, or VmHWM, the most that it held.
+
+    (The peak that getrusage knows begins with that of the process that started this one.)
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(name))
 
 
 # -------------------------------------------------------------------------------------------------------- start

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness import make_parser
 
-SCRIPTS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost", "start_up", "scaling")
+SCRIPTS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost", "start_up")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL
 from datasets import SAMPLE, DataError
 from ops import speed_report
+from run import resident_memory_mb
 from run_record import RunError, finite, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,12 +332,3 @@ def run_alone(name: str, variant: str, options: Options) -> Memory:
     for number in range(MEMORY_STEPS):
         take_step(number)
     return Memory(resident_memory_mb("VmHWM"), before)
-
-
-def resident_memory_mb(name: str) -> float:
-    """Resident memory of this process: VmRSS, what it holds now, or VmHWM, the most that it held.
-
-    From Linux's /proc: the peak that getrusage knows begins with that of the process that started this one.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)[0]) / 2**10

@@ -26,7 +26,6 @@ from benchmarks import (
     matmul_limit,
     pcgrad_step,
     reference,
-    scaling,
     start_up,
     step_cost,
     training_step,
@@ -39,11 +38,12 @@ from bert import BertConfig
 from datasets import Batch, TokenizedRows
 from evaluation import predict_logits
 from helpers import pack, tiny_config, tiny_encoder
+from run import resident_memory_mb
 from tasks import TASKS, task_loss
 
 LINEAR = sys.modules["ops.linear"]  # the package has a function of that name
 RANDOM = np.random.default_rng(0)
-IN_PROCESS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost", "scaling")
+IN_PROCESS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost")
 
 
 @pytest.fixture(scope="module")
@@ -364,8 +364,6 @@ def ran_alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(Benchmark, "memory", memory)
     monkeypatch.setattr(harness, "MEMORY_STEPS", 1)
     monkeypatch.setattr(frozen_stage, "EPOCHS", 2)
-    small = scaling.Sizes((20, 60), (8, 16), (1, 2), (2, 4), 2, 4)
-    monkeypatch.setattr(scaling, "Sizes", lambda: small)
     return ran
 
 
@@ -387,10 +385,6 @@ def test_a_script_runs_and_leaves_its_results(
     assert not any(str(folder) in text for folder in (tiny, data, tmp_path, harness.ROOT))
     assert set(benchmark(name).variants(Options(data, str(tiny)))) == set(ran_alone)
     assert len(report["lines"]) >= len(ran_alone)
-    if name == "scaling":
-        assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-        assert set(report["settings"]["exponents"]) == {line["what"].rsplit(",", 1)[0] for line in report["lines"]}
-        assert set(TASKS) == {"sst", "para", "sts"}  # the copies are gone again
 
 
 def test_training_step_compares_by_the_same_rows_and_by_the_row(
@@ -417,7 +411,7 @@ def test_training_step_compares_by_the_same_rows_and_by_the_row(
 
 def test_a_variant_runs_in_a_process_of_its_own_whose_peak_memory_is_its_own(tiny: Path, data: Path) -> None:
     held = torch.ones(200_000_000)  # 800 MB
-    assert harness.resident_memory_mb("VmRSS") > 800
+    assert resident_memory_mb("VmRSS") > 800
     options = Options(data, str(tiny), 1, 1)
     found = evaluation_throughput.BENCHMARK.memory(evaluation_throughput.OURS, options)
     assert held.numel() and 50 < found.before_mb <= found.peak_mb < 700
@@ -481,22 +475,6 @@ def test_the_methods_are_what_they_are_called(tiny: Path, data: Path) -> None:
         record = trainer.take_step(1, 0)
         assert (record["task"], record["draws"]) == ("sst+para+sts", dict.fromkeys(rows, 1))
         assert trainer.progress.rows == dict.fromkeys(rows, 32)
-
-
-def test_a_curve_says_how_it_grows() -> None:
-    curve = scaling.Curve("tokens a row", "a step", "tokens a row", {n: [1e-6 * n**2] * 3 for n in (16, 64, 256)})
-    words = "a step: grows like tokens a row to the power 2.00 from 16 to 256 (2.00 between the two largest)"
-    assert str(curve) == words
-    bent = replace(curve, seconds={1: [1.0], 10: [1.0], 1000: [100.0]})
-    assert "power 0.71 from 1 to 1,000 (1.00 between" in str(bent)
-
-
-def test_the_files_of_scaling_hold_as_many_rows_as_they_say(tiny: Path, data: Path, tmp_path: Path) -> None:
-    task = TASKS[scaling.TASK]
-    path = scaling.Setup(Options(data, str(tiny))).file(tmp_path, 60)
-    examples = scaling.read_examples(path, task, labelled=True).examples
-    own = scaling.read_examples(data / task.file_name("train"), task, labelled=True).examples
-    assert [(e.texts, e.label) for e in examples] == [(own[i % 26].texts, own[i % 26].label) for i in range(60)]
 
 
 # ------------------------------------------------------------------------------------------------------ start-up
@@ -633,13 +611,13 @@ def test_the_whole_hands_its_flags_to_each_script_and_names_those_that_fail(
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        return subprocess.CompletedProcess(command, int(command[2] == "benchmarks.scaling"))
+        return subprocess.CompletedProcess(command, int(command[2] == "benchmarks.start_up"))
 
     monkeypatch.setattr(everything.subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = flags(tiny, data)
     assert everything.main(given) == 1
-    assert capsys.readouterr().err == "failed: scaling\n"
+    assert capsys.readouterr().err == "failed: start_up\n"
     assert [command[1:] for command in commands] == [
         ["-m", f"benchmarks.{name}", *given] for name in everything.SCRIPTS
     ]
