@@ -8,12 +8,11 @@ overwritten. `--base-url` names a mirror.
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pooch
 import requests
@@ -71,60 +70,45 @@ FILES = (
 
 @dataclass(frozen=True)
 class ResumingDownloader:
-    """pooch's transfer of a file, collected in `part`: an attempt goes on where the last one stopped."""
+    """pooch's transfer of a file, collected beside it: an attempt goes on where the last one stopped."""
 
     file: RemoteFile
     target: Path
 
-    @property
-    def part(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.part")
-
     def __call__(self, url: str, output_file: str, fetcher: Any) -> None:
         """Fetches what is lacking. pooch tries again after a RequestException, but not after a FileError."""
-        with self.part.open("ab") as part:
+        path = self.target.with_name(f"{self.target.name}.part")
+        with path.open("ab") as part:
             start = part.tell()
             headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
 
             def look_at(response: requests.Response, **_: Any) -> None:
                 code, sent = response.status_code, response.headers.get("Content-Range", "")
                 if 400 <= code < 500 and code not in RETRIED:
-                    reason = f"HTTP {code} {response.reason}"
-                    raise FileError(f"{url}: {reason}, expected the file; --base-url names another place")
+                    raise FileError(f"{url}: HTTP {code} {response.reason}; --base-url names another place")
                 if code in (200, 206, 416) and sent != f"bytes */{start}" and not sent.startswith(f"bytes {start}-"):
                     part.truncate(0)  # from the beginning: the server knows no ranges, or the part is another file's
-                    if code == 206:
-                        raise requests.RequestException("the server sent another range than asked for")
 
+            asked = {"timeout": TIMEOUT, "headers": headers, "hooks": {"response": look_at}}
             try:
-                pooch.HTTPDownloader(
-                    progressbar=sys.stderr.isatty(), timeout=TIMEOUT, headers=headers, hooks={"response": look_at}
-                )(url, part, fetcher)
+                pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), **asked)(url, part, fetcher)
             except requests.HTTPError as error:
                 if error.response is None or error.response.headers.get("Content-Range") != f"bytes */{start}":
                     raise  # else nothing was lacking
-        if problem := self.file.problem(self.part):
-            self.part.unlink()
+        if problem := self.file.problem(path):
+            path.unlink()
             raise FileError(f"{url}: {problem}; nothing was kept")
-        is_there(self.file, self.target)
-        self.part.replace(output_file)
-
-
-def is_there(file: RemoteFile, target: Path) -> bool:
-    """Raises FileError if something else has the file's name."""
-    if not os.path.lexists(target):
-        return False
-    if problem := file.problem(target):
-        raise FileError(f"{target}: {problem}; left as it is, move it away to fetch the public file")
-    return True
+        path.replace(output_file)
 
 
 def fetch(file: RemoteFile, folder: Path, base_url: str, retries: int) -> str:
-    """Makes sure that the file is in the folder; returns how, in words. Never overwrites a file."""
-    if is_there(file, folder / file.name):
+    """Makes sure that the file is in the folder; returns how, in words. Raises FileError if another has its name."""
+    if os.path.lexists(target := folder / file.name):
+        if problem := file.problem(target):
+            raise FileError(f"{target}: {problem}; left as it is, move it away to fetch the public file")
         return "already there, verified"
     fetcher = pooch.create(folder, base_url, registry={file.name: file.sha256}, retry_if_failed=retries)
-    fetcher.fetch(file.name, downloader=ResumingDownloader(file, folder / file.name))
+    fetcher.fetch(file.name, downloader=ResumingDownloader(file, target))
     return "fetched, verified"
 
 
@@ -158,23 +142,11 @@ def complain(message: str) -> int:
     return 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists what is allowed)\n")
-
-
-def web_address(text: str) -> str:
-    """The value of --base-url. Raises ArgumentTypeError if it is no http address that a file name can follow."""
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected an address like https://host/folder")
-    return text
-
-
 def main(arguments: Sequence[str] | None = None, files: Sequence[RemoteFile] = FILES) -> int:
     """The command. Returns its exit code: 0 all files are there, 1 some are not, 130 when interrupted."""
-    parser = _Parser(prog="download.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="download.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", metavar="DIR", type=Path, help="where the files go; created if missing")
-    parser.add_argument("--base-url", metavar="URL", type=web_address, default=BASE_URL, help=f"default {BASE_URL}")
+    parser.add_argument("--base-url", metavar="URL", default=BASE_URL, help=f"default {BASE_URL}")
     parser.add_argument("--retries", metavar="N", type=int, choices=range(11), default=3, help="of a file, default 3")
     args = parser.parse_args(arguments)
     try:

@@ -3,9 +3,8 @@
     python data/make_sample.py [--out DIR] [--seed N]
 
 Every row is drawn from the tables in data/sample_tables: reviews.toml for sentiment, questions.toml for paraphrase,
-statements.toml for similarity, words.toml for what several of them are about. The tables are built so that words alone
-do not give the answer: the same words stand in rows of different labels, and what decides is negation, order, direction
-or who did what to whom.
+statements.toml for similarity, words.toml for what several of them are about. Words alone do not give the answer: what
+decides is negation, order, direction or who did what to whom.
 
 How to read the tables:
     *word           an entry that starts with a star appears in dev and test only, never in train
@@ -15,15 +14,11 @@ How to read the tables:
 """
 
 import argparse
-import csv
-import os
 import random
 import re
 import tomllib
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +35,9 @@ def read_tables(name: str) -> Table:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random choices for one file. `unseen` opens the starred entries, so that dev and test hold words train lacks.
+    """Random choices for one file, all from `Random.random`, whose values Python promises to keep between versions.
 
-    Everything rests on `Random.random`, the one method whose values Python promises to keep between versions: the
-    committed files can be compared with a fresh run byte by byte on any Python.
+    unseen: opens the starred entries, so that dev and test hold words train lacks.
     """
 
     rng: random.Random
@@ -82,14 +76,10 @@ class Draw:
 
     def weighted(self, weights: Mapping[str, float]) -> str:
         """A key of `weights`, drawn in proportion to its value."""
-        cumulated = list(accumulate(weights.values()))
-        return list(weights)[bisect(cumulated, self.rng.random() * cumulated[-1], hi=len(weights) - 1)]
+        return self.rng.choices(list(weights), list(weights.values()))[0]
 
     def fill(self, template: str, slots: Mapping[str, str | Sequence[str]]) -> str:
-        """The template with every slot and every {this|that} filled; no slot table gives the same entry twice.
-
-        slots: name -> text, or table to draw from.
-        """
+        """The template with every {this|that} and every slot filled, with text or from a table, no entry twice."""
         used: list[str] = []
 
         def choose(match: re.Match[str]) -> str:
@@ -112,44 +102,36 @@ def polish(text: str) -> str:
 # -------------------------------------------------------------------------------------- sentiment of a review, 0 to 4
 
 
-def split_aspect(entry: str) -> tuple[str, list[str], list[str]]:
-    """The noun, its good words and its bad words, from 'the acting: convincing, heartfelt / wooden, stiff'."""
-    noun, good, bad = re.split(": | / ", entry)
-    return noun, good.split(", "), bad.split(", ")
-
-
 def review_slots(draw: Draw, domain: Table) -> dict[str, Any]:
-    """The slots of one clause: two aspects with matching verb forms, and the words that suit the first of them."""
-    first = draw.one(domain["aspects"])
-    noun, good, bad = split_aspect(first)
-    other, _, _ = split_aspect(draw.one(domain["aspects"], besides=[first]))
+    """The slots of one clause: two aspects with matching verb forms, and the words that suit the first of them.
+
+    An aspect is a noun, its good words and its bad words: 'the acting: convincing, heartfelt / wooden, stiff'.
+    """
+    first, grades = draw.one(domain["aspects"]), draw.tables["grades"]
+    noun, good, bad = re.split(": | / ", first)
+    other = draw.one(domain["aspects"], besides=[first]).split(":")[0]
     singular, plural = ("is", "are") if draw.chance(0.4) else ("was", "were")
     verb, other_verb = (plural if re.search("[^s]s$", name) else singular for name in (noun, other))
-    grades = draw.tables["grades"]
-    suiting = {"good": grades["good"] + good * 2, "poor": grades["poor"] + bad * 2}
-    verbs = {"is": verb, "are": other_verb, "was": singular}
-    names = {"aspect": noun, "other": other, "item": draw.one(domain["items"])}
-    return {**grades, **suiting, **verbs, **names, "maker": domain["maker"], "earlier": domain["earlier"]}
+    own = {"good": grades["good"] + good.split(", ") * 2, "poor": grades["poor"] + bad.split(", ") * 2}
+    own |= {"is": verb, "are": other_verb, "was": singular, "aspect": noun, "other": other}
+    own |= {"item": draw.one(domain["items"]), "maker": domain["maker"], "earlier": domain["earlier"]}
+    return {**grades, **own}
 
 
 def clause(draw: Draw, domain: Table, kind: str, label: str) -> str:
     """A clause of the given class about an aspect, about the whole, or ("verdict", "frame") free in form."""
     if kind == "verdict":
         return draw.one(domain["verdicts"][label])
-    if kind == "frame":
-        template = draw.one(draw.tables["frames"][label])
-    else:
-        template = draw.one(draw.tables["subjects"][kind])
+    template = draw.one(draw.tables["frames"][label] if kind == "frame" else draw.tables["subjects"][kind])
+    if kind != "frame":
         template = template.replace("{predicate}", draw.one(draw.tables["predicates"][label]))
-    slots = review_slots(draw, domain)
-    if kind != "aspect":
-        slots |= draw.tables["grades"]  # the words of an aspect need not suit the whole
-    return draw.fill(template, slots)
+    grades = {} if kind == "aspect" else draw.tables["grades"]  # the words of an aspect need not suit the whole
+    return draw.fill(template, review_slots(draw, domain) | grades)
 
 
 def two_clauses(draw: Draw, domain: Table, joins: Sequence[str], labels: Sequence[str]) -> str:
     """Clauses of the given classes: the first about an aspect, the second about another one or about the whole."""
-    nouns = [split_aspect(entry)[0] for entry in draw.allowed(domain["aspects"])]
+    nouns = [entry.split(":")[0] for entry in draw.allowed(domain["aspects"])]
     first = clause(draw, domain, "aspect", labels[0])
     second = clause(draw, domain, draw.pick(("aspect", "whole", "verdict")), labels[1])
     while any(noun in first and noun in second for noun in nouns) or first.split()[-2:] == second.split()[-2:]:
@@ -162,8 +144,7 @@ def review(draw: Draw) -> tuple[str, str]:
     domain, kind = draw.group("domains"), draw.weighted(draw.tables["kind_shares"])
     label = draw.pick("01234")
     if kind in ("contrast", "agreement"):
-        same = (label, label, label)
-        first, second, label = draw.pick(draw.tables["contrasts"]) if kind == "contrast" else same
+        first, second, label = draw.pick(draw.tables["contrasts"]) if kind == "contrast" else (label,) * 3
         text = two_clauses(draw, domain, draw.tables["joins"][kind], (first, second))
     else:
         text = clause(draw, domain, kind, label)
@@ -171,20 +152,19 @@ def review(draw: Draw) -> tuple[str, str]:
         text = f"{draw.one(draw.tables['openers'])}, {text}"
     if draw.chance(0.75 if kind == "verdict" else 0.2):
         context = draw.one(domain["contexts"])
-        comes_first = context.startswith("it ") or draw.chance(0.5)
-        text = f"{context}. {text}" if comes_first else f"{text}. {context}"
+        text = f"{context}. {text}" if context.startswith("it ") or draw.chance(0.5) else f"{text}. {context}"
     return polish(f"{text}."), label
 
 
 def sentiment_row(draw: Draw) -> tuple[str, ...]:
     """A review of 6 to 25 words and its class as an annotator gave it. The class is drawn first, the review to fit."""
     wanted = draw.weighted(draw.tables["class_shares"])
-    text, label = review(draw)
-    while label != wanted or not 6 <= len(text.split()) <= 25:
-        text, label = review(draw)
+    while (found := review(draw))[1] != wanted or not 6 <= len(found[0].split()) <= 25:
+        pass
+    label = found[1]
     if draw.chance(draw.tables["slip_share"]):
         label = str(int(label) + (1 if label == "0" or (label < "4" and draw.chance(0.5)) else -1))
-    return text, label
+    return found[0], label
 
 
 # ------------------------------------------------------------------------------------------ paraphrase of two questions
@@ -192,38 +172,29 @@ def sentiment_row(draw: Draw) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a topic: which intent, in which of its wordings, about what.
-
-    values: slot -> its entry in the table, all names of the thing included.
-    """
+    """One question of a topic: which of an intent's wordings, about what (slot -> entry, all its names)."""
 
     topic: Table
-    intent: int
+    intent: Sequence[str]
     wording: int
     values: Mapping[str, str]
 
     def text(self, draw: Draw) -> str:
-        wording = draw.allowed(self.topic["intents"][self.intent])[self.wording]
-        return polish(draw.fill(wording, draw.named(self.values)))
+        return polish(draw.fill(draw.allowed(self.intent)[self.wording], draw.named(self.values)))
 
     def exchanged(self) -> "Question":
-        """With x and y in each other's place."""
         return replace(self, values={**self.values, "x": self.values["y"], "y": self.values["x"]})
-
-
-def wordings(draw: Draw, topic: Table, intent: int) -> range:
-    return range(len(draw.allowed(topic["intents"][intent])))
 
 
 def any_question(draw: Draw) -> Question:
     topic = draw.group("topics")
-    intent, values = draw.pick(range(len(topic["intents"]))), draw.each(topic["slots"])
-    return Question(topic, intent, draw.pick(wordings(draw, topic, intent)), values)
+    intent, values = draw.pick(topic["intents"]), draw.each(topic["slots"])
+    return Question(topic, intent, draw.pick(range(len(draw.allowed(intent)))), values)
 
 
 def reworded(draw: Draw, question: Question) -> Question:
     """Another wording of the same question; where order is free, x and y may also change places."""
-    ranks = wordings(draw, question.topic, question.intent)
+    ranks = range(len(draw.allowed(question.intent)))
     found = replace(question, wording=draw.pick([rank for rank in ranks if rank != question.wording]))
     return found.exchanged() if question.topic.get("order") == "free" and draw.chance(0.5) else found
 
@@ -237,24 +208,22 @@ def same(draw: Draw, question: Question) -> Question:
 
 def different(draw: Draw, question: Question) -> Question:
     kind, topic = draw.weighted(draw.tables["different_kinds"]), question.topic
-    if kind == "exchanged" and topic.get("order") == "matters":
-        found = question.exchanged()
-        return found if draw.chance(0.75) else reworded(draw, found)
+    if kind == "other_topic":
+        while (found := any_question(draw)).topic is topic:
+            pass
+        return found
     if kind == "other_intent":  # about the same thing, in a wording that nearly always resembles the first one
-        intent = draw.pick([rank for rank in range(len(topic["intents"])) if rank != question.intent])
-        ranks = wordings(draw, topic, intent)
+        intent = draw.pick([intent for intent in topic["intents"] if intent is not question.intent])
+        ranks = range(len(draw.allowed(intent)))
         wording = question.wording if question.wording in ranks and draw.chance(0.9) else draw.pick(ranks)
         return replace(question, intent=intent, wording=wording)
-    if kind == "other_topic":
-        found = any_question(draw)
-        while found.topic is topic:
-            found = any_question(draw)
-        return found
-    # "changed": the same intent about another place, number or thing; often in the same wording
-    slot = draw.pick(list(question.values))
-    value = draw.one(topic["slots"][slot], besides=list(question.values.values()))
-    found = replace(question, values={**question.values, slot: value})
-    return found if draw.chance(0.45) else reworded(draw, found)
+    if kind == "exchanged" and topic.get("order") == "matters":
+        found, touched_up_share = question.exchanged(), 0.75
+    else:  # "changed": the same intent about another place, number or thing; often in the same wording
+        slot = draw.pick(list(question.values))
+        value = draw.one(topic["slots"][slot], besides=list(question.values.values()))
+        found, touched_up_share = replace(question, values={**question.values, slot: value}), 0.45
+    return found if draw.chance(touched_up_share) else reworded(draw, found)
 
 
 def paraphrase_row(draw: Draw) -> tuple[str, ...]:
@@ -263,15 +232,15 @@ def paraphrase_row(draw: Draw) -> tuple[str, ...]:
     first = second = ""
     while first == second:
         question = any_question(draw)
-        other = same(draw, question) if is_same else different(draw, question)
+        other = (same if is_same else different)(draw, question)
         first, second = question.text(draw), other.text(draw)
     label = is_same != draw.chance(draw.tables["slip_share"])
     return first, second, "1.0" if label else "0.0"
 
 
 # ------------------------------------------------------------------------------- similarity of two statements, 0 to 5
-# A statement is an event: facts such as the agent, the action, the place. Two statements are as similar as the share
-# of facts that they have in common, whatever the words and the order in which those are told.
+# A statement is an event: facts such as the agent, the action, the place. Two are as similar as their share of common
+# facts, whatever the words and the order in which those are told.
 
 Facts = dict[str, str]  # fact -> its entry in the table of the scene, all names of the thing included
 Event = tuple[Table, Facts]  # a scene, and those of its facts that are told
@@ -292,10 +261,7 @@ def any_event(draw: Draw) -> Event:
 def with_other_facts(draw: Draw, event: Event, tables: Table, changes: int) -> Event:
     """The event with some facts of these tables changed, or left out where they are details."""
     scene, facts = event
-    chosen: list[str] = []
-    while len(chosen) < changes:
-        chosen.append(draw.one(list(tables), besides=chosen))
-    for fact in chosen:
+    for fact in draw.each({f"change {i}": list(tables) for i in range(changes)}).values():
         facts = facts | {fact: draw.one(tables[fact], besides=list(facts.values()))}
         if fact in scene["details"] and draw.chance(0.4):
             del facts[fact]
@@ -304,14 +270,14 @@ def with_other_facts(draw: Draw, event: Event, tables: Table, changes: int) -> E
 
 def pair_of_events(draw: Draw) -> tuple[Event, Event]:
     first, kind = any_event(draw), draw.weighted(draw.tables["pair_kinds"])
-    scene, facts = first
-    details = scene["details"] | scene["numbers"]
     if kind == "unrelated":
         return first, any_event(draw)
+    scene, facts = first
     if kind == "reversed" and scene.get("reversible"):
         # A single agent of no particular looks can take the place of the patient.
         plain = {fact: "a" if fact == "agent_count" else facts[fact] for fact in facts if fact != "agent_look"}
         return (scene, plain), (scene, plain | {"agent": facts["patient"], "patient": facts["agent"]})
+    details = scene["details"] | scene["numbers"]
     if kind in ("same", "detail"):
         return first, with_other_facts(draw, first, details, 0 if kind == "same" else draw.pick((1, 2)))
     changes = {"one": 1, "reversed": 1, "two": 2, "setting": 3}[kind]
@@ -321,13 +287,13 @@ def pair_of_events(draw: Draw) -> tuple[Event, Event]:
 
 def common_share(first: Facts, second: Facts, tables: Table) -> float:
     """The weight of the facts that two events share, over that of all their facts; a fact told once counts half."""
-    total = common = 0.0
-    for fact in first | second:
-        weight, owner = tables["fact_weights"][fact], tables["owners"].get(fact, fact)
-        total += weight
+    weights: dict[str, float] = {fact: tables["fact_weights"][fact] for fact in first | second}
+    common = 0.0
+    for fact, weight in weights.items():
+        owner = tables["owners"].get(fact, fact)
         if first.get(owner) == second.get(owner):
             common += weight / 2 if (fact in first) != (fact in second) else weight * (first[fact] == second[fact])
-    return common / total
+    return common / sum(weights.values())
 
 
 def statement(draw: Draw, event: Event) -> str:
@@ -337,27 +303,19 @@ def statement(draw: Draw, event: Event) -> str:
         """The plural of a noun, or the form of a verb that goes with he or she."""
         return next(re.sub(old, new, word) for old, new in draw.tables["s_forms"] if re.search(old, word))
 
-    scene, facts = event
-    named = draw.named(facts)
+    scene, named = event[0], draw.named(event[1])
     verb, agent, patient = named["action"].split(), named["agent"], named["patient"]
     count, number = named.get("agent_count", ""), named.get("patient_count", "")
     many = count not in ("", "a")
-    slots = {
-        "who": f"{count} {named.get('agent_look', '')} {s_form(agent) if many else agent}",
-        "whom": f"{number} {s_form(patient)}" if number else f"a {patient}" if count else patient,
-        "place": named.get("place", ""),
-        "time": named.get("time", ""),
-        "is": "are" if many else "is",
-        "was": "were" if number else "was",
-        "does": verb[0] if many else s_form(verb[0]),
-        "doing": verb[1],
-        "did": verb[2],
-        "done": verb[-1],
-    }
+    slots = {"place": "", "time": "", **named, "doing": verb[1], "did": verb[2], "done": verb[-1]}
+    slots["who"] = f"{count} {named.get('agent_look', '')} {s_form(agent) if many else agent}"
+    slots["whom"] = f"{number} {s_form(patient)}" if number else f"a {patient}" if count else patient
+    slots["does"], slots["is"] = (verb[0], "are") if many else (s_form(verb[0]), "is")
+    slots["was"] = "were" if number else "was"
     absent = tuple(f"{{{fact}}}" for fact in ("place", "time") if fact not in named)
     tellings = draw.allowed(draw.tables["tellings"][scene["told_as"]])
-    template = draw.pick([telling for telling in tellings if not telling.startswith(absent)])
-    return polish(draw.fill(template, slots) + ".")
+    telling = draw.pick([telling for telling in tellings if not telling.startswith(absent)])
+    return polish(draw.fill(telling, slots) + ".")
 
 
 def similarity_row(draw: Draw) -> tuple[str, ...]:
@@ -375,35 +333,29 @@ def similarity_row(draw: Draw) -> tuple[str, ...]:
 
 
 def write_split(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Writes beside the file and renames, so that a reader never sees half of it. Test files carry no label."""
+    """The rows with their numbers and a header. Test files carry no label."""
     num_cells = 1 + len(columns) - ("test" in path.name)
     has_two_indices = path.name == "ids-sst-test-student.csv"  # the real file does: readers must go by column names
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow([*(["0", ""] if has_two_indices else [""]), *["id", *columns][:num_cells]])
-        for index, row in enumerate(rows):
-            indices = [str(index + 1), f"{index:.1f}"] if has_two_indices else [str(index)]
-            writer.writerow([*indices, *row[:num_cells]])
-    os.replace(beside, path)
+    lines = [["0", "", *("id", *columns)[:num_cells]]]
+    lines += [[str(i + 1), f"{i:.1f}" if has_two_indices else str(i), *row[:num_cells]] for i, row in enumerate(rows)]
+    text = "".join("\t".join(cells if has_two_indices else cells[1:]) + "\n" for cells in lines)
+    path.write_text(text, "utf-8", newline="\n")
 
 
 def write_sample(out: Path, seed: int) -> None:
     """The nine files. No texts stand in two rows of a task, in whichever order."""
     out.mkdir(parents=True, exist_ok=True)
-    rows_of = {"reviews": sentiment_row, "questions": paraphrase_row, "statements": similarity_row}
-    for name, draw_row in rows_of.items():
+    for name, draw_row in (("reviews", sentiment_row), ("questions", paraphrase_row), ("statements", similarity_row)):
         tables = read_tables(name)
         stem, taken = tables["file_stem"], set[frozenset[str]]()
         for split, num_rows in tables["num_rows"].items():
             draw = Draw(random.Random(f"{seed} {stem} {split}"), tables, unseen=split != "train")
-            rows: list[tuple[str, ...]] = []
+            rows: list[list[str]] = []
             while len(rows) < num_rows:
-                row = draw_row(draw)
-                if frozenset(row[:-1]) not in taken:
-                    taken.add(frozenset(row[:-1]))
-                    row_id = "".join(draw.pick("0123456789abcdef") for _ in range(25))  # as in the real files
-                    rows.append((row_id, *row))
+                *texts, label = draw_row(draw)
+                if frozenset(texts) not in taken:
+                    taken.add(frozenset(texts))
+                    rows.append(["".join(draw.pick("0123456789abcdef") for _ in range(25)), *texts, label])
             write_split(out / f"{stem}-{split}.csv", tables["columns"], rows)
 
 
@@ -411,8 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the sample data set: nine files in CS224N's format.")
     parser.add_argument("--out", type=Path, default=FOLDER / "sample", help="folder for the files")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same files, byte by byte")
-    args = parser.parse_args()
-    write_sample(args.out, args.seed)
+    write_sample(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
