@@ -76,6 +76,13 @@ def test_draws_have_the_expected_shares(name: str, epoch: int, draws: int, every
     ]
 
 
+def test_certain_draws_of_a_small_task_leave_the_proportions_of_the_others() -> None:
+    scheduler, generator, found = make("pal", 4, every_task=True, sizes=(35, 60, 5)), random.Random(0), Counter[str]()
+    for step in range(8000):
+        found.update(counts_of(scheduler.plan(1, step, generator)))
+    assert [found[task] / 32000 for task in TASKS] == pytest.approx([0.75 * 35 / 95, 0.75 * 60 / 95, 0.25], abs=0.01)
+
+
 # ------------------------------------------------------------------------------------------- shares with a floor
 
 
