@@ -220,11 +220,11 @@ def test_the_perturbation_raises_the_divergence_above_that_of_its_start() -> Non
 def test_with_dropout_the_term_measures_the_perturbation_and_not_the_noise(task: str) -> None:
     model, batch, masks = tiny_model(), random_batch(task, 6), DropoutMasks(5)
     logits = model(task, batch, masks)
-    other_draw = TASKS[task].output.divergence(model(task, batch, DropoutMasks(6)), logits).mean()
+    other_draw = TASKS[task].output.divergence(model(task, batch, DropoutMasks(6)), logits).mean().detach()
     assert float(other_draw) > 1e-3
-    assert float(smoothness_of(model, replace(PAPER, eps=0.0)).term(task, batch, masks, logits)) == 0
+    assert float(smoothness_of(model, replace(PAPER, eps=0.0)).term(task, batch, masks, logits).detach()) == 0
     something = smoothness_of(model, PAPER).term(task, batch, masks, logits)
-    assert 0 < float(something) < 1e-2 * float(other_draw)
+    assert 0 < float(something.detach()) < 1e-2 * float(other_draw)
     assert any(gradient.any() for gradient in torch.autograd.grad(something, list(model.encoder.layers.parameters())))
 
 
