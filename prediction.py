@@ -1,27 +1,24 @@
 """Predictions for new texts, line by line: what `--option predict` reads, writes and says of broken lines.
 
-Line n of the output belongs to line n of the input. Input is read ahead by a thread while the model computes; output
-is written chunk by chunk, as the input arrives.
+Line n of the output belongs to line n of the input; output is written chunk by chunk, as the input arrives.
 """
 
 import codecs
-import math
 import os
-import queue
+import select
 import stat
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from predictor import TEXTS_AT_A_TIME, Prediction, Predictor
+from predictor import Prediction, Predictor
 from tasks import TASKS, Task
 
+TEXTS_AT_A_TIME = 4096  # among so many texts batches of similar length are formed
 BLOCK_BYTES = 1 << 16
-READ_AHEAD = 16  # blocks
 LINE_BYTES = 1 << 20  # a longer line is broken
 CHUNK_BYTES = 1 << 24
 PATIENCE = 0.1  # seconds that a line from a pipe or a terminal waits for others to be predicted with
@@ -41,15 +38,20 @@ def predict_lines(make_predictor: Callable[[], Predictor], task: str, source: st
     """
     if target != "-" and os.path.lexists(target):
         raise PredictionError(f"--output {target}: exists already, expected a new file")
-    name, lines = _open_input(source)
+    name = "standard input" if source == "-" else source
+    try:
+        file = FileIO(0, closefd=False) if source == "-" else FileIO(source)
+    except OSError as error:
+        raise PredictionError(f"--input {source}: {error.strerror}, expected a file with a text a line") from None
+    if file.isatty():
+        print("reading from the terminal, a text a line; Ctrl-D ends", file=sys.stderr)
     predictor = make_predictor()
     if task not in predictor.tasks:
         raise PredictionError(f"--task {task}: the checkpoint has heads for {', '.join(predictor.tasks)} only")
     try:
         with _output(target) as write:
-            num_broken = _predict_chunks(predictor, TASKS[task], lines.chunks(), name, write)
+            num_broken = _predict_chunks(predictor, TASKS[task], chunks_of_lines(file, name), name, write)
     except BrokenPipeError:
-        _forget_output()
         return SIGPIPE_STATUS
     return 1 if num_broken else 0
 
@@ -95,111 +97,51 @@ def output_line(prediction: Prediction | None, task: Task) -> str:
     return "\t\n" if prediction is None else f"{task.output.format(prediction.value)}\t{prediction.probability:.6f}\n"
 
 
-# -------------------------------------------------------------------------------------------------------- input
-
-
-class LineReader:
-    """The lines of a file, read ahead by a thread and given out in chunks.
+def chunks_of_lines(file: FileIO, name: str) -> Iterator[list[bytes]]:
+    """The lines of a file without their line feeds, in chunks. name: for the PredictionError if reading fails.
 
     A chunk of a regular file is full. From a pipe or a terminal it holds what came within PATIENCE of its first line.
     """
-
-    def __init__(self, file: FileIO, name: str) -> None:
-        """file: closed at its end. name: for error messages."""
-        self._name = name
-        self._is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        self._blocks: queue.Queue[bytes | OSError] = queue.Queue(READ_AHEAD)
-        self._lines: list[bytes] = []
-        self._rest = b""
-        self._ended = False
-        # A daemon on the raw descriptor: it may hang in a read for good and does not keep the process from ending.
-        threading.Thread(target=self._read, args=(file,), daemon=True).start()
-
-    def _read(self, file: FileIO) -> None:
-        try:
-            with file:
-                while block := os.read(file.fileno(), BLOCK_BYTES):
-                    self._blocks.put(block)
-            self._blocks.put(b"")
-        except OSError as error:
-            self._blocks.put(error)
-
-    def chunks(self) -> Iterator[list[bytes]]:
-        """All lines, without their line feeds. Raises PredictionError if reading fails."""
-        while chunk := self._chunk():
-            yield chunk
-
-    def _chunk(self) -> list[bytes]:
-        """The next lines, none at the end of the file."""
-        deadline, size = math.inf, 0
-        while not self._ended and len(self._lines) < TEXTS_AT_A_TIME and (size < CHUNK_BYTES or not self._lines):
-            if self._lines and not self._is_regular:
-                deadline = min(deadline, time.monotonic() + PATIENCE)
+    is_regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    lines, rest, has_ended = list[bytes](), b"", False
+    while lines or not has_ended:
+        deadline, size = 0.0, 0
+        while not has_ended and len(lines) < TEXTS_AT_A_TIME and (size < CHUNK_BYTES or not lines):
+            if lines and not is_regular:
+                deadline = deadline or time.monotonic() + PATIENCE
+                patience = deadline - time.monotonic()
+                if patience < 0 or not select.select([file], [], [], patience)[0]:
+                    break
             try:
-                block = self._blocks.get(timeout=None if deadline == math.inf else max(0, deadline - time.monotonic()))
-            except queue.Empty:
-                break
-            size += self._add(block)
-        chunk, self._lines = self._lines[:TEXTS_AT_A_TIME], self._lines[TEXTS_AT_A_TIME:]
-        return chunk
-
-    def _add(self, block: bytes | OSError) -> int:
-        """Takes in what the thread has read; returns its size in bytes."""
-        if isinstance(block, OSError):
-            raise PredictionError(f"{self._name}: {block.strerror}")
-        *lines, rest = (self._rest + block).split(b"\n")
-        self._ended = not block
-        self._lines += [*lines, rest] if self._ended and rest else lines
-        self._rest = rest[: LINE_BYTES + 1]  # enough to see that the line is too long
-        return len(block)
-
-
-def _open_input(source: str) -> tuple[str, LineReader]:
-    """The input's name in messages, and its lines. Raises PredictionError if it cannot be read."""
-    name = "standard input" if source == "-" else source
-    try:
-        reader = LineReader(FileIO(0, closefd=False) if source == "-" else FileIO(source), name)
-    except OSError as error:
-        raise PredictionError(f"--input {source}: {error.strerror}, expected a file with a text a line") from None
-    if source == "-" and os.isatty(0):
-        print("reading from the terminal, a text a line; Ctrl-D ends", file=sys.stderr)
-    return name, reader
-
-
-# ------------------------------------------------------------------------------------------------------- output
+                block = os.read(file.fileno(), BLOCK_BYTES)
+            except OSError as error:
+                raise PredictionError(f"{name}: {error.strerror}") from None
+            *new, rest = (rest + block).split(b"\n")
+            rest = rest[: LINE_BYTES + 1]  # enough to see that the line is too long
+            has_ended, size = not block, size + len(block)
+            lines += [*new, rest] if has_ended and rest else new
+        if lines:
+            yield lines[:TEXTS_AT_A_TIME]
+        lines = lines[TEXTS_AT_A_TIME:]
 
 
 @contextmanager
 def _output(target: str) -> Iterator[Write]:
     """Writes to standard output, or to a file that takes its name when it is whole and is gone if that fails."""
-    if target == "-":
-        yield _write_to_standard_output
-        return
-    path = Path(target)
-    beside = path.with_name(path.name + ".tmp")
+    beside = Path(f"{target}.tmp")
     try:
+        if target == "-":
+            yield lambda text: print(text, end="", flush=True)
+            return
         with beside.open("w", encoding="utf-8") as file:
             yield file.write
-        if os.path.lexists(path):
-            raise FileExistsError(0, "exists now, expected a new file")
-        os.rename(beside, path)
+        beside.rename(target)
     except OSError as error:
+        if target == "-":  # whatever is left for it goes nowhere: Python would fail on it once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
         raise PredictionError(f"--output {target}: {error.strerror}") from None
     finally:
-        beside.unlink(missing_ok=True)
-
-
-def _write_to_standard_output(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _forget_output()
-        raise PredictionError(f"--output -: {error.strerror}") from None
-
-
-def _forget_output() -> None:
-    """Whatever is left for standard output goes nowhere; Python would fail on it once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if target != "-":
+            beside.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from datasets import TokenizedRows, Tokenizer, by_batches
 from model import MultitaskBert
 from tasks import TASKS
 
-TEXTS_AT_A_TIME = 4096  # among so many texts batches of similar length are formed
+Autocast = Callable[[], AbstractContextManager[object]]  # the context of a forward pass, for mixed precision
 
 
 class Prediction(NamedTuple):
@@ -32,14 +32,8 @@ class Predictor:
     """A trained model for new texts; `load` makes one from a run."""
 
     def __init__(
-        self,
-        model: MultitaskBert,
-        tokenizer: Tokenizer,
-        device: torch.device,
-        batch_size: int,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        self, model: MultitaskBert, tokenizer: Tokenizer, device: torch.device, batch_size: int, autocast: Autocast
     ) -> None:
-        """batch_size: texts of one forward pass. autocast: the context of a forward pass, for mixed precision."""
         self.model, self.tokenizer, self.device = model.to(device), tokenizer, device
         self.batch_size, self.autocast = batch_size, autocast
 
@@ -71,10 +65,8 @@ class Predictor:
 
     def predictions(self, task: str, rows: Sequence[tuple[str, ...]]) -> list[Prediction]:
         """Of each row of texts its prediction, decoded as in the prediction files."""
-        parts = [rows[start : start + TEXTS_AT_A_TIME] for start in range(0, len(rows), TEXTS_AT_A_TIME)]
-        return [prediction for part in parts for prediction in self._predictions(task, part)]
-
-    def _predictions(self, task: str, rows: Sequence[tuple[str, ...]]) -> list[Prediction]:
+        if not rows:
+            return []
         unknown = np.full(len(rows), np.nan, np.float32)
         tokenized = TokenizedRows(TASKS[task], [""] * len(rows), unknown, self.tokenizer.encode(rows), self.device)
 
@@ -92,14 +84,11 @@ class Predictor:
 
 
 def _texts_of_row(number: int, row: object, num_texts: int) -> tuple[str, ...]:
-    """A row of `Predictor.predict` as its texts. Raises ValueError if it is not so many strings."""
+    """A row of `Predictor.predict` as its texts. Raises ValueError if it is not so many strings, or blank."""
     texts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, tuple | list) else ()
-    if len(texts) != num_texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(
-            f"texts[{number}] is {row!r}, expected {'a string' if num_texts == 1 else 'a pair of strings'}"
-        )
-    if not any(text.strip() for text in texts):
-        raise ValueError(f"texts[{number}] is {row!r}, expected some text")
+    if len(texts) != num_texts or not all(isinstance(text, str) for text in texts) or not "".join(texts).strip():
+        expected = "a string" if num_texts == 1 else "a pair of strings"
+        raise ValueError(f"texts[{number}] is {row!r}, expected {expected} with some text")
     return texts
 
 
@@ -108,13 +97,13 @@ def load(
     device: str | torch.device = "auto",
     batch_size: int = 64,
     max_length: int = 0,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    autocast: Autocast = nullcontext,
 ) -> Predictor:
     """The model of a run or checkpoint folder, ready to predict.
 
     device: "auto" takes CUDA where there is a GPU. batch_size: texts of one forward pass. max_length: tokens of a row
-    at most; 0: as in the run that the checkpoint is part of, else as many as the model has positions. autocast: the
-    context of a forward pass, for mixed precision. Raises CheckpointError if there are no trained heads.
+    at most; 0: as in the run that the checkpoint is part of, else as many as the model has positions. Raises
+    CheckpointError if there are no trained heads.
     """
     folder = checkpoint_folder(Path(path))
     layout = read_layout(folder)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert import find_checkpoint
+from checkpoints import find_checkpoint
 from datasets import DataError, Tokenizer, parse_examples
 from eda import EDITS, EdaConfig, edited_text
 from tasks import TASKS
@@ -85,9 +85,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(find_checkpoint("minilm"), 64)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SNIPPETS, st.integers(0, 2**32))
-def test_100_000_random_rows_go_through_reader_augmentation_and_tokenizer(
+def test_40_000_random_rows_go_through_reader_augmentation_and_tokenizer(
     tokenizer: Tokenizer, snippets: list[str], seed: int
 ) -> None:
     source, config = random.Random(seed), EdaConfig()
