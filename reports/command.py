@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from run_record import write_atomically
-
 FORMATS = ("png", "pdf", "svg")
 
 
@@ -24,18 +22,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], None], *errors: type[Exception]) -> int:
-    """Runs it and returns its exit status: 0, or 2 and a line on standard error for input that cannot be used.
-
-    errors: further exceptions whose message is a line for the user.
-    """
-    caught: tuple[type[Exception], ...] = (ReportError, *errors)
+    """Runs it. Returns 0, or 2 after a line on standard error for an exception of these, whose message the line is."""
+    expected: tuple[type[Exception], ...] = (OSError, ReportError, *errors)
     try:
         command()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except caught as error:
-        print(f"error: {error}", file=sys.stderr)
+    except expected as error:
+        found = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"error: {found}", file=sys.stderr)
         return 2
     return 0
 
@@ -48,11 +44,3 @@ def check_new_file(flag: str, path: Path, endings: Sequence[str]) -> None:
         raise ReportError(f"{flag} {path}: exists already, expected the name of a new file")
     if not path.parent.is_dir():
         raise ReportError(f"{flag} {path}: no directory {path.parent}")
-
-
-def write_file(flag: str, path: Path, content: bytes | str) -> None:
-    """Raises ReportError if the file cannot be written."""
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise ReportError(f"{flag} {path}: cannot be written ({error.strerror})") from None

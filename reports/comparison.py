@@ -20,23 +20,19 @@ from typing import Any
 import numpy as np
 
 from reports.finished_run import MEAN, FinishedRun
-from run_record import CONFIG, DevRows, RunError, read_json
+from run_record import DevRows, RunError
 from tasks import TASKS
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.05  # a smaller p is called a difference
 ROUNDING = 1e-12  # scores that lie no further apart are equal
 ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
-LONGEST_NAME = 40  # characters of a setting's name, where it can be told apart by as few
 
-# What config.json holds besides settings, and the settings that do not change what is learned.
-NO_SETTINGS = {"versions", "machine", "commit", "kernels", "data_files", "layout", "stages"}
-WITHOUT_EFFECT = {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
-WITHOUT_EFFECT |= {"name", "log", "format", "config"}
-NAMED_ELSEWHERE = {"pcgrad", "gradvac", "data"}  # by the treatment; by the files' checksums
-
-
-# ---------------------------------------------------------------------------------------------------- settings
+# Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
+# the treatment, and data by the checksums of their files.
+NOT_COMPARED = frozenset({"versions", "machine", "commit", "kernels", "data_files", "layout", "stages", "data"})
+NOT_COMPARED |= {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
+NOT_COMPARED |= {"name", "log", "format", "config", "pcgrad", "gradvac"}
 
 
 @dataclass(frozen=True)
@@ -56,29 +52,21 @@ class Setting:
     def tasks(self) -> tuple[str, ...]:
         return self.runs[0].tasks
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return tuple(run.config["seed"] for run in self.runs)
-
     def scores(self, name: str) -> np.ndarray:
         """(U,) scores of its runs: of a task, or their mean over the tasks."""
         return np.array([run.score(name) for run in self.runs])
 
 
 def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
-    """The runs by setting, the best mean first; settings with more tasks and with the same data stand together.
-
-    A run with the seed of another run of its setting is a setting of its own: the same run again, or the same flags in
-    another version of the program.
-    """
+    """The runs by setting: by data, more tasks first, better means first. A seed twice makes two settings."""
     data, flags = data_names(runs), _flags(runs)
     groups: dict[Any, list[int]] = {}
-    seen: Counter[Any] = Counter()
+    repeats: Counter[Any] = Counter()
     for i in sorted(range(len(runs)), key=lambda i: (runs[i].config["seed"], str(runs[i].path))):
         same = (data[i], *map(repr, flags[i].values()))
         repeat = (runs[i].config["seed"], same)
-        groups.setdefault((seen[repeat], same), []).append(i)
-        seen[repeat] += 1
+        groups.setdefault((repeats[repeat], same), []).append(i)
+        repeats[repeat] += 1
     columns = {"data": data} | {name: _cells([of[name] for of in flags]) for name in flags[0]}
     shown = [{n: cells[group[0]] for n, cells in columns.items() if len(set(cells)) > 1} for group in groups.values()]
     settings = []
@@ -91,56 +79,40 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
 
 
 def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names of settings: the flags in which they are unlike most others, the shortest first; "base" without any.
+    """Names of settings: as few flags as tell them apart, words before numbers such as a learning rate.
 
-    A number such as a learning rate is named only where words leave settings alike, and where the names would be long,
-    so is every flag: names are as different as the settings. flags: of each setting the same flags.
+    A value that most settings have is not named; "base" has no other. flags: of each setting the same flags.
     """
-
-    def num_kinds(names: Sequence[str]) -> int:
-        return len({tuple(of[name] for name in names) for of in flags})
-
     columns = {name: [of[name] for of in flags] for name in flags[0]}
-    words = [name for name, cells in columns.items() if not all(re.fullmatch(r"[-+.e\d]+", cell) for cell in cells)]
+    numbers = {name for name, cells in columns.items() if all(re.fullmatch(r"[-+.e\d]+", cell) for cell in cells)}
     common = {n: cell for n, cells in columns.items() for cell in set(cells) if 2 * cells.count(cell) > len(cells)}
-    names: list[str] = []
-    for chosen in (list(words), []):
-        for name in sorted(columns, key=lambda name: (name not in words, -len(set(columns[name])))):
-            if num_kinds([*chosen, name]) > num_kinds(chosen):
-                chosen.append(name)
-        parts = [[_part(n, of[n]) for n in chosen if of[n] != common.get(n)] for of in flags]
-        names = [", ".join(sorted(own, key=len)) or ("base" if chosen else "") for own in parts]
-        if max(map(len, names)) <= LONGEST_NAME:
-            break
-    return names
-
-
-def _part(flag: str, value: str) -> str:
-    return {"yes": flag, "no": f"no {flag}"}.get(value, f"{flag} {value}")
+    shown, chosen = {"yes": "{0}", "no": "no {0}"}, list[str]()
+    for name in sorted(columns, key=lambda name: (name in numbers, -len(set(columns[name])))):
+        before, after = ({tuple(of[n] for n in names) for of in flags} for names in (chosen, [*chosen, name]))
+        chosen += [name] if len(after) > len(before) else []
+    parts = [[shown.get(of[n], "{0} {1}").format(n, of[n]) for n in chosen if of[n] != common.get(n)] for of in flags]
+    return [", ".join(sorted(own, key=len)) or ("base" if chosen else "") for own in parts]
 
 
 def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
-    """The settings of each run that change what it learns; a flag that a run's program did not have has its default."""
-    left_out = NO_SETTINGS | WITHOUT_EFFECT | NAMED_ELSEWHERE
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in left_out]
+    """The settings of each run that change what it learns; a flag that a run's program did not have has its default.
+
+    The checkpoint that a run started from replaces the flag of the model; if it is named after the run's seed, those of
+    other seeds are the same.
+    """
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_COMPARED]
     defaults: dict[str, Any] = {}
     if any(name not in run.config for run in runs for name in names):
-        from config import Config
+        from config import Config  # loads torch
 
         defaults = Config().to_dict()
     flags = [{name: run.config.get(name, defaults.get(name)) for name in names} for run in runs]
-    return [{**of, **_start(Path(str(of["checkpoint"])))} if of.get("checkpoint") else of for of in flags]
-
-
-def _start(checkpoint: Path) -> dict[str, str]:
-    """The checkpoint that a run started from, whatever its flag of the model says.
-
-    Checkpoints of runs that differ in the seed alone, as their names say, are one.
-    """
-    with suppress(RunError, KeyError, TypeError):
-        seed = read_json(checkpoint / CONFIG)["seed"]
-        checkpoint = checkpoint.with_name(checkpoint.name.replace(f"seed{seed}", "seed*"))
-    return {"model": "", "checkpoint": str(checkpoint)}
+    for run, of in zip(runs, flags, strict=True):
+        if of.get("checkpoint"):
+            start = Path(of["checkpoint"])
+            name = re.sub(rf"seed{run.config['seed']}(?!\d)", "seed*", start.name)
+            of.update(model="", checkpoint=str(start.with_name(name)))
+    return flags
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
@@ -153,40 +125,30 @@ def _cells(values: Sequence[Any]) -> list[str]:
 
 
 def data_names(runs: Sequence[FinishedRun]) -> list[str]:
-    """A name of each run's data: the directory's, and a number where runs have different data.
-
-    Data are the same if no train or dev file that two runs both read differs.
-    """
+    """The directory of each run's data, and a number where runs read train or dev files of a name that differ."""
     kinds: list[dict[str, str]] = []
-    numbers = []
-    for run in runs:
-        sums = run.data_checksums("train", "dev")
-        fits = [
-            i for i, kind in enumerate(kinds) if all(kind.get(file, value) == value for file, value in sums.items())
-        ]
+    numbers, folders = [], [Path(run.config["data"]).name for run in runs]
+    for sums in (run.data_checksums("train", "dev") for run in runs):
+        fits = [i for i, kind in enumerate(kinds) if all(kind.get(file, x) == x for file, x in sums.items())]
         numbers.append(fits[0] if fits else len(kinds))
         kinds += [] if fits else [{}]
         kinds[numbers[-1]].update(sums)
-    folders = [Path(runs[numbers.index(number)].config["data"]).name for number in numbers]
-    return [f"{of} #{number + 1}" if len(kinds) > 1 else of for of, number in zip(folders, numbers, strict=True)]
+    return [folders[numbers.index(i)] + (f" #{i + 1}" if len(kinds) > 1 else "") for i in numbers]
+
+
+def score_names(settings: Sequence[Setting]) -> dict[str, str]:
+    """The tasks of any of them and the mean, and how their scores are called."""
+    tasks = [name for name in TASKS if any(name in s.tasks for s in settings)]
+    return {**{name: f"{name} {TASKS[name].output.selection_metric}" for name in tasks}, MEAN: MEAN}
 
 
 def best_of(settings: Sequence[Setting], name: str) -> set[int]:
-    """Numbers of the settings with the best score on their data; a mean is the best among settings of equal tasks.
-
-    Where all that could be the best are equal, none is.
-    """
-    best = set()
-    for i, setting in enumerate(settings):
-        if name in (*setting.tasks, MEAN):
-            rivals = [s for s in settings if s.data == setting.data and name in (*s.tasks, MEAN)]
-            scores = [s.scores(name).mean() for s in rivals if name != MEAN or s.tasks == setting.tasks]
-            if min(scores) < max(scores) == setting.scores(name).mean():
-                best.add(i)
-    return best
-
-
-# ------------------------------------------------------------------------------------------------------- tests
+    """Numbers of the settings with the best score on their data, a mean among equal tasks; none where all are equal."""
+    scores: dict[Any, dict[int, float]] = {}
+    for i, s in enumerate(settings):
+        if name in (*s.tasks, MEAN):
+            scores.setdefault((s.data, s.tasks if name == MEAN else name), {})[i] = s.scores(name).mean()
+    return {i for of in scores.values() for i in of if min(of.values()) < max(of.values()) == of[i]}
 
 
 @dataclass(frozen=True)
@@ -194,10 +156,9 @@ class Difference:
     """A difference of two scores: its 95% interval and the two-sided p of no difference, NaN where there is no test."""
 
     value: float
-    low: float
-    high: float
-    p: float
-    test: str
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
 
     @property
     def verdict(self) -> str:
@@ -208,27 +169,31 @@ class Difference:
             return "no difference"
         return "within noise" if self.p >= LEVEL else "worse" if self.value < 0 else "better"
 
+    @property
+    def cells(self) -> tuple[str, str]:
+        """Verdict with p, and the interval."""
+        p = "p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}"
+        is_tested = not math.isnan(self.p)
+        return (f"{self.verdict}, {p}", f"{self.low:+.3f} to {self.high:+.3f}") if is_tested else ("-", "-")
 
-def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+
+def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
     """First minus second, tested over seeds: paired where both have the same seeds, else Welch's t test.
 
-    first, second: scores by seed. None if one of them has fewer than two seeds. Scores that do not vary allow no test
-    unless they are equal.
+    first, second: scores by seed. One seed allows no test, nor do scores that do not vary, unless they are equal.
     """
-    if len(first) < 2 or len(second) < 2:
-        return None
     from scipy.stats import ttest_ind, ttest_rel
 
     a, b = (np.array([of[seed] for seed in sorted(of)]) for of in (first, second))
     is_paired, value = set(first) == set(second), float(a.mean() - b.mean())
-    test = f"paired t, n = {len(a)}" if is_paired else f"Welch's t, n = {len(a)} and {len(b)}"
-    if max(np.ptp(a - b) if is_paired else max(np.ptp(a), np.ptp(b)), 0) < ROUNDING:
-        p, bound = (1.0, 0.0) if abs(value) < ROUNDING else (math.nan, math.nan)
-        return Difference(value, bound, bound, p, test)
-    with warnings.catch_warnings(action="ignore"):
+    if min(len(a), len(b)) < 2:
+        return Difference(value)
+    if max(map(np.ptp, [a - b] if is_paired else [a, b])) < ROUNDING:
+        return Difference(value, 0, 0, 1) if abs(value) < ROUNDING else Difference(value)
+    with warnings.catch_warnings(action="ignore"):  # of digits lost where scores hardly vary
         result = ttest_rel(a, b) if is_paired else ttest_ind(a, b, equal_var=False)
-    interval = result.confidence_interval(1 - LEVEL)
-    return Difference(value, float(interval.low), float(interval.high), float(result.pvalue), test)
+    low, high = map(float, result.confidence_interval(1 - LEVEL))
+    return Difference(value, low, high, float(result.pvalue))
 
 
 def resampled_scores(task: str, rows: DevRows) -> np.ndarray:
@@ -261,6 +226,17 @@ def run_samples(run: FinishedRun, task: str) -> tuple[tuple[str, ...], np.ndarra
     return rows.ids, resampled_scores(task, rows)
 
 
+def mean_samples(runs: Sequence[FinishedRun], tasks: Sequence[str], like: FinishedRun) -> np.ndarray:
+    """(S,) mean score of the runs on these tasks, on the same resamples of the dev rows.
+
+    Raises RunError if a run has no dev rows, or others than the run `like`.
+    """
+    for run, task in ((run, task) for run in runs for task in tasks):
+        if run_samples(run, task)[0] != run_samples(like, task)[0]:
+            raise RunError(f"{run.path}: other dev rows of {task} than {like.path}")
+    return np.asarray(np.mean([run_samples(run, task)[1] for run in runs for task in tasks], axis=0))
+
+
 def middle(samples: np.ndarray) -> tuple[float, float]:
     """The interval that holds the middle 95% of the samples (S,)."""
     low, high = np.quantile(samples, [LEVEL / 2, 1 - LEVEL / 2])
@@ -269,38 +245,21 @@ def middle(samples: np.ndarray) -> tuple[float, float]:
 
 def row_intervals(runs: Sequence[FinishedRun]) -> dict[str, tuple[float, float]]:
     """95% intervals over dev rows of the mean score of runs of one setting: by task and of the mean, where known."""
-    samples = {}
-    for task in runs[0].tasks:
+    intervals = {}
+    for name in (*(tasks := runs[0].tasks), MEAN):
         with suppress(RunError):
-            samples[task] = np.mean([run_samples(run, task)[1] for run in runs], axis=0)
-    if len(samples) == len(runs[0].tasks):
-        samples[MEAN] = np.mean(list(samples.values()), axis=0)
-    return {name: middle(of) for name, of in samples.items()}
-
-
-def paired_samples(first: Setting, second: Setting, tasks: Sequence[str]) -> list[np.ndarray]:
-    """(S,) scores of both on the same resamples of the dev rows, the mean over their runs and these tasks.
-
-    Raises RunError if a run has no dev rows, or others.
-    """
-    ids = [run_samples(second.runs[0], task)[0] for task in tasks]
-    for run in (*first.runs, *second.runs):
-        if [run_samples(run, task)[0] for task in tasks] != ids:
-            raise RunError(f"{run.path}: other dev rows of {' or '.join(tasks)} than {second.runs[0].path}")
-    return [np.mean([run_samples(run, task)[1] for task in tasks for run in s.runs], axis=0) for s in (first, second)]
+            intervals[name] = middle(mean_samples(runs, tasks if name == MEAN else [name], runs[0]))
+    return intervals
 
 
 def row_difference(value: float, first: np.ndarray, second: np.ndarray) -> Difference:
-    """First minus second, tested over dev rows. first, second: (S,) scores on the same resamples.
+    """First minus second, which is the value, tested over dev rows. first, second: (S,) scores on the same resamples.
 
     The interval holds the middle 95% of the resampled differences; p is twice the share on the rarer side of zero.
     """
     rarer = min(int((first <= second).sum()), int((first >= second).sum()))
     p = min(1.0, 2 * (rarer + 1) / (len(first) + 1))
-    return Difference(value, *middle(first - second), p, "paired bootstrap")
-
-
-# -------------------------------------------------------------------------------------------------- comparison
+    return Difference(value, *middle(first - second), p)
 
 
 @dataclass(frozen=True)
@@ -310,9 +269,8 @@ class Comparison:
     best: Setting
     other: Setting
     name: str
-    value: float
-    over_seeds: Difference | None
-    over_rows: Difference | None
+    over_seeds: Difference
+    over_rows: Difference
 
 
 def compare(settings: Sequence[Setting]) -> tuple[list[Comparison], list[str]]:
@@ -327,12 +285,14 @@ def compare(settings: Sequence[Setting]) -> tuple[list[Comparison], list[str]]:
         for other in others:
             tasks = [task for task in best.tasks if task in other.tasks]
             for name in [*tasks, MEAN] if best.tasks == other.tasks and len(tasks) > 1 else tasks:
-                value = float(other.scores(name).mean() - best.scores(name).mean())
-                over_seeds = seed_difference(*(dict(zip(s.seeds, s.scores(name), strict=True)) for s in (other, best)))
-                over_rows = None
+                a, b = ({run.config["seed"]: run.score(name) for run in s.runs} for s in (other, best))
+                over_seeds = seed_difference(a, b)
                 try:
-                    over_rows = row_difference(value, *paired_samples(other, best, tasks if name == MEAN else [name]))
+                    of_name = tasks if name == MEAN else [name]
+                    samples = [mean_samples(s.runs, of_name, best.runs[0]) for s in (other, best)]
+                    over_rows = row_difference(over_seeds.value, samples[0], samples[1])
                 except RunError as error:
+                    over_rows = Difference(over_seeds.value)
                     notes.append(f"Not tested over dev rows: {error}")
-                comparisons.append(Comparison(best, other, name, value, over_seeds, over_rows))
+                comparisons.append(Comparison(best, other, name, over_seeds, over_rows))
     return comparisons, list(dict.fromkeys(notes))

@@ -1,8 +1,6 @@
 """What a run that has ended left in its directory, read back without torch: settings, results, log, dev predictions.
 
 The files may have been edited or damaged: what is read from them is checked, and a `RunError` says what is wrong.
-
-Shape letters: R rows of a dev file.
 """
 
 from __future__ import annotations
@@ -22,45 +20,44 @@ if TYPE_CHECKING:
 
 MEAN = "mean"  # the score beside those of the tasks
 
-# Shapes of JSON values: a type, [shape of each], {key: shape} with these keys at least, {...: shape of each}.
-NUMBER = (int, float)
-GAP = (int, float, type(None))  # null stands for NaN
+# Shapes of JSON values: a type; [shape of each]; {key: shape, ...: shape of other keys}; (None, shape) may be absent.
+NUMBER = int | float
+GAP = (None, NUMBER)  # null stands for NaN
 SETTINGS = {"option": str, "tasks": [str], "data": str, "seed": int, "data_files": {...: {"sha256": str}}}
-OPTIONAL_RESULTS: dict[str, Any] = {
-    "confusion": {...: [[int]]},
-    "gradients": {...: {...: {...: GAP}}},
-    "best_epoch": (int, dict, type(None)),
+RESULTS_BESIDE_SCORES = {
+    "parameters": {"total": NUMBER},
+    "seconds": {"training": NUMBER},
+    "confusion": (None, {...: [[int]]}),
+    "gradients": (None, {...: {...: {...: GAP}}}),
+    "best_epoch": (None, int | dict),
     "peak_memory_mb": GAP,
 }
-RECORD: dict[str, Any] = {"stage": str, "epoch": int, "step": NUMBER}
-OPTIONAL_RECORD: dict[str, Any] = {
-    "losses": {...: GAP},
-    "draws": {...: NUMBER},
+RECORD = {
+    "stage": str,
+    "epoch": int,
+    "step": NUMBER,
+    "losses": (None, {...: GAP}),
     "lr": GAP,
-    "cosines": {...: GAP},
-    "dev": {MEAN: GAP, ...: {...: GAP}},
+    "cosines": (None, {...: GAP}),
+    "dev": (None, {MEAN: GAP, ...: {...: GAP}}),
 }
 
 
-def mismatch(value: Any, shape: Any, place: str) -> str:
+def mismatch(value: Any, shape: Any, place: str = "") -> str:
     """Where a JSON value has not this shape, in words, or ""."""
-    if isinstance(shape, dict | list):
-        if not isinstance(value, type(shape)):
-            return f"{place} is {str(value)[:40]!r}, expected a {'mapping' if isinstance(shape, dict) else 'list'}"
-        keys: Any = range(len(value)) if isinstance(shape, list) else value if ... in shape else shape
-        for key in keys:
-            if isinstance(shape, dict) and key not in value:
-                return f"{key!r} is missing"
-            inner = shape[0] if isinstance(shape, list) else shape.get(key, shape.get(...))
-            if problem := mismatch(value[key], inner, f"{place} {key}"):
-                return problem
-        return ""
-    return "" if isinstance(value, shape) else f"{place} is {str(value)[:40]!r}"
-
-
-def present(value: Any, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The optional shapes of the keys that the value has."""
-    return {key: shape for key, shape in shapes.items() if isinstance(value, dict) and value.get(key) is not None}
+    found = f"{place} is {'missing' if value is None else repr(str(value)[:40])}".strip()
+    if isinstance(shape, tuple):
+        return "" if value is None else mismatch(value, shape[1], place)
+    if not isinstance(shape, dict | list):
+        return "" if isinstance(value, shape) else found
+    if type(value) is not type(shape):
+        return f"{found}, expected a {'mapping' if isinstance(shape, dict) else 'list'}"
+    if isinstance(value, dict) and isinstance(shape, dict):
+        others = value if ... in shape else {}
+        parts = {k: (value.get(k), shape.get(k, shape.get(...))) for k in {**shape, **others} if k is not ...}
+    else:
+        parts = {i: (part, shape[0]) for i, part in enumerate(value)}
+    return next(filter(None, (mismatch(*part, f"{place} {key}".strip()) for key, part in parts.items())), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +74,8 @@ class FinishedRun:
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: no run directory, expected one with {CONFIG}")
         config = read_json(path / CONFIG)
-        if problem := mismatch(config, SETTINGS, "") or _task_problem(config["tasks"]):
-            raise RunError(f"{path / CONFIG}: {problem.strip()}, expected the settings of a run")
+        if problem := mismatch(config, SETTINGS) or _task_problem(config["tasks"]):
+            raise RunError(f"{path / CONFIG}: {problem}, expected the settings of a run")
         if not (path / RESULTS).is_file():
             raise RunError(f"{path}: the run has not ended, --resume {path} continues it")
         results = read_json(path / RESULTS)
@@ -95,6 +92,17 @@ class FinishedRun:
         dev = self.results["dev"]
         return float(dev[MEAN] if name == MEAN else dev[name][TASKS[name].output.selection_metric])
 
+    @property
+    def confusion(self) -> dict[str, np.ndarray]:
+        """Of each task with classes the counts of dev rows by true class (rows) and predicted class (columns)."""
+        matrices = self.results.get("confusion") or {}
+        return {task: np.array(matrices[task]) for task in self.tasks if task in matrices}
+
+    @property
+    def majority(self) -> dict[str, float]:
+        """Of each task with classes the accuracy of always predicting the class that most dev rows have."""
+        return {task: of.sum(1).max() / of.sum() for task, of in self.confusion.items() if of.sum()}
+
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; none where there is no such file. Raises RunError if one is damaged."""
         path = self.path / METRICS
@@ -103,8 +111,8 @@ class FinishedRun:
         except OSError as error:
             raise RunError(f"{path}: not readable ({error.strerror})") from None
         for record in records:
-            if problem := mismatch(record, RECORD | present(record, OPTIONAL_RECORD), ""):
-                raise RunError(f"{path}:{problem} in step {record['step']}, expected the log of a run")
+            if problem := mismatch(record, RECORD):
+                raise RunError(f"{path}: {problem} in step {record['step']}, expected the log of a run")
         return records
 
     def data_checksums(self, *splits: str) -> dict[str, str]:
@@ -113,32 +121,27 @@ class FinishedRun:
         files = self.config["data_files"]
         return {name: files[name]["sha256"] for name in names if name in files}
 
-    def data_path(self, task: str) -> Path:
-        """Where the task's dev file lay."""
-        from datasets import data_folder
-
-        return data_folder(self.config["data"], "") / TASKS[task].file_name("dev")
-
     def dev_examples(self, task: str) -> list[Example]:
         """The rows of the dev file. Raises RunError if the file is not the one that the run was evaluated on."""
-        from datasets import DataError, read_examples
+        from datasets import DataError, data_folder, read_examples
 
         try:
-            file = read_examples(self.data_path(task), TASKS[task], labelled=True)
+            path = data_folder(self.config["data"], "") / TASKS[task].file_name("dev")
+            file = read_examples(path, TASKS[task], labelled=True)
         except DataError as error:
             raise RunError(str(error)) from None
-        if file.sha256 != self.data_checksums("dev").get(file.path.name):
-            raise RunError(f"{file.path}: the file has changed since the run {self.path}")
+        if file.sha256 != self.data_checksums("dev").get(path.name):
+            raise RunError(f"{path}: the file has changed since the run {self.path}")
         return file.examples
 
     def dev_rows(self, task: str) -> DevRows:
         """Labels and predictions of the dev rows. Raises RunError if there is no whole file of them."""
         path = self.path / "predictions" / DevRows.file_name(task)
         rows, num_classes = DevRows.read(path), TASKS[task].output.num_classes
-        if num_classes is not None:
-            is_right = np.isin([rows.labels, rows.predictions], range(num_classes)).all()
-            if not is_right or rows.probabilities is None or rows.probabilities.shape[1] != num_classes:
-                raise RunError(f"{path}: not the dev rows of {task}, expected classes 0 to {num_classes - 1}")
+        width = None if rows.probabilities is None else rows.probabilities.shape[1]
+        allowed = np.isin([rows.labels, rows.predictions], range(num_classes or 0)).all() or num_classes is None
+        if width != num_classes or not allowed:
+            raise RunError(f"{path}: not the dev rows of {task}, expected {TASKS[task].output.allowed}")
         return rows
 
 
@@ -149,12 +152,11 @@ def _task_problem(tasks: list[str]) -> str:
 
 def _results_problem(tasks: list[str], results: Any) -> str:
     """What is wrong with results of which these tasks are read, or ""."""
-    metrics = {task: {TASKS[task].output.selection_metric: NUMBER} for task in tasks}
-    needed = {"dev": {MEAN: NUMBER, **metrics}, "parameters": {"total": NUMBER}, "seconds": {"training": NUMBER}}
-    problem = mismatch(results, needed | present(results, OPTIONAL_RESULTS), "")
-    problem = problem or mismatch(results["dev"], OPTIONAL_RECORD["dev"], "dev")
-    for task, matrix in () if problem else (results.get("confusion") or {}).items():
+    scores = {task: {TASKS[task].output.selection_metric: NUMBER, ...: GAP} for task in tasks}
+    if problem := mismatch(results, {"dev": {MEAN: NUMBER, **scores}, **RESULTS_BESIDE_SCORES}):
+        return problem
+    for task, matrix in (results.get("confusion") or {}).items():
         classes = TASKS[task].output.num_classes if task in TASKS else None
         if classes and [len(row) for row in matrix] != [classes] * classes:
             return f"the confusion of {task} is not {classes} by {classes}"
-    return problem.strip()
+    return ""

@@ -1,18 +1,13 @@
 """The description of a data directory, against counts made by hand and by other means."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from datasets import Tokenizer
 from reports import data_report
-from reports.data_report import describe_file, draw, padding_share, repeated_rows, report, shared_rows
-from tasks import TASKS
+from reports.data_report import describe_folder, draw, report
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["a", "b", "c", "d", "e", "f", "g"]
 TRAIN = [("a b", "0"), ("A  b", "1"), ("c", "4"), ("d e f", "0"), ("g", ""), ("c", "4")]
 DEV = [("c", "2"), ("f", "1")]
@@ -43,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def lines(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    return list(report(data_report.describe_folder(folder, tokenizer), 2))
+    return list(report(describe_folder(folder, tokenizer)))
 
 
 def test_the_report_holds_what_stands_in_the_files(folder: Path, tokenizer: Tokenizer) -> None:
@@ -68,39 +63,21 @@ def test_no_leak_is_said_too(folder: Path, tokenizer: Tokenizer) -> None:
     assert "  no dev row stands in the training file" in lines(folder, tokenizer)
 
 
-def test_pairs_are_the_same_in_either_order_and_texts_in_any_case(folder: Path, tokenizer: Tokenizer) -> None:
-    sts = describe_file(folder / "sts-train.csv", TASKS["sts"], "train", tokenizer)
-    sst = describe_file(folder / "ids-sst-train.csv", TASKS["sst"], "train", tokenizer)
-    assert repeated_rows(sts) == [(1, 0)]
-    assert repeated_rows(sst) == [(1, 0), (4, 2)]
-
-
-def test_rows_in_train_and_dev_both_are_found_with_their_first_place(folder: Path, tokenizer: Tokenizer) -> None:
-    train, dev = (
-        describe_file(folder / f"ids-sst-{split}.csv", TASKS["sst"], split, tokenizer) for split in ("train", "dev")
-    )
-    assert shared_rows(train, dev) == [(0, 2)]
-
-
-def test_padding_is_what_batches_of_the_longest_row_hold_beside_tokens() -> None:
-    assert padding_share(np.array([4, 4, 4]), 2) == 0
-    assert padding_share(np.array([1, 9]), 2) == pytest.approx(8 / 18)
-    assert padding_share(np.array([1, 9]), 1) == 0
-    lengths = np.random.default_rng(0).integers(3, 40, 1000)
-    order = np.random.default_rng(0).permutation(1000)
-    mask = np.concatenate([lengths[b, None] <= np.arange(lengths[b].max()) for b in np.split(order, 20)], axis=None)
-    assert padding_share(lengths, 50) == pytest.approx(mask.mean())
-
-
 def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer: Tokenizer) -> None:
-    figure = draw(data_report.describe_folder(folder, tokenizer))
-    labels, _, lengths, _ = figure.axes
-    heights = [bar.get_height() for bar in labels.patches]
-    np.testing.assert_allclose(heights, [40, 20, 0, 0, 40, 0, 50, 50, 0, 0])
-    assert labels.get_ylabel() == "share of the rows (%)" and lengths.get_xlabel() == "length (tokens)"
-    for patch in lengths.patches:  # each outline has an area of 100% in bins of one token
-        outline = patch.get_xy()
-        assert outline[:, 1].max() <= 100.001
+    figure = draw(describe_folder(folder, tokenizer)).figure
+    labels, scale, lengths, _ = figure.axes
+    train, dev = labels.patches
+    assert train.get_data().values.tolist() == [40, 20, 0, 0, 40] and dev.get_data().values.tolist() == [
+        0,
+        50,
+        50,
+        0,
+        0,
+    ]
+    assert scale.patches[0].get_data().values.tolist() == [0, 50, 50, 0, 0]
+    assert [patch.get_label() for patch in lengths.patches] == ["train, 5 rows", "dev, 2 rows", "test, 1 rows"]
+    # Four rows of 3 or 4 tokens and one of 5, in bins of one token from 0 on.
+    assert lengths.patches[0].get_data().values.tolist() == [0, 0, 0, 40, 40, 20]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -120,15 +97,6 @@ def test_the_command_prints_and_draws(
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) -> None:
-    command = [sys.executable, "datasets.py", str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
-    process.stderr.close()
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -137,7 +105,6 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) ->
         (["{folder}", "--plot", "{folder}/ids-sst-dev.csv"], "expected a file name that ends in .png or .pdf or .svg"),
         (["{folder}", "--plot", "{broken}/old.png"], "exists already"),
         (["{folder}", "--plot", "{folder}/no/new.png"], "no directory"),
-        (["{folder}", "--batch_size", "0"], "--batch_size 0: expected 1 or more"),
         (["{broken}"], "ids-sst-dev.csv:2: sentiment is '7'"),
     ],
 )

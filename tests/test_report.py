@@ -46,9 +46,6 @@ def sections_of(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- one run
-
-
 def test_one_run_has_its_plots_written_anew_its_scores_errors_and_paths(
     treated_run: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -137,9 +134,6 @@ def test_a_failure_to_draw_does_not_end_a_run(
     assert multitask_classifier.main(arguments) == 0
     assert "warning: no plots: no fonts" in capsys.readouterr().out
     assert FinishedRun.read(tmp_path / "run").score("mean") is not None
-
-
-# ------------------------------------------------------------------------------------------------- several runs
 
 
 def test_several_runs_are_a_table_of_settings_with_tests_and_agreement(files: Path, capsys: Captured) -> None:
@@ -261,9 +255,6 @@ def test_the_plots_of_a_run_have_the_format_that_is_asked_for(files: Path, capsy
     assert len(drawn) == 7 and all(plot.suffix == ".svg" and str(plot) in out for plot in drawn)
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
 def test_what_cannot_be_used_is_named_and_left_out(files: Path, tmp_path: Path, capsys: Captured) -> None:
     whole, going, damaged = (made(files, name) for name in ("whole", "going", "damaged"))
     (going / "results.json").unlink()
@@ -315,9 +306,6 @@ def test_a_wrong_command_line_is_one_line_and_status_2(arguments: list[str], cap
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-# --------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_compares_runs_without_torch(files: Path) -> None:
