@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
-from run_record import DevRows
 from model import MultitaskBert, TaskModel
+from run_record import DevRows
 from tasks import TASKS, is_degenerate
 
 Warn = Callable[[str], None]

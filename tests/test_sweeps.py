@@ -133,7 +133,12 @@ def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sw
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
-    settings = {"RUNS": "late_adapters", "EPOCHS": "80", "STEPS": "8", "FLAGS": sweep.environment["FLAGS"] + " --eval_every 0"}
+    settings = {
+        "RUNS": "late_adapters",
+        "EPOCHS": "80",
+        "STEPS": "8",
+        "FLAGS": sweep.environment["FLAGS"] + " --eval_every 0",
+    }
     process = sweep.start(**settings)
     log = sweep.out / "late_adapters-first-seed3" / "metrics.jsonl"
     deadline = time.monotonic() + 120
