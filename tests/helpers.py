@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,6 +21,7 @@ from ops.dropout import DropoutBits
 from parameters import Choice
 from tasks import TASKS, Classes, Score
 
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
 WORDS = TEXT.split()
 LINEAR = Choice("linear")

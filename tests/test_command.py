@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -28,42 +28,16 @@ import multitask_classifier
 import run as running
 import token_cache
 from config import TABLES, Config
-from helpers import WORDS, write_data
+from helpers import WORDS, Capture, Patch, write_data
 from parameters import flags_of, parameters_type
+from reports.report import main as report_main
 from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
+ErrorLine = Callable[..., str]
 
 
 # ----------------------------------------------------------------------------------------------------- fixtures
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take longer to draw than these runs take; test_plots.py has those of a run."""
-    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
-
-
-Command = Callable[..., list[str]]
-
-
-@pytest.fixture
-def command(tiny: Path, data: Path) -> Command:
-    """Arguments of a short run into a directory, with more flags or others."""
-
-    def arguments(out: Path, flags: str = "", model: bool = True) -> list[str]:
-        given = flags.split()
-        base = {"--data": str(data), "--device": "cpu", "--cache": "off", "--out": str(out)}
-        if model:
-            base["--model"] = str(tiny)
-        if "test" not in given:
-            base |= {"--steps_per_epoch": "3", "--batch_size": "4"}
-            base |= {} if {"pretrain", "individual_pretrain"} & set(given) else {"--epochs": "2"}
-            base |= {} if "--checkpoint" in given else {"--pretrain_epochs": "2"}
-        line = [part for name, value in base.items() if name not in given for part in (name, value)]
-        return [*line, *given, *([] if "--tensorboard" in given else ["--no-tensorboard"])]
-
-    return arguments
 
 
 def handlers() -> list[Any]:
@@ -74,6 +48,83 @@ def run(arguments: Sequence[str]) -> None:
     before = handlers()
     assert multitask_classifier.main(arguments) == 0
     assert handlers() == before, "the signals were not given back"
+
+
+class Runs:
+    """Short runs by the command on a tiny model and tiny files."""
+
+    def __init__(self, tiny: Path, data: Path, factory: pytest.TempPathFactory) -> None:
+        self.tiny, self.data, self.factory = tiny, data, factory
+        self.made: dict[str, Path] = {}
+
+    def arguments(self, out: Path, flags: str = "") -> list[str]:
+        """Of a short run into a directory, with more flags or others."""
+        given = flags.split()
+        base = {"--data": str(self.data), "--device": "cpu", "--cache": "off", "--out": str(out)}
+        if "--checkpoint" not in given:
+            base["--model"] = str(self.tiny)
+        if "test" not in given:
+            base |= {"--steps_per_epoch": "3", "--batch_size": "4"}
+            base |= {} if {"pretrain", "individual_pretrain"} & set(given) else {"--epochs": "2"}
+            base |= {} if "--checkpoint" in given else {"--pretrain_epochs": "2"}
+        line = [part for name, value in base.items() if name not in given for part in (name, value)]
+        return [*line, *given, *([] if "--tensorboard" in given else ["--no-tensorboard"])]
+
+    def run(self, out: Path, flags: str = "") -> Path:
+        run(self.arguments(out, flags))
+        return out
+
+    def whole(self, flags: str = "") -> Path:
+        """The run under some flags, made once. Not to be changed."""
+        if flags not in self.made:
+            self.made[flags] = self.run(self.factory.mktemp("whole") / "run", flags)
+        return self.made[flags]
+
+    def signalled(self, arguments: Sequence[str], point: str, number: int, what: int) -> tuple[int, str]:
+        """Runs the command in a process until it signals itself; returns exit status and output."""
+        log = self.factory.mktemp("signalled") / "log"
+        process = server().Process(target=main_with_signal, args=(list(arguments), point, number, what, str(log)))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, "the process hangs"
+        return process.exitcode, log.read_text()
+
+    def kill(self, out: Path, flags: str, point: str, number: int) -> None:
+        assert self.signalled(self.arguments(out, flags), point, number, signal.SIGKILL)[0] == -signal.SIGKILL
+        assert not (out / "results.json").exists()
+
+
+DRAW_PLOTS = running.Run.draw_plots
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Without pictures, which take longer to draw than these runs take; test_plots.py has those of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "draw_plots", lambda run: None)
+        yield Runs(tiny, data, tmp_path_factory)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def error_line(capsys: Capture) -> Callable[..., str]:
+    """The one line of a command that fails."""
+
+    def error_line(arguments: Sequence[str], expected: int = 2) -> str:
+        capsys.readouterr()
+        before = handlers()
+        status = multitask_classifier.main(arguments)
+        shown = capsys.readouterr()
+        lines = shown.err.splitlines()
+        assert status == expected and len(lines) == 1 and lines[0].startswith("error: "), (status, shown)
+        assert "Traceback" not in shown.out + shown.err and handlers() == before
+        return lines[0].removeprefix("error: ")
+
+    return error_line
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -98,6 +149,10 @@ def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[str]:
     return {name for name, value in first.items() if not torch.equal(value, second[name])}
 
 
+def predictions(out: Path, task: str = "sts", split: str = "dev") -> bytes:
+    return (out / "predictions" / f"{task}-{split}-output.csv").read_bytes()
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -108,26 +163,11 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def error_line(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], expected: int = 2) -> str:
-    """The one line of a command that fails."""
-    capsys.readouterr()
-    before = handlers()
-    status = multitask_classifier.main(arguments)
-    shown = capsys.readouterr()
-    lines = shown.err.splitlines()
-    assert status == expected and len(lines) == 1 and lines[0].startswith("error: "), (status, shown)
-    assert "Traceback" not in shown.out + shown.err and handlers() == before
-    return lines[0].removeprefix("error: ")
-
-
 # ------------------------------------------------------------------------------------------------ run directory
 
 
-def test_a_run_leaves_everything_in_its_directory(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    run(command(out, "--pcgrad --scheduler pal --tensorboard"))
+def test_a_run_leaves_everything_in_its_directory(runs: Runs, out: Path, capsys: Capture) -> None:
+    runs.run(out, "--pcgrad --scheduler pal --tensorboard")
     shown = capsys.readouterr()
     assert {path.name for path in out.iterdir()} - {".lock"} == {
         "config.json", "metrics.jsonl", "results.json", "best", "last", "predictions", "tensorboard"
@@ -183,18 +223,15 @@ def check_predictions(out: Path) -> None:
             assert all(value.endswith(" ") for _, value in cells)
 
 
-def test_a_run_says_and_records_what_it_lacks(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_says_and_records_what_it_lacks(runs: Runs, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     """Compiled code, and pictures: neither costs the run."""
     problem = "no C compiler: gcc was not found"
-    monkeypatch.undo()  # draws its plots
+    monkeypatch.setattr(running.Run, "draw_plots", DRAW_PLOTS)
     for name in ("reports", "reports.plots"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it was not there
     for report in ("compiled", problem):
         monkeypatch.setattr(running, "speed_report", lambda device, report=report: report)
-        out = tmp_path / str(report == problem)
-        run(command(out, "--option pretrain --tasks sst --pretrain_epochs 1"))
+        out = runs.run(tmp_path / str(report == problem), "--option pretrain --tasks sst --pretrain_epochs 1")
         shown = capsys.readouterr().out
         assert ("slower than it could be" in shown) == (f": {problem}" in shown) == (report == problem)
         assert read(out / "config.json")["kernels"] == report
@@ -211,35 +248,26 @@ except SystemExit:
     pass
 print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(multitask_classifier.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("flags", ["--option pretrain", "--option individual_pretrain --head mlp --mlp_layers 2"])
-def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(
-    flags: str, command: Command, tmp_path: Path, tiny: Path
-) -> None:
-    run(command(tmp_path / "run", flags))
-    before, after = load_file(tiny / "model.safetensors"), weights(tmp_path / "run", "best")
+def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(flags: str, runs: Runs, out: Path) -> None:
+    before, after = load_file(runs.tiny / "model.safetensors"), weights(runs.run(out, flags), "best")
     assert {name for name in after if not name.startswith("heads.")} == set(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     stages = ["pretrain"] if flags == "--option pretrain" else [f"pretrain_{task}" for task in TASKS]
-    assert steps(tmp_path / "run") == [(stage, step) for stage in stages for step in range(1, 7)]
+    assert steps(out) == [(stage, step) for stage in stages for step in range(1, 7)]
     if len(stages) > 1:
-        assert set(read(tmp_path / "run" / "results.json")["best_epoch"]) == set(stages)
+        assert set(read(out / "results.json")["best_epoch"]) == set(stages)
 
 
 Evaluations = dict[tuple[str, int], dict[str, Tensor]]
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluations]:
+def made_up(monkeypatch: Patch) -> Callable[..., Evaluations]:
     """Evaluations with made-up scores; gives the parameters at each, by the tasks that are evaluated and its number."""
 
     def install(score: Callable[[str, int], float]) -> Evaluations:
@@ -258,72 +286,58 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluations]:
     return install
 
 
-def test_each_head_keeps_the_epoch_that_was_best_for_its_task(command: Command, tmp_path: Path, made_up: Any) -> None:
+def test_each_head_keeps_the_epoch_that_was_best_for_its_task(runs: Runs, out: Path, made_up: Any) -> None:
     best = {"sst": 1, "para": 2, "sts": 3}
     kept = made_up(lambda task, epoch: 0.9 if epoch == best[task] else 0.1)
-    run(command(tmp_path / "run", "--option individual_pretrain --pretrain_epochs 3 --head mlp"))
-    after = weights(tmp_path / "run", "best")
+    after = weights(runs.run(out, "--option individual_pretrain --pretrain_epochs 3 --head mlp"), "best")
     for task in TASKS:
         names = [name for name in after if name.startswith(f"heads.{task}.")]
         assert len(names) == 4
         for epoch in (1, 2, 3):
             assert all(torch.equal(kept[task, epoch][n], after[n]) for n in names) == (epoch == best[task])
-    epochs = read(tmp_path / "run" / "results.json")["best_epoch"]
-    assert epochs == {"pretrain_sst": 1, "pretrain_para": 2, "pretrain_sts": 3}
+    assert read(out / "results.json")["best_epoch"] == {f"pretrain_{task}": epoch for task, epoch in best.items()}
 
 
-def test_the_best_checkpoint_is_the_best_epochs(command: Command, tmp_path: Path, made_up: Any) -> None:
+def test_the_best_checkpoint_is_the_best_epochs(runs: Runs, out: Path, tmp_path: Path, made_up: Any) -> None:
     kept = made_up(lambda tasks, epoch: {1: 0.3, 2: 0.8, 3: 0.8, 4: 0.5}[epoch])
-    run(command(tmp_path / "run", "--pretrain_epochs 0 --epochs 4 --lr 1e-3 --warmup 0"))
-    assert read(tmp_path / "run" / "results.json")["best_epoch"] == 2
+    runs.run(out, "--pretrain_epochs 0 --epochs 4 --lr 1e-3 --warmup 0")
+    assert read(out / "results.json")["best_epoch"] == 2
     names = {"heads.sts.output.weight": "heads.sts.output.weight", "bert.pooler.dense.weight": "encoder.pooler.weight"}
     for folder, epoch in (("best", 2), ("last", 4)):
-        found = weights(tmp_path / "run", folder)
+        found = weights(out, folder)
         for theirs, ours in names.items():
             assert torch.equal(found[theirs], kept["sst+para+sts", epoch][ours])
-        checkpoint = tmp_path / "run" / folder
-        run(command(tmp_path / folder, f"--option test --checkpoint {checkpoint}", model=False))
-    of_run, of_best, of_last = (
-        tmp_path / name / "predictions" / "sts-dev-output.csv" for name in ("run", "best", "last")
-    )
-    assert of_run.read_bytes() == of_best.read_bytes() != of_last.read_bytes()
+        runs.run(tmp_path / folder, f"--option test --checkpoint {out / folder}")
+    assert predictions(out) == predictions(tmp_path / "best") != predictions(tmp_path / "last")
 
 
-def test_testing_a_run_gives_the_scores_and_predictions_of_the_run(command: Command, tmp_path: Path) -> None:
-    run(command(tmp_path / "run", "--pal --pretrain_epochs 1"))
+def test_testing_a_run_gives_the_scores_and_predictions_of_the_run(runs: Runs, out: Path, tmp_path: Path) -> None:
+    runs.run(out, "--pal --pretrain_epochs 1")
     data = write_data(tmp_path / "data")
     for path in data.glob("*-train.csv"):  # which a test does not need
         path.unlink()
-    for name, checkpoint in (("of_run", tmp_path / "run"), ("of_folder", tmp_path / "run" / "best")):
+    for checkpoint in (out, out / "best"):
         flags = f"--option test --checkpoint {checkpoint} --eval_batch_size 3 --data {data}"
-        run(command(tmp_path / name, flags, model=False))
-        first, second = (read(tmp_path / part / "results.json") for part in ("run", name))
-        for task in TASKS:
-            assert second["dev"][task] == pytest.approx(first["dev"][task], abs=1e-6)
-        check_predictions(tmp_path / name)
+        tested = runs.run(tmp_path / f"of_{checkpoint.name}", flags)
+        first, second = (read(folder / "results.json")["dev"] for folder in (out, tested))
+        assert all(second[task] == pytest.approx(first[task], abs=1e-6) for task in TASKS)
+        check_predictions(tested)
         for split in ("dev", "test"):
-            files = [tmp_path / part / "predictions" / f"sst-{split}-output.csv" for part in ("run", name)]
-            assert files[0].read_bytes() == files[1].read_bytes()
+            assert predictions(tested, "sst", split) == predictions(out, "sst", split)
 
 
 @pytest.mark.parametrize("kind", ["--option test", "--epochs 1 --steps_per_epoch 1 --warmup 0 --scheduler round_robin"])
-def test_new_heads_and_training_follow_from_the_seed(
-    kind: str, command: Command, whole_runs: Any, tmp_path: Path, tiny: Path
-) -> None:
+def test_new_heads_and_training_follow_from_the_seed(kind: str, runs: Runs, tmp_path: Path) -> None:
     """The first checkpoint has no heads; in the second nothing is new, and rows and dropout are all that differs."""
-    checkpoint = tiny if kind == "--option test" else whole_runs(command, "")
-    found = []
-    for i, seed in enumerate((1, 1, 2)):
-        run(command(tmp_path / str(i), f"{kind} --checkpoint {checkpoint} --seed {seed}", model=False))
-        found.append((tmp_path / str(i) / "predictions" / "sts-dev-output.csv").read_bytes())
+    flags = f"{kind} --checkpoint {runs.tiny if kind == '--option test' else runs.whole()}"
+    found = [predictions(runs.run(tmp_path / str(i), f"{flags} --seed {seed}")) for i, seed in enumerate((1, 1, 2))]
     assert found[0] == found[1] != found[2]
 
 
-def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(command: Command, tmp_path: Path) -> None:
-    run(command(tmp_path / "plain", "--head mlp"))
-    flags = f"--checkpoint {tmp_path / 'plain'} --pal --train pal --lr 1e-2 --warmup 0 --draws_per_step 3"
-    run(command(tmp_path / "late", flags + " --scheduler round_robin", model=False))
-    before, after = weights(tmp_path / "plain", "best"), weights(tmp_path / "late", "last")
+def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(runs: Runs, out: Path) -> None:
+    plain = runs.whole("--head mlp")
+    flags = "--pal --train pal --lr 1e-2 --warmup 0 --draws_per_step 3 --scheduler round_robin"
+    before, after = weights(plain, "best"), weights(runs.run(out, f"--checkpoint {plain} {flags}"))
     assert all(torch.equal(after[name], value) for name, value in before.items())
     new = {name: value for name, value in after.items() if name not in before}
     ups = [value for name, value in new.items() if ".up." in name]
@@ -331,19 +345,15 @@ def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(command: Com
     assert len(ups) == 6 and all(bool(value.any()) for value in ups)
 
 
-def test_fewer_tasks_make_a_smaller_run(command: Command, tmp_path: Path) -> None:
-    run(command(tmp_path / "run", "--tasks sts"))
-    results = read(tmp_path / "run" / "results.json")
+def test_fewer_tasks_make_a_smaller_run(runs: Runs, out: Path) -> None:
+    results = read(runs.run(out, "--tasks sts") / "results.json")
     assert set(results["dev"]) == {"sts", "mean"}
     assert results["parameters"]["total"] == results["parameters"]["separate_models"]
-    assert sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir()) == [
-        "sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"
-    ]  # fmt: skip
+    names = {"sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"}
+    assert {path.name for path in (out / "predictions").iterdir()} == names
 
 
-def test_what_is_odd_about_the_data_is_told(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_odd_about_the_data_is_told(runs: Runs, out: Path, tmp_path: Path, capsys: Capture) -> None:
     """No test file, a row without a label, and dev rows that stand in the training file."""
     folder = write_data(tmp_path / "data")
     (folder / "quora-test-student.csv").unlink()
@@ -355,34 +365,28 @@ def test_what_is_odd_about_the_data_is_told(
     rows = [train.read_text().splitlines()[number].split("\t") for number in (1, 2, 1)]
     swapped = ["\t".join([*row[:2], row[3].upper(), row[2], "0"]) for row in rows]
     dev.write_text(dev.read_text() + "\n".join(swapped) + "\n")
-    run(command(tmp_path / "run", f"--data {folder} --option pretrain"))
+    runs.run(out, f"--data {folder} --option pretrain")
     shown = capsys.readouterr().out
-    assert not (tmp_path / "run" / "predictions" / "para-test-output.csv").exists() and "no test file of para" in shown
+    assert not (out / "predictions" / "para-test-output.csv").exists() and "no test file of para" in shown
     assert f"skipped 1 rows without a label: {path}:5" in shown
-    files = read(tmp_path / "run" / "config.json")["data_files"]
+    files = read(out / "config.json")["data_files"]
     assert files["quora-train.csv"] | {"sha256": ""} == {"rows": 25, "skipped": [5], "sha256": ""}
     assert "warning: 3 of 11 dev rows of sts stand in its training file too" in shown
     assert shown.count("training file too") == 1
 
 
-def test_the_second_run_reads_no_csv_file_and_is_the_same(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = command(tmp_path / "runs" / "first")
-    place = arguments.index("--cache")
-    del arguments[place : place + 2]
-    run(arguments)
-    assert len(list((tmp_path / "runs" / ".cache").iterdir())) == 9
-    monkeypatch.setattr(token_cache, "parse_examples", lambda *_: pytest.fail("a csv file was read"))
-    run([part.replace("first", "second") for part in arguments])
+def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: Path, monkeypatch: Patch) -> None:
     first, second = (tmp_path / "runs" / name for name in ("first", "second"))
+    for out in (first, second):
+        arguments = runs.arguments(out)
+        place = arguments.index("--cache")
+        run(arguments[:place] + arguments[place + 2 :])
+        assert len(list((tmp_path / "runs" / ".cache").iterdir())) == 9
+        monkeypatch.setattr(token_cache, "parse_examples", lambda *_: pytest.fail("a csv file was read"))
     assert differing(weights(first), weights(second)) == set()
     for name in ("results.json", "config.json"):
         values = [read(out / name) for out in (first, second)]
-        for key in ("out", "seconds", "peak_memory_mb"):
-            for value in values:
-                value.pop(key, None)
-        assert values[0] == values[1]
+        assert len({json.dumps({**of, "out": 0, "seconds": 0, "peak_memory_mb": 0}) for of in values}) == 1
     for path in (first / "predictions").iterdir():
         assert path.read_bytes() == (second / "predictions" / path.name).read_bytes()
 
@@ -416,39 +420,28 @@ KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboa
 NOT_TRIED = "option model data out resume checkpoint task input output cache device wordnet"  # where, not how
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command, str], dict[str, Tensor]]:
-    """The final weights under some flags, each computed once. The last value given for a flag counts."""
-    cache: dict[str, dict[str, Tensor]] = {}
-
-    def outcome(command: Command, flags: str) -> dict[str, Tensor]:
-        if flags not in cache:
-            out = tmp_path_factory.mktemp("flags") / "run"
-            run(command(out, flags))
-            cache[flags] = {f"{part} {n}": w for part in ("last", "best") for n, w in weights(out, part).items()}
-        return cache[flags]
-
-    return outcome
-
-
 @pytest.fixture
-def _small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_wordnet(monkeypatch: Patch) -> None:
     """Synonyms without WordNet's files."""
     monkeypatch.setattr(datasets, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
 
 
+def outcome(run: Path) -> dict[str, Tensor]:
+    return {f"{part} {name}": value for part in ("last", "best") for name, value in weights(run, part).items()}
+
+
 @pytest.mark.usefixtures("_small_wordnet")
 @pytest.mark.parametrize(("context", "flag"), CASES)
-def test_every_flag_changes_the_run(context: str, flag: str, command: Command, outcomes: Any) -> None:
-    without = outcomes(command, f"{BASE} {context}".strip())
-    with_flag = outcomes(command, f"{BASE} {context} {flag}")
+def test_every_flag_changes_the_run(context: str, flag: str, runs: Runs, out: Path) -> None:
+    without = outcome(runs.whole(f"{BASE} {context}".strip()))
+    with_flag = outcome(runs.run(out, f"{BASE} {context} {flag}"))
     common = [name for name in without if name in with_flag and with_flag[name].shape == without[name].shape]
     assert any(not torch.equal(without[name], with_flag[name]) for name in common)
 
 
 @pytest.mark.parametrize("flag", KEEPS)
-def test_what_is_no_matter_of_training_changes_nothing(flag: str, command: Command, outcomes: Any) -> None:
-    assert differing(outcomes(command, BASE), outcomes(command, f"{BASE} {flag}")) == set()
+def test_what_is_no_matter_of_training_changes_nothing(flag: str, runs: Runs, out: Path) -> None:
+    assert differing(outcome(runs.whole(BASE)), outcome(runs.run(out, f"{BASE} {flag}"))) == set()
 
 
 def test_every_flag_is_tried() -> None:
@@ -462,22 +455,6 @@ def test_every_flag_is_tried() -> None:
 @pytest.mark.parametrize(("width", "expected"), [(384, 8e-5), (768, 2.8e-5), (1024, 1.8e-5)])
 def test_the_default_learning_rate_follows_the_width(width: int, expected: float) -> None:
     assert running.default_learning_rate(width) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("methods", ["", "--pcgrad", "--gradvac --accumulation_steps 2"])
-def test_a_step_has_the_rows_that_it_says_and_an_epoch_those_of_the_files(
-    methods: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """78 training rows; 8 rows a step, or twice as many."""
-    taken, original = [], engine.Trainer._backward
-
-    def backward(trainer: engine.Trainer, rows: dict[str, Any], *rest: Any) -> dict[str, float]:
-        taken.append(sum(map(len, rows.values())))
-        return original(trainer, rows, *rest)
-
-    monkeypatch.setattr(engine.Trainer, "_backward", backward)
-    run(command(tmp_path / "run", f"{methods} --pretrain_epochs 1 --epochs 1 --batch_size 8 --steps_per_epoch 0"))
-    assert taken == ([16] * 5 * 2 if "accumulation" in methods else [8] * 10 * 2)
 
 
 # ---------------------------------------------------------------------------------- stopped, killed and resumed
@@ -516,8 +493,8 @@ def main_with_signal(arguments: Sequence[str], point: str, number: int, what: in
     sys.exit(multitask_classifier.main(arguments))
 
 
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
+@functools.cache
+def server() -> multiprocessing.context.ForkServerContext:
     """Processes forked from a server that has imported everything: fresh, and cheap."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_command", "sklearn.metrics", "scipy.stats"])
@@ -527,21 +504,6 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-@pytest.fixture
-def signalled(processes: multiprocessing.context.ForkServerContext, tmp_path: Path) -> Callable[..., tuple[int, str]]:
-    """Runs the command until it signals itself; returns exit status and output."""
-
-    def start(arguments: Sequence[str], point: str, number: int, what: int) -> tuple[int, str]:
-        log = tmp_path / f"log-{time.monotonic_ns()}"
-        process = processes.Process(target=main_with_signal, args=(list(arguments), point, number, what, str(log)))
-        process.start()
-        process.join(300)
-        assert process.exitcode is not None, "the process hangs"
-        return process.exitcode, log.read_text()
-
-    return start
-
-
 METHODS = {
     "plain": "",
     "pcgrad": "--pcgrad --scheduler pal",
@@ -549,20 +511,6 @@ METHODS = {
     "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
 }
-
-
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Command, str], Path]:
-    """The run directory of the uninterrupted run under some flags."""
-    cache: dict[str, Path] = {}
-
-    def whole(command: Command, flags: str) -> Path:
-        if flags not in cache:
-            cache[flags] = tmp_path_factory.mktemp("whole") / "run"
-            run(command(cache[flags], flags))
-        return cache[flags]
-
-    return whole
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -579,24 +527,20 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert results[0]["seconds"].keys() == results[1]["seconds"].keys()
     first, second = ({k: v for k, v in of.items() if k not in ("seconds", "peak_memory_mb")} for of in results)
     assert first == second
-    for name in ("sst", "para", "sts"):
-        files = [(out / "predictions" / f"{name}-test-output.csv").read_bytes() for out in (found, expected)]
-        assert files[0] == files[1]
+    for task in TASKS:
+        assert predictions(found, task, "test") == predictions(expected, task, "test")
 
 
 @pytest.mark.parametrize(
     ("method", "save_every", "point", "number"),
     [
         ("plain", 0, "step", 1),  # before anything is saved
-        ("plain", 0, "features", 4),
         ("plain", 3, "step", 5),  # in the frozen stage
         ("plain", 2, "log", 8),
         ("pcgrad", 3, "step", 9),
         ("pcgrad", 0, "step", 11),
-        ("gradvac", 3, "step", 12),
         ("gradvac", 2, "log", 12),
         ("gradvac", 1, "step", 8),
-        ("bregman", 3, "step", 10),
         ("bregman", 2, "step", 12),
         ("smart", 3, "step", 12),
         ("smart", 1, "evaluation", 8),
@@ -606,60 +550,34 @@ def assert_same_run(found: Path, expected: Path) -> None:
     ],
 )
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_run(
-    method: str, save_every: int, point: str, number: int, command: Command, whole_runs: Any, signalled: Any,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    out = tmp_path / "run"
-    arguments = command(out, f"{METHODS[method]} --save_every {save_every}")
-    assert signalled(arguments, point, number, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert not (out / "results.json").exists()
+    method: str, save_every: int, point: str, number: int, runs: Runs, out: Path
+) -> None:
+    runs.kill(out, f"{METHODS[method]} --save_every {save_every}", point, number)
     run(["--resume", str(out)])
     assert steps(out) == both()
-    assert_same_run(out, whole_runs(command, METHODS[method]))
+    assert_same_run(out, runs.whole(METHODS[method]))
     assert not list(out.glob("*.tmp")) + list(out.glob("*.new")) + list(out.glob("*.old"))
 
 
-@pytest.mark.parametrize(("number", "finished"), [(1, 0), (2, 2), (4, 2), (5, 3)])
-def test_a_checkpoint_whose_replacement_was_cut_off_is_not_lost(
-    number: int, finished: int, command: Command, signalled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Saves after steps 2 and 3; before renames 2 and 5 the folder has no name of its own, and its content is whole."""
-    out, taken, original = tmp_path / "run", [], engine.Trainer.take_step
-    arguments = command(out, "--option pretrain --save_every 2")
-    assert signalled(arguments, "rename", number, signal.SIGKILL)[0] == -signal.SIGKILL
-
-    def take_step(trainer: engine.Trainer, epoch: int, step: int, *rest: Any) -> dict[str, Any]:
-        taken.append(step)
-        return original(trainer, epoch, step, *rest)
-
-    monkeypatch.setattr(engine.Trainer, "take_step", take_step)
-    run(["--resume", str(out)])
-    assert taken == list(range(finished, 6))
-
-
-def test_a_stage_that_has_ended_is_not_begun_again(
-    command: Command, whole_runs: Any, signalled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    assert signalled(command(out), "step", 7, signal.SIGKILL)[0] == -signal.SIGKILL  # in fine-tuning
+def test_a_stage_that_has_ended_is_not_begun_again(runs: Runs, out: Path, monkeypatch: Patch) -> None:
+    runs.kill(out, "", "step", 7)  # in fine-tuning
     monkeypatch.setattr(running, "compute_features", lambda *_: pytest.fail("features were computed"))
     run(["--resume", str(out)])
-    assert_same_run(out, whole_runs(command, ""))
+    assert_same_run(out, runs.whole())
 
 
-def test_other_kinds_of_runs_resume_too(command: Command, whole_runs: Any, signalled: Any, tmp_path: Path) -> None:
-    plain = whole_runs(command, "")
-    kinds = [
-        ("--option individual_pretrain --head mlp --patience 1", True, 9),
-        (f"--checkpoint {plain} --pal --train pal --smart", False, 4),
-    ]
-    for i, (flags, model, number) in enumerate(kinds):
-        out, whole = tmp_path / f"run{i}", tmp_path / f"whole{i}"
-        run(command(whole, flags, model=model))
-        arguments = command(out, f"{flags} --save_every 2", model=model)
-        assert signalled(arguments, "step", number, signal.SIGKILL)[0] == -signal.SIGKILL
-        run(["--resume", str(out)])
-        assert_same_run(out, whole)
+@pytest.mark.parametrize(
+    ("flags", "number"),
+    [
+        ("--option individual_pretrain --head mlp --patience 1 --save_every 2", 9),
+        ("--checkpoint {plain} --pal --train pal --smart --save_every 2", 4),
+    ],
+)
+def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out: Path) -> None:
+    flags = flags.format(plain=runs.whole())
+    runs.kill(out, flags, "step", number)
+    run(["--resume", str(out)])
+    assert_same_run(out, runs.whole(flags))
 
 
 @pytest.mark.parametrize(
@@ -676,11 +594,10 @@ def test_other_kinds_of_runs_resume_too(command: Command, whole_runs: Any, signa
     ],
 )
 def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uninterrupted_run(
-    method: str, point: str, number: int, what: signal.Signals, finished: tuple[str, int], command: Command,
-    whole_runs: Any, signalled: Any, tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str, point: str, number: int, what: signal.Signals, finished: tuple[str, int], runs: Runs, tmp_path: Path
+) -> None:
     out = tmp_path / "a run's"
-    status, shown = signalled(command(out, METHODS[method]), point, number, what)
+    status, shown = runs.signalled(runs.arguments(out, METHODS[method]), point, number, what)
     assert status == 128 + what and "Traceback" not in shown
     told, _, again = shown.splitlines()[-1].partition(": ")
     assert told == "stopped; to go on"
@@ -689,7 +606,7 @@ def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uni
     assert (["pretrain", "finetune"][state["stage"]], state["progress"]["step"]) == finished
     assert steps(out)[-1:] == ([finished] if finished[1] else [])
     run(shlex.split(again)[2:])
-    assert_same_run(out, whole_runs(command, METHODS[method]))
+    assert_same_run(out, runs.whole(METHODS[method]))
 
 
 @pytest.mark.parametrize(
@@ -697,7 +614,7 @@ def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uni
     [(signal.SIGINT, 0.1, True), (signal.SIGTERM, 0.1, False), (signal.SIGTERM, 2.0, True)],
 )
 def test_a_second_signal_stops_at_once_but_for_one_of_a_pair(
-    second: signal.Signals, after: float, at_once: bool, monkeypatch: pytest.MonkeyPatch
+    second: signal.Signals, after: float, at_once: bool, monkeypatch: Patch
 ) -> None:
     times = iter([5.0, 5.0 + after])
     monkeypatch.setattr("run.time.monotonic", lambda: next(times))
@@ -731,11 +648,10 @@ def wait_for_steps(out: Path, number: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"the run did not come to step {number}: {process.poll()}")
 
 
-def test_a_real_process_is_killed_from_outside_and_stopped_by_ctrl_c(command: Command, tmp_path: Path) -> None:
+def test_a_real_process_is_killed_from_outside_and_stopped_by_ctrl_c(runs: Runs, out: Path) -> None:
     """No hooks: whatever the process is doing when the signal comes."""
     flags = "--steps_per_epoch 40 --save_every 7 --epochs 1 --pretrain_epochs 1 --pcgrad --scheduler pal --threads 1"
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    killed = start_process(command(out, flags))
+    killed = start_process(runs.arguments(out, flags))
     wait_for_steps(out, 52, killed)
     killed.kill()
     killed.communicate()
@@ -745,46 +661,41 @@ def test_a_real_process_is_killed_from_outside_and_stopped_by_ctrl_c(command: Co
     shown, errors = stopped.communicate()
     assert stopped.returncode == 130 and errors == "" and shown.splitlines()[-1].endswith(f"--resume={out}")
     run(["--resume", str(out)])
-    run(command(whole, flags))
     assert steps(out) == both(40, 40)
-    assert_same_run(out, whole)
+    assert_same_run(out, runs.whole(flags))
 
 
-def test_changed_data_is_refused_on_resume(
-    command: Command, tmp_path: Path, signalled: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, out = write_data(tmp_path / "data"), tmp_path / "run"
-    signalled(command(out, f"--data {folder}"), "step", 4, signal.SIGINT)
+def test_changed_data_is_refused_on_resume(runs: Runs, out: Path, tmp_path: Path, error_line: ErrorLine) -> None:
+    folder = write_data(tmp_path / "data")
+    runs.kill(out, f"--data {folder}", "step", 4)
     path = folder / "sts-dev.csv"
     path.write_text(path.read_text().replace("film", "song", 1))
     before = everything(out)
-    line = error_line(["--resume", str(out)], capsys)
+    line = error_line(["--resume", str(out)])
     assert "sts-dev.csv" in line and "changed" in line
     assert everything(out) == before
 
 
-def test_what_is_no_run_to_go_on_with_is_not_resumed(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_no_run_to_go_on_with_is_not_resumed_nor_an_existing_one_replaced(
+    runs: Runs, out: Path, error_line: ErrorLine
 ) -> None:
-    run(command(tmp_path / "run", "--option pretrain"))
-    before = everything(tmp_path / "run")
-    for name, words in (("run", "has ended"), ("none", "no run directory"), ("run/best", "is not that of a run")):
-        assert words in error_line(["--resume", str(tmp_path / name)], capsys)
-    assert everything(tmp_path / "run") == before
+    before = everything(runs.run(out, "--option pretrain"))
+    for path, words in ((out, "has ended"), (out / "none", "no run directory"), (out / "best", "is not that of a run")):
+        assert words in error_line(["--resume", str(path)])
+    assert f"--out {out}: exists" in error_line(runs.arguments(out))
+    assert everything(out) == before
 
 
-def test_a_run_is_resumed_from_another_directory(
-    command: Command, tmp_path: Path, tiny: Path, data: Path, signalled: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_resumed_from_another_directory(runs: Runs, out: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """Flags may name model and data from where the run was started."""
-    (tmp_path / "model").symlink_to(tiny)
-    (tmp_path / "data").symlink_to(data)
+    (tmp_path / "model").symlink_to(runs.tiny)
+    (tmp_path / "data").symlink_to(runs.data)
     monkeypatch.chdir(tmp_path)
-    arguments = command(Path("run"), "--option pretrain --model model --data data")
-    assert signalled(arguments, "step", 5, signal.SIGTERM)[0] == 128 + signal.SIGTERM
+    arguments = runs.arguments(Path("run"), "--option pretrain --model model --data data")
+    assert runs.signalled(arguments, "step", 5, signal.SIGTERM)[0] == 128 + signal.SIGTERM
     monkeypatch.chdir(tmp_path.parent)
-    run(["--resume", str(tmp_path / "run")])
-    assert steps(tmp_path / "run") == both()[:6]
+    run(["--resume", str(out)])
+    assert steps(out) == both()[:6]
 
 
 # ----------------------------------------------------------------------------- runs of the version before
@@ -813,37 +724,30 @@ def forget_format(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def old_run(whole_runs: Any, tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old_run(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the version before."""
-    out = tmp_path_factory.mktemp("before") / "run"
-    flags = "--head mlp --pal --pal_size 8 --pal_heads 2 --epochs 1 --steps_per_epoch 2 --pretrain_epochs 0 --cache off"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "draw_plots", lambda run: None)
-        run([*flags.split(), "--device", "cpu", "--model", str(tiny), "--data", str(data), "--out", str(out)])
-    return as_before(out)
+    flags = "--head mlp --pal --pal_size 8 --pal_heads 2 --epochs 1 --steps_per_epoch 2 --pretrain_epochs 0"
+    return as_before(runs.run(tmp_path_factory.mktemp("before") / "run", flags))
 
 
-def test_a_run_of_the_version_before_is_tested_and_trained_on(command: Command, old_run: Path, tmp_path: Path) -> None:
-    run(command(tmp_path / "test", f"--option test --checkpoint {old_run}", model=False))
+def test_a_run_of_the_version_before_is_tested_and_trained_on(runs: Runs, old_run: Path, tmp_path: Path) -> None:
+    runs.run(tmp_path / "test", f"--option test --checkpoint {old_run}")
     assert read(tmp_path / "test" / "results.json")["dev"] == read(old_run / "results.json")["dev"]
-    run(command(tmp_path / "next", f"--checkpoint {old_run} --epochs 1", model=False))
+    runs.run(tmp_path / "next", f"--checkpoint {old_run} --epochs 1")
     assert weights(tmp_path / "next").keys() == weights(old_run).keys()
 
 
 def test_a_run_of_the_version_before_is_compared_with_one_of_today(
-    old_run: Path, treated_run: Path, capfd: pytest.CaptureFixture[str]
+    old_run: Path, treated_run: Path, capsys: Capture
 ) -> None:
-    report = subprocess.run([sys.executable, str(ROOT / "evaluation.py"), str(old_run), str(treated_run)], check=False)
-    shown = capfd.readouterr()
-    assert report.returncode == 0 and "Traceback" not in shown.err, shown.err
-    assert "pcgrad" in shown.out
+    assert report_main([str(old_run), str(treated_run)]) == 0
+    assert "pcgrad" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["a run of before", "one before its first checkpoint", "a state without a format"])
 def test_a_run_of_the_version_before_is_not_resumed(
-    what: str, old_run: Path, treated_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, old_run: Path, treated_run: Path, out: Path, error_line: ErrorLine
 ) -> None:
-    out = tmp_path / "run"
     shutil.copytree(treated_run if what == "a state without a format" else old_run, out)
     (out / "results.json").unlink()
     if what == "one before its first checkpoint":
@@ -851,17 +755,16 @@ def test_a_run_of_the_version_before_is_not_resumed(
     elif what == "a state without a format":
         forget_format(out / "last" / "trainer.json")
     before = everything(out)
-    line = error_line(["--resume", str(out)], capsys)
+    line = error_line(["--resume", str(out)])
     assert "version of the program" in line and f"--checkpoint {out}" in line
     assert everything(out) == before
 
 
 @pytest.mark.parametrize("method", ["plain", "gradvac"])
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_good_checkpoint(
-    method: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    whole_runs: Any,
-) -> None:  # fmt: skip
-    out, original = tmp_path / "run", engine.Trainer._loss
+    method: str, runs: Runs, out: Path, monkeypatch: Patch, error_line: ErrorLine
+) -> None:
+    original = engine.Trainer._loss
 
     def broken(trainer: engine.Trainer, *args: Any) -> Tensor:
         loss = original(trainer, *args)
@@ -869,23 +772,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_good_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.Trainer, "_loss", broken)
-        line = error_line(command(out, METHODS[method]), capsys, 1)
+        line = error_line(runs.arguments(out, METHODS[method]), 1)
     assert "finetune step 5" in line and " is nan" in line and "training rows" in line
     assert read(out / "last" / "trainer.json")["progress"]["step"] == 4
     run(["--resume", str(out)])  # what broke the run is gone
-    assert_same_run(out, whole_runs(command, METHODS[method]))
+    assert_same_run(out, runs.whole(METHODS[method]))
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
-
-
-def edit(path: Path, change: Callable[[bytes], bytes]) -> None:
-    path.write_bytes(change(path.read_bytes()))
-
-
-def last_cell(content: bytes, value: bytes) -> bytes:
-    """The file with another label in its last row."""
-    return content.rstrip(b"\n").rsplit(b"\t", 1)[0] + b"\t" + value + b"\n"
 
 
 def change_config(folder: Path, **values: Any) -> None:
@@ -893,89 +787,52 @@ def change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({**read(path), **values}))
 
 
+def write_bad_label(data: Path) -> None:
+    path = data / "sts-dev.csv"
+    path.write_text(path.read_text().rstrip("\n").rsplit("\t", 1)[0] + "\t6.2\n")
+
+
 Change = Callable[[Path, Path], Any]  # of the folder of a model and of one with data
+TRAINED = "--epochs 1 --pretrain_epochs 0 --head mlp --mlp_layers 2 --pal --pal_size 8"
 BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
-    (lambda model, data: edit(data / "sts-dev.csv", lambda c: last_cell(c, b"6.2")), "", ["sts-dev.csv:9", "'6.2'"]),
-    (
-        lambda model, data: edit(data / "quora-train.csv", lambda c: last_cell(c, b"2")),
-        "",
-        ["train.csv:27", "0 or"],
-    ),
-    (lambda model, data: edit(data / "quora-test-student.csv", lambda c: b""), "", ["test-student.csv", "empty"]),
+    (lambda model, data: write_bad_label(data), "", ["sts-dev.csv:9", "'6.2'"]),
+    (lambda model, data: (data / "quora-test-student.csv").write_text(""), "", ["test-student.csv", "empty"]),
     (lambda model, data: change_config(model, model_type="roberta"), "", ["config.json", "'roberta'"]),
-    (lambda model, data: change_config(model, hidden_size=48, intermediate_size=96), "", ["shape"]),
-    (lambda model, data: change_config(model, num_hidden_layers=3), "", ["missing"]),
-    (lambda model, data: edit(model / "model.safetensors", lambda c: c[: len(c) // 2]), "", ["model.safetensors"]),
+    (lambda model, data: os.truncate(model / "model.safetensors", 999), "", ["model.safetensors"]),
     (lambda model, data: (model / "vocab.txt").unlink(), "", ["tokenizer"]),
-    (lambda model, data: (model / "config.json").unlink(), "", ["config.json"]),
-    (lambda model, data: edit(model / "config.json", lambda c: c[:-5]), "", ["config.json", "JSON"]),
     (None, "--scheduler fair", ["--scheduler", "fair", "round_robin"]),
-    (None, "--data /nowhere/at/all", ["--data /nowhere/at/all", "no such directory"]),
-    (None, "--seed 9223372036854775807 --data /nowhere", ["--data /nowhere"]),  # the largest seed
+    (None, "--seed 9223372036854775807 --data /nowhere", ["--data /nowhere", "no such directory"]),  # the largest seed
     (None, "--model /nowhere/at/all", ["--model /nowhere/at/all"]),
     (None, "--pal --pal_size 32", ["--pal_size 32", "31"]),
     (None, "--pal --pal_layers 3", ["--pal_layers 3", "2 layers"]),
     (None, "--device cuda", ["--device cuda"]),
+    (None, "--checkpoint {trained} --head linear", ["is mlp {'layers': 2}", "ask for linear"]),
+    (None, "--checkpoint {trained} --head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),
+    (None, "--checkpoint {trained} --head sts=linear", ["head of sts is mlp", "linear"]),
+    (None, "--checkpoint {trained} --pal --pal_size 4", ["adapters are pal", "'size': 8", "'size': 4"]),
+    (None, "--checkpoint {trained} --pal --pal_kind low_rank", ["adapters are pal", "'attention'", "'low_rank'"]),
 ]
 
 
 @pytest.mark.parametrize(("change", "flags", "words"), BAD_INPUT)
 def test_bad_input_is_one_line_with_what_is_wrong_and_no_run(
-    change: Change | None, flags: str, words: Sequence[str], command: Command, tiny: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    change: Change | None, flags: str, words: Sequence[str], runs: Runs, out: Path, tmp_path: Path,
+    error_line: ErrorLine, monkeypatch: Patch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, data = tmp_path / "model", write_data(tmp_path / "data")
-    shutil.copytree(tiny, model)
     if change is not None:
+        model, data = shutil.copytree(runs.tiny, tmp_path / "model"), write_data(tmp_path / "data")
         change(model, data)
         flags = f"--model {model} --data {data}"
-    line = error_line(command(tmp_path / "run", flags), capsys)
+    elif "{trained}" in flags:
+        flags = flags.format(trained=runs.whole(TRAINED))
+    line = error_line(runs.arguments(out, flags))
     assert all(word in line for word in words), line
-    assert not (tmp_path / "run").exists()
+    assert not out.exists()
 
 
-def test_all_contradictions_are_told_at_once(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status = multitask_classifier.main(command(tmp_path / "run", "--pal_size 8 --smart_eps 1e-4 --warmup 3"))
+def test_all_contradictions_are_told_at_once(runs: Runs, out: Path, capsys: Capture) -> None:
+    status = multitask_classifier.main(runs.arguments(out, "--pal_size 8 --smart_eps 1e-4 --warmup 3"))
     lines = capsys.readouterr().err.splitlines()
     assert status == 2 and len(lines) == 3 and all(line.startswith("error: --") for line in lines)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--head linear", ["is mlp {'layers': 2}", "ask for linear"]),
-        ("--head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),
-        ("--head sts=linear", ["head of sts is mlp", "linear"]),
-        ("--pal --pal_size 4", ["adapters are pal", "'size': 8", "'size': 4"]),
-        ("--pal --pal_kind low_rank", ["adapters are pal", "'attention'", "'low_rank'"]),
-    ],
-)
-def test_a_checkpoint_with_other_heads_or_adapters_is_one_line(
-    flags: str, words: Sequence[str], command: Command, whole_runs: Any, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    checkpoint = whole_runs(command, "--epochs 1 --pretrain_epochs 0 --head mlp --mlp_layers 2 --pal --pal_size 8")
-    line = error_line(command(tmp_path / "other", f"--checkpoint {checkpoint} {flags}", model=False), capsys)
-    assert all(word in line for word in words), line
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.parametrize("kind", ["run", "empty", "file"])
-def test_an_existing_out_is_refused_and_untouched(
-    kind: str, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    if kind == "run":
-        run(command(out, "--option pretrain"))
-    elif kind == "empty":
-        out.mkdir()
-    else:
-        out.write_text("mine")
-    before = everything(tmp_path)
-    line = error_line(command(out), capsys)
-    assert f"--out {out}" in line and "exists" in line
-    assert everything(tmp_path) == before
+    assert not out.exists()
