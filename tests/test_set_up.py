@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 SET_UP = Path(__file__).parent.parent / "set_up.sh"
+Done = subprocess.CompletedProcess[str]
 SHELLS = [
     "bash",
     pytest.param("zsh", marks=pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")),
@@ -59,10 +60,8 @@ class Project:
     """A folder with set_up.sh and a requirements.txt, and another folder that stands first on PATH."""
 
     def __init__(self, root: Path) -> None:
-        self.folder = root / "the project"
-        self.bin = root / "bin"
-        self.home = root / "home"
-        self.log = root / "log"
+        self.folder, self.bin, self.home = root / "the project", root / "bin", root / "home"
+        self.log, self.conda_prefix = root / "log", root / "conda envs" / "cs224n_dfp"
         self.prefix = self.folder.resolve() / ".venv" / "cs224n_dfp"
         self.folder.mkdir()
         self.bin.mkdir()
@@ -74,33 +73,22 @@ class Project:
         self.program("python3.11", FAKE_PYTHON)
         # These and no others: neither this machine's conda, nor its apt-get, nor its Pythons.
         for tool in ["bash", "zsh", "sh", "cat", "cksum", "cp", "dirname", "env", "mkdir", "rm", "sleep"]:
-            path = shutil.which(tool)
-            if path is not None:
+            if path := shutil.which(tool):
                 (self.bin / tool).symlink_to(path)
         self.program("id", "#!/bin/sh\necho 1000\n")
-        self.environment = {
-            "PATH": str(self.bin),
-            "HOME": str(self.home),
-            "FAKE_BIN": str(self.bin),
-            "FAKE_LOG": str(self.log),
-        }
+        self.environment = {"PATH": self.bin, "HOME": self.home, "FAKE_BIN": self.bin, "FAKE_LOG": self.log}
+        self.environment |= {"FAKE_CONDA": self.conda_prefix.parent}
 
     def program(self, name: str, text: str) -> None:
-        path = self.bin / name
-        path.write_text(text)
-        path.chmod(0o755)
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
 
-    def run(self, script: str, shell: str = "bash", **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a script in another folder; $SET_UP names the copy of set_up.sh."""
+    def run(self, script: str = 'source "$SET_UP"', shell: str = "bash", **environment: str) -> Done:
+        """Runs a script in another folder; $SET_UP names the copy of set_up.sh."""
         flags = ["-f", "-c"] if shell == "zsh" else ["--norc", "-c"]
-        return subprocess.run(
-            [str(self.bin / shell), *flags, script],
-            cwd=self.home,
-            env={**self.environment, "SET_UP": str(self.folder / "set_up.sh"), **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        given = {**self.environment, "SET_UP": self.folder / "set_up.sh", **environment}
+        line = [str(self.bin / shell), *flags, script]
+        return subprocess.run(line, cwd=self.home, env=given, capture_output=True, text=True, timeout=60)
 
     def calls(self) -> list[str]:
         """What was called since the last look."""
@@ -108,30 +96,31 @@ class Project:
         self.log.write_text("")
         return lines
 
-    def add_conda(self) -> None:
-        self.program("conda", FAKE_CONDA)
-        self.environment["FAKE_CONDA"] = str(self.bin.parent / "conda envs")
-
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+@pytest.fixture
+def made(project: Project) -> Project:
+    """A project with its environment."""
+    assert project.run().returncode == 0
+    project.calls()
+    return project
+
+
+STATUS, WHICH = 'source "$SET_UP"; echo "status $?"', 'source "$SET_UP" && command -v python'
+
+
 @pytest.mark.parametrize("shell", SHELLS)
-def test_without_conda_a_venv_beside_the_script_is_made_and_active(project: Project, shell: str) -> None:
-    done = project.run('source "$SET_UP"; echo "status $?"; command -v python', shell)
+def test_without_conda_a_venv_beside_the_script_is_made_and_active_and_made_once(project: Project, shell: str) -> None:
+    done = project.run(f"{STATUS}; command -v python", shell)
     assert done.stdout == f"set_up.sh: cs224n_dfp is active\nstatus 0\n{project.prefix}/bin/python\n"
     assert [line.split()[1] for line in done.stderr.splitlines()] == ["making", "installing", "installed,"]
     assert project.calls() == ["venv", f"pip for {project.prefix}/bin/python"]
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_a_second_call_neither_makes_nor_installs_and_is_quick(project: Project, shell: str) -> None:
-    project.run('source "$SET_UP"', shell)
-    project.calls()
     start = time.perf_counter()
-    done = project.run('source "$SET_UP" && command -v python', shell)
+    done = project.run(WHICH, shell)
     assert time.perf_counter() - start < 1
     assert (done.stdout, done.stderr) == (f"set_up.sh: cs224n_dfp is active\n{project.prefix}/bin/python\n", "")
     assert project.calls() == []
@@ -139,47 +128,41 @@ def test_a_second_call_neither_makes_nor_installs_and_is_quick(project: Project,
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_conda_is_used_where_it_is_installed(project: Project, shell: str) -> None:
-    project.add_conda()
+    project.program("conda", FAKE_CONDA)
     script = 'source "$SET_UP"; echo "status $? $CONDA_DEFAULT_ENV"'
     assert project.run(script, shell).stdout.endswith("status 0 cs224n_dfp\n")
     assert not project.prefix.exists()
     calls = project.calls()
     assert "conda create -n cs224n_dfp python=3.11 pip -y -q" in calls
-    assert f"pip for {project.environment['FAKE_CONDA']}/cs224n_dfp/bin/python" in calls
+    assert f"pip for {project.conda_prefix}/bin/python" in calls
     assert project.run(script, shell).stdout.endswith("status 0 cs224n_dfp\n")
     assert not [call for call in project.calls() if "create" in call or "pip" in call]
 
 
-def test_a_conda_environment_without_a_python_is_completed(project: Project) -> None:
-    project.add_conda()
-    (project.bin.parent / "conda envs/cs224n_dfp").mkdir(parents=True)
-    assert project.run('source "$SET_UP"').returncode == 0
+def test_a_conda_environment_without_a_python_is_completed_and_one_of_an_older_python_is_named(
+    project: Project,
+) -> None:
+    project.program("conda", FAKE_CONDA)
+    project.conda_prefix.mkdir(parents=True)
+    assert project.run().returncode == 0
     assert "conda install -n cs224n_dfp python=3.11 pip -y -q" in project.calls()
-
-
-def test_a_conda_environment_of_an_older_python_is_named_and_left_alone(project: Project) -> None:
-    project.add_conda()
-    project.run('source "$SET_UP"')
-    project.calls()
-    done = project.run('source "$SET_UP"', FAKE_VERSION="3.8.1")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
+    done = project.run(FAKE_VERSION="3.8.1")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "no Python 3.11 or later" in done.stderr
     assert [call for call in project.calls() if not call.startswith("conda run")] == []
 
 
 def test_a_conda_that_makes_no_environment_is_one_line(project: Project) -> None:
     project.program("conda", '#!/bin/sh\n[ "$1" != run ]\n')
-    done = project.run('source "$SET_UP"; echo "status $?"')
+    done = project.run(STATUS)
     assert done.stdout == "status 1\n" and project.calls() == []
-    assert done.stderr.splitlines()[1:] == [
-        "set_up.sh: conda could not make the environment cs224n_dfp, see above",
-    ]
+    expected = ["set_up.sh: conda could not make the environment cs224n_dfp, see above"]
+    assert done.stderr.splitlines()[1:] == expected
 
 
 def test_a_shim_without_a_conda_behind_it_is_no_conda(project: Project) -> None:
     project.program("conda", "#!/bin/sh\nexit 127\n")
-    assert project.run('source "$SET_UP" && command -v python').stdout.endswith(f"{project.prefix}/bin/python\n")
+    assert project.run(WHICH).stdout.endswith(f"{project.prefix}/bin/python\n")
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -208,11 +191,7 @@ def test_sourcing_leaves_nothing_but_the_activation(project: Project, shell: str
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("how", ["", "FAKE_PIP_FAILS"], ids=["succeeding", "failing"])
 def test_a_strict_shell_keeps_its_options_and_goes_on(project: Project, shell: str, how: str) -> None:
-    script = """
-        set -euo pipefail
-        source "$SET_UP" || echo "status $?"
-        set +o
-    """
+    script = 'set -euo pipefail\nsource "$SET_UP" || echo "status $?"\nset +o'
     done = project.run(script, shell, **({how: "1"} if how else {}))
     assert ("status 1" if how else "set_up.sh: cs224n_dfp is active") in done.stdout.splitlines()
     assert {f"set -o {name}" for name in ("errexit", "nounset", "pipefail")} <= set(done.stdout.splitlines())
@@ -220,40 +199,35 @@ def test_a_strict_shell_keeps_its_options_and_goes_on(project: Project, shell: s
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_failing_install_is_one_line_and_is_tried_again(project: Project, shell: str) -> None:
-    done = project.run('source "$SET_UP"; echo "status $?"; typeset -f _cs224n_dfp', shell, FAKE_PIP_FAILS="1")
+    done = project.run(f"{STATUS}; typeset -f _cs224n_dfp", shell, FAKE_PIP_FAILS="1")
     assert done.stdout.endswith("status 1\n")
     assert done.stderr.splitlines()[-2:] == [
         "ERROR: no such package",
         "set_up.sh: installing the requirements failed, see above; source this again to go on",
     ]
     project.calls()
-    assert project.run('source "$SET_UP"', shell).returncode == 0
+    assert project.run(shell=shell).returncode == 0
     assert project.calls() == [f"pip for {project.prefix}/bin/python"]
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
-def test_changed_requirements_are_installed(project: Project, name: str) -> None:
-    project.run('source "$SET_UP"')
-    project.calls()
-    (project.folder / name).write_text("torch==2.14.0\n")
-    assert project.run('source "$SET_UP"').returncode == 0
-    assert project.calls() == [f"pip for {project.prefix}/bin/python"]
+def test_changed_requirements_are_installed(made: Project, name: str) -> None:
+    (made.folder / name).write_text("torch==2.14.0\n")
+    assert made.run().returncode == 0
+    assert made.calls() == [f"pip for {made.prefix}/bin/python"]
 
 
 def test_a_half_made_environment_is_made_again(project: Project) -> None:
-    assert project.run('source "$SET_UP"', FAKE_VENV_STOPS="1").returncode == 1
+    assert project.run(FAKE_VENV_STOPS="1").returncode == 1
     assert project.calls() == ["venv"]
-    assert project.run('source "$SET_UP"').returncode == 0
+    assert project.run().returncode == 0
     assert project.calls() == ["venv", f"pip for {project.prefix}/bin/python"]
 
 
-def test_an_environment_moved_with_its_folder_is_made_again(project: Project) -> None:
-    project.run('source "$SET_UP"')
-    project.calls()
-    project.folder = project.folder.rename(project.folder.parent / "moved")
-    done = project.run('source "$SET_UP" && command -v python')
-    assert done.stdout.endswith(f"{project.folder.resolve()}/.venv/cs224n_dfp/bin/python\n")
-    assert project.calls()[0] == "venv"
+def test_an_environment_moved_with_its_folder_is_made_again(made: Project) -> None:
+    made.folder = made.folder.rename(made.folder.parent / "moved")
+    assert made.run(WHICH).stdout.endswith(f"{made.folder.resolve()}/.venv/cs224n_dfp/bin/python\n")
+    assert made.calls()[0] == "venv"
 
 
 def test_a_relative_path_is_found_whatever_cdpath_says(project: Project) -> None:
@@ -262,7 +236,7 @@ def test_a_relative_path_is_found_whatever_cdpath_says(project: Project) -> None
 
 
 def test_a_python_that_is_too_old_is_one_line(project: Project) -> None:
-    done = project.run('source "$SET_UP"; echo "status $?"', FAKE_VERSION="3.8.1")
+    done = project.run(STATUS, FAKE_VERSION="3.8.1")
     assert done.stdout == "status 1\n"
     assert done.stderr.startswith("set_up.sh: no Python 3.11 or later with venv found") and done.stderr.count("\n") == 1
 
@@ -313,12 +287,11 @@ def test_wordnet_that_cannot_be_had_is_one_line_once_and_no_failure(project: Pro
     script.write_text(script.read_text().replace("/usr/", f"{project.bin}/"))  # hides what this system has
     project.program("id", "#!/bin/sh\necho 0\n")
     project.program("apt-get", '#!/bin/sh\necho apt-get >>"$FAKE_LOG"\nexit 100\n')
-    done = project.run('source "$SET_UP"')
+    done = project.run()
     assert done.returncode == 0
     assert sum("no WordNet found" in line for line in done.stderr.splitlines()) == 1
     assert project.calls()[2:] == ["apt-get", "apt-get", "nltk"]
-    assert project.run('source "$SET_UP"').stderr == ""
-    assert project.calls() == []
+    assert project.run().stderr == "" and project.calls() == []
 
 
 def test_with_a_real_python_the_environment_holds_pip_and_works(project: Project) -> None:
