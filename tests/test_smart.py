@@ -1,18 +1,19 @@
-"""SMART: both terms against a naive computation, the bound on the perturbation, and what the terms must not measure."""
+"""SMART: divergences, the bound on the perturbation, and what the terms must not measure.
+
+(Both terms in training, against a naive computation: test_wiring.py.)
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from scipy.stats import entropy
 from torch import Tensor, nn
 
 from datasets import Batch
-from helpers import generator, pack, random_batch, tiny_encoder, tiny_model
+from helpers import generator, random_batch, tiny_model
 from model import MultitaskBert
 from ops import DropoutMasks
-from seeding import derive_seed
 from smart import BregmanProximal, Smoothness, ascend, held_still, proximity, smoothness
 from tasks import TASKS
 
@@ -85,13 +86,6 @@ def test_divergences_are_those_of_the_paper_and_keep_their_digits_for_close_pred
     assert (exact > 0).all() and not output.divergence(first, first.clone()).any()
 
 
-def test_the_divergence_of_classes_is_scipy_s_kl_both_ways() -> None:
-    logits, reference = torch.randn(6, 5, generator=generator()) * 2, torch.randn(6, 5, generator=generator(1)) * 2
-    p, q = torch.softmax(logits, -1).numpy(), torch.softmax(reference, -1).numpy()
-    found = TASKS["sst"].output.divergence(logits, reference)
-    assert found.tolist() == pytest.approx((entropy(p, q, axis=1) + entropy(q, p, axis=1)).tolist(), rel=1e-5)
-
-
 # ---------------------------------------------------------------------------------------------- the perturbation
 
 
@@ -130,55 +124,7 @@ def test_a_step_goes_along_the_gradient_over_its_largest_entry_in_the_row_and_is
     assert torch.allclose(found, expected)
 
 
-def test_the_perturbation_is_added_to_the_input_embeddings_and_goes_through_the_whole_network() -> None:
-    encoder, ids = tiny_encoder(), torch.arange(12).tolist()
-    tokens = pack([ids[:5], ids[5:]], [[0] * 5, [0] * 3 + [1] * 4])
-    perturbation = torch.randn(len(tokens.input_ids), 32, generator=generator())
-    found = encoder(tokens, perturbation=perturbation)
-    with torch.no_grad():
-        encoder.word_embeddings.weight[:12] += perturbation[:12]
-    assert torch.allclose(found[:12], encoder(tokens)[:12], atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------- the term
-
-
-def naive_smoothness(
-    model: MultitaskBert, task: str, batch: Batch, config: Smoothness.Parameters, start: Tensor
-) -> Tensor:
-    """The term, one row after the other."""
-    assert batch.tokens is not None
-    divergence, terms, tokens = TASKS[task].output.divergence, [], batch.tokens
-    for i in range(len(batch)):
-        own = tokens.row_of_token == i
-        single = pack([tokens.input_ids[own].tolist()], [tokens.token_type_ids[own].tolist()])
-        row, d = Batch([0], batch.labels[:1], tokens=single), torch.zeros(len(single.input_ids), 32)
-        d[: int(own.sum())] = start[own]
-        logits = model(task, row)
-        for _ in range(config.steps):
-            d = d.detach().requires_grad_()
-            gradient = torch.autograd.grad(divergence(model(task, row, None, d), logits.detach()).sum(), d)[0]
-            d = (d + config.eta * gradient / gradient.abs().max()).detach()
-            d = torch.maximum(torch.minimum(d, torch.tensor(config.eps)), torch.tensor(-config.eps))
-        terms.append(divergence(model(task, row, None, d), logits))
-    return torch.cat(terms).mean()
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_smoothness_term_and_its_gradient_equal_the_naive_ones(task: str, steps: int) -> None:
-    model, batch, masks = without_dropout(), random_batch(task, 6), DropoutMasks(3)
-    config = replace(WIDE, steps=steps, weight=2.5)
-    parameters = list(model.shared_parameters().values())
-    term = smoothness_of(model, config).term(task, batch, masks, model(task, batch, masks))
-    assert batch.tokens is not None
-    noise = generator(derive_seed(3, "smart"))
-    start = torch.randn(len(batch.tokens.input_ids), 32, generator=noise) * config.sigma
-    expected = 2.5 * naive_smoothness(model, task, batch, config, start)
-    assert float(term.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
-    assert float(term.detach()) > 1e-5
-    found, wanted = (torch.cat([g.flatten() for g in torch.autograd.grad(t, parameters)]) for t in (term, expected))
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
 
 
 def test_the_search_for_the_perturbation_needs_no_gradient_of_the_parameters_and_gives_them_back() -> None:
@@ -266,21 +212,6 @@ def test_the_average_is_099_in_the_first_tenth_of_the_steps_and_0999_after(num_s
         expected = {n: beta * term.state[n] + (1 - beta) * p.detach() for n, p in model.named_parameters()}
         term.after_step(step)
         assert [n for n, value in term.state.items() if not torch.allclose(value, expected[n], atol=1e-7)] == [], step
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_proximal_term_and_its_gradient_equal_the_naive_ones(task: str) -> None:
-    model, batch, masks = without_dropout(), random_batch(task, 6), DropoutMasks(0)
-    term = bregman_of(model, weight=1.5)
-    reference = model(task, batch).detach().clone()
-    move(model, 0)
-    found = term.term(task, batch, masks, model(task, batch, masks))
-    expected = 1.5 * naive_divergence(task)(model(task, batch), reference).mean()
-    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
-    assert float(found.detach()) > 1e-3
-    parameters = list(model.shared_parameters().values())
-    first, second = (torch.cat([g.flatten() for g in torch.autograd.grad(of, parameters)]) for of in (found, expected))
-    assert float((first - second).norm() / second.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("task", TASKS)
