@@ -1,12 +1,11 @@
 """One thread: the models of the tests are too small to share out, and results must not depend on the machine."""
 
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import write_checkpoint, write_data
+from helpers import WORDS, write_checkpoint, write_data
 
 torch.set_num_threads(1)
 
@@ -31,8 +30,11 @@ def treated_run(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("treated") / "run"
     flags = "--pcgrad --scheduler pal --epochs 2 --pretrain_epochs 2 --steps_per_epoch 3 --batch_size 4 --cache off"
     arguments = [*flags.split(), "--device", "cpu", "--model", str(tiny), "--data", str(data), "--out", str(out)]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     assert multitask_classifier.main(arguments) == 0
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return out
+
+
+@pytest.fixture
+def small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synonyms without WordNet's files."""
+    monkeypatch.setattr("datasets.WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())

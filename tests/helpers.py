@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ from ops.dropout import DropoutBits
 from parameters import Choice
 from tasks import TASKS, Classes, Score
 
+ROOT = Path(__file__).resolve().parent.parent
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
 WORDS = TEXT.split()
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LINEAR = Choice("linear")
 STD = 0.2  # ten times BERT's: differences between the rows of a batch must be well above rounding
 
@@ -75,6 +79,21 @@ def randomize_vectors(module: torch.nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.1)
 
 
+def shaken(model: MultitaskBert, seed: int = 40) -> MultitaskBert:
+    """The model with every parameter moved, also those that start at zero."""
+    noise = generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.05)
+    return model
+
+
+@torch.no_grad()
+def outputs(model: MultitaskBert, tasks: Sequence[str] = tuple(TASKS)) -> Tensor:
+    """Logits of the tasks, one behind the other."""
+    return torch.cat([model(task, random_batch(task, 6)).flatten() for task in tasks])
+
+
 def random_tokens(num_rows: int, seed: int = 0, config: BertConfig | None = None) -> PackedTokens:
     """Rows of 2 to 20 tokens, the first part of each of token type 0, the rest of type 1."""
     config = config or tiny_config()
@@ -119,14 +138,26 @@ def tiny_model(
     return model
 
 
+def run_python(*arguments: str) -> str:
+    """What a process of its own prints, which has to end well."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write_vocabulary(folder: Path, words: Sequence[str] = WORDS) -> Path:
+    """A folder with the vocabulary of a tokenizer: BERT's special tokens, then these."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", "utf-8")
+    return folder
+
+
 def write_checkpoint(folder: Path) -> Path:
     """A random checkpoint in Hugging Face's format, 2 layers, 32 wide, that knows `WORDS`."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    encoder = tiny_encoder(vocab_size=len(vocabulary))
+    encoder = tiny_encoder(vocab_size=len(SPECIALS) + len(WORDS))
     save_file({f"bert.{n}": t for n, t in to_huggingface(encoder).items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(encoder.config.to_dict()))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    return folder
+    return write_vocabulary(folder)
 
 
 def write_data(folder: Path) -> Path:

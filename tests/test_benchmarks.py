@@ -37,7 +37,7 @@ from benchmarks.reference import OrdinaryLoop, PaddedBert
 from bert import BertConfig
 from datasets import Batch, TokenizedRows
 from evaluation import predict_logits
-from helpers import pack, tiny_config, tiny_encoder
+from helpers import Capture, Patch, pack, tiny_config, tiny_encoder
 from run import resident_memory_mb
 from tasks import TASKS, task_loss
 
@@ -84,7 +84,7 @@ def test_numbers_are_shown_with_three_significant_digits() -> None:
 
 
 def test_kinds_alternate_and_a_device_s_work_counts_for_the_step_that_asked_for_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     """A clock that only the steps move: "a" works at once, the work of "b" is done when it is waited for."""
     now, waiting, calls = 0.0, 0.0, list[tuple[str, int]]()
@@ -125,9 +125,7 @@ def test_flops_are_those_that_torch_counts_in_transformers_encoder(checkpoint: w
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_config(num_hidden_layers=3, intermediate_size=48)])
-def test_needed_flops_are_those_that_torch_counts_in_our_encoder(
-    config: BertConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_needed_flops_are_those_that_torch_counts_in_our_encoder(config: BertConfig, monkeypatch: Patch) -> None:
     monkeypatch.setattr(LINEAR, "_onednn_is_faster", lambda: False)  # the counter knows torch's own products only
     monkeypatch.setattr("ops.kernels.can_run", lambda *tensors: False)
     lengths = np.array([6, 6, 6, 6])  # of one length: attention pads nothing
@@ -144,7 +142,7 @@ def test_needed_flops_are_those_that_torch_counts_in_our_encoder(
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("places", [76, 96])
 def test_the_matmul_limit_runs_the_products_of_the_dense_layers_in_as_many_places_as_the_encoder(
-    training: bool, places: int, monkeypatch: pytest.MonkeyPatch
+    training: bool, places: int, monkeypatch: Patch
 ) -> None:
     """By oneDNN: the operations of every call are counted, and the limit is for the real tokens only."""
     done = 0
@@ -241,7 +239,7 @@ def test_the_reference_is_given_the_rows_that_ours_draws(
     rows: Mapping[str, TokenizedRows],
     draws_per_step: int,
     treatment: str,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     asked: list[tuple[str, list[int]]] = []
     batch = TokenizedRows.batch
@@ -353,7 +351,7 @@ def test_random_rows_are_as_long_as_the_real_ones_and_use_no_special_token() -> 
 
 
 @pytest.fixture
-def ran_alone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ran_alone(monkeypatch: Patch) -> list[str]:
     """Small sizes; variants run in this process instead of one of their own, and the list tells which did."""
     ran: list[str] = []
 
@@ -373,7 +371,7 @@ def flags(tiny: Path, data: Path, *further: str) -> list[str]:
 
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_a_script_runs_and_leaves_its_results(
-    name: str, tiny: Path, data: Path, tmp_path: Path, ran_alone: list[str], capsys: pytest.CaptureFixture[str]
+    name: str, tiny: Path, data: Path, tmp_path: Path, ran_alone: list[str], capsys: Capture
 ) -> None:
     assert benchmark(name).main(flags(tiny, data, "--out", str(tmp_path))) == 0
     assert capsys.readouterr().out.startswith(f"{name}: ")
@@ -388,7 +386,7 @@ def test_a_script_runs_and_leaves_its_results(
 
 
 def test_training_step_compares_by_the_same_rows_and_by_the_row(
-    tiny: Path, data: Path, ran_alone: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, data: Path, ran_alone: list[str], monkeypatch: Patch
 ) -> None:
     """Each kind takes a known time: ours a second, padded three, grouped two; the products alone half a second."""
     seconds = {training_step.OURS: 1.0, training_step.PADDED: 3.0, training_step.GROUPED: 2.0}
@@ -421,9 +419,7 @@ def test_a_variant_runs_in_a_process_of_its_own_whose_peak_memory_is_its_own(tin
     ("given", "message"),
     [(["--data", "nowhere"], "nowhere: no such directory"), (["--model", "./nowhere"], "--model ./nowhere: no such")],
 )
-def test_bad_input_is_one_line(
-    tiny: Path, data: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(tiny: Path, data: Path, given: list[str], message: str, capsys: Capture) -> None:
     assert step_cost.BENCHMARK.main([*flags(tiny, data), *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
@@ -432,7 +428,7 @@ def test_bad_input_is_one_line(
 # ------------------------------------------------------------------------------------------------- single claims
 
 
-def test_pcgrad_s_gradient_equals_torchjd_s(tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pcgrad_s_gradient_equals_torchjd_s(tiny: Path, data: Path, monkeypatch: Patch) -> None:
     pytest.importorskip("torchjd")
     setup = pcgrad_step.Setup(Options(data, str(tiny)))
     assert max(setup.difference_from_torchjd(sign) for sign in (1.0, -1.0)) < 1e-5
@@ -440,9 +436,7 @@ def test_pcgrad_s_gradient_equals_torchjd_s(tiny: Path, data: Path, monkeypatch:
     assert max(setup.difference_from_torchjd(sign) for sign in (1.0, -1.0)) > 1e-3
 
 
-def test_libmtl_is_measured_where_it_is_installed(
-    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_libmtl_is_measured_where_it_is_installed(tiny: Path, data: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """A package that looks like LibMTL, image models that cannot be imported included."""
     weighting = """class PCGrad:
     def backward(self, losses):
@@ -487,7 +481,7 @@ def test_the_program_reaches_its_first_step(tiny: Path, data: Path, tmp_path: Pa
 
 
 def test_start_up_reports_every_command(
-    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     commands: list[str] = []
     monkeypatch.setattr(start_up, "until_first_step", lambda command, log: commands.append(" ".join(command)))
@@ -501,7 +495,7 @@ def test_start_up_reports_every_command(
 
 
 def test_a_command_that_fails_before_its_first_step_is_named(
-    tmp_path: Path, tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny: Path, data: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(start_up, "MAIN_FLAGS", "--option nonsense")
     assert start_up.BENCHMARK.main(flags(tiny, data, "--out", str(tmp_path))) == 2
@@ -518,7 +512,7 @@ def gpu_setup(rounds: int = 1, device: str = "cpu") -> gpu.Setup:
     return gpu.Setup(gpu.TINY, on, rows, rounds)
 
 
-def test_the_gpu_script_goes_its_way_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_script_goes_its_way_on_the_cpu(capsys: Capture) -> None:
     assert gpu.main(["--tiny", "--device", "cpu", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("float32: ") == 9 and shown.count("holds") >= 9
@@ -527,7 +521,7 @@ def test_the_gpu_script_goes_its_way_on_the_cpu(capsys: pytest.CaptureFixture[st
     assert all(f"| step of 4 rows a task, {name} " in shown for name in ("plain", "pcgrad", "smart", "pal"))
 
 
-def test_the_gpu_script_counts_real_rows_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_script_counts_real_rows_and_tokens(monkeypatch: Patch) -> None:
     """Every kind takes a second a round: rows per second are the rows of a round."""
     setup, passes = gpu_setup(rounds=2), list[Sequence[np.ndarray]]()
     monkeypatch.setattr(harness, "alternate", lambda kinds, rounds, **options: {n: [1.0] * rounds for n in kinds})
@@ -541,7 +535,7 @@ def test_the_gpu_script_counts_real_rows_and_tokens(monkeypatch: pytest.MonkeyPa
     assert setup.evaluation()[0].values == [48.0, 48.0]
 
 
-def test_wrong_weights_fail_the_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_weights_fail_the_parity(monkeypatch: Patch) -> None:
     setup = gpu_setup()
     assert all(check.holds for check in setup.parity())
 
@@ -563,7 +557,7 @@ def test_a_difference_that_is_not_a_number_never_passes() -> None:
 
 
 def test_row_lengths_come_back_as_they_were_counted(
-    rows: Mapping[str, TokenizedRows], tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: Mapping[str, TokenizedRows], tiny: Path, data: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     path = tmp_path / "row_lengths.json"
     monkeypatch.setattr(gpu, "LENGTHS", path)
@@ -579,9 +573,7 @@ def test_the_stored_row_lengths_are_those_of_the_course_s_training_rows() -> Non
     assert min(of.min() for of in lengths.values()) >= 3
 
 
-def test_the_gpu_script_says_that_there_is_no_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gpu_script_says_that_there_is_no_gpu(monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu.main(["--tiny"])
@@ -605,7 +597,7 @@ def test_every_script_is_run_by_the_whole() -> None:
 
 
 def test_the_whole_hands_its_flags_to_each_script_and_names_those_that_fail(
-    tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, data: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     commands: list[list[str]] = []
 
@@ -623,7 +615,7 @@ def test_the_whole_hands_its_flags_to_each_script_and_names_those_that_fail(
     ]
 
 
-def test_a_checkout_is_compared_with_itself(tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkout_is_compared_with_itself(tiny: Path, data: Path, capsys: Capture) -> None:
     assert compare.main([str(harness.ROOT), *flags(tiny, data)]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == list(compare.KINDS.values())
@@ -632,9 +624,7 @@ def test_a_checkout_is_compared_with_itself(tiny: Path, data: Path, capsys: pyte
         assert ratio == pytest.approx(other / this, rel=0.02)
 
 
-def test_each_process_imports_its_own_checkout(
-    tiny: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_each_process_imports_its_own_checkout(tiny: Path, data: Path, tmp_path: Path, capfd: Capture) -> None:
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path), *flags(tiny, data)])
     assert "expected another checkout of this project" in capfd.readouterr().err

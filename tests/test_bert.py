@@ -13,7 +13,7 @@ import ops
 from bert import Bert, BertConfig, CheckpointError, empty_bert, initialize
 from checkpoints import find_checkpoint, huggingface_names, load_bert, load_huggingface
 from datasets import SAMPLE, Tokenizer, read_examples, tokenize
-from helpers import RecordedMasks, generator, pack, random_tokens, randomize_vectors, tiny_config, tiny_encoder
+from helpers import Patch, RecordedMasks, generator, pack, random_tokens, randomize_vectors, tiny_config, tiny_encoder
 from ops import DropoutMasks, PackedTokens
 from ops.packed import group_by_length
 from tasks import TASKS
@@ -171,9 +171,7 @@ def test_a_row_does_not_depend_on_the_batch_that_it_stands_in() -> None:
 
 
 @pytest.mark.parametrize("first_only", [False, True])
-def test_nothing_depends_on_the_number_of_tokens_that_belong_to_no_row(
-    first_only: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_depends_on_the_number_of_tokens_that_belong_to_no_row(first_only: bool, monkeypatch: Patch) -> None:
     found = []
     for multiple in (1, 32, 7):
         encoder = tiny_encoder()
@@ -246,7 +244,7 @@ class PlayedBack:
 
 
 @pytest.mark.parametrize("first_only", [False, True])
-def test_dropout_stands_where_transformers_has_it(first_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_stands_where_transformers_has_it(first_only: bool, monkeypatch: Patch) -> None:
     config = tiny_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.15)
     reference = reference_model(config).train()
     encoder, masks, tokens = same_encoder(reference), RecordedMasks(3), tokens_of(LENGTHS, config)

@@ -4,9 +4,7 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from checkpoints import (
     to_huggingface,
 )
 from heads import MlpHead
-from helpers import LINEAR, generator, random_batch, tiny_config, tiny_model
+from helpers import LINEAR, Patch, generator, outputs, run_python, shaken, tiny_config, tiny_model, write_vocabulary
 from model import Layout, MultitaskBert
 from optimizer import FlatParameters
 from pal import ProjectedAttention
@@ -76,34 +74,17 @@ def rewrite_weights(folder: Path, changes: Mapping[str, Tensor | None]) -> None:
     save_file({**kept, **{n: t for n, t in changes.items() if t is not None}}, folder / "model.safetensors")
 
 
-def trained(model: MultitaskBert) -> MultitaskBert:
-    """The model with every parameter moved, also those that start at zero."""
-    noise = generator(40)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.05)
-    return model
-
-
 def saved(model: MultitaskBert, folder: Path) -> Path:
-    (folder / "words").mkdir()
-    (folder / "words" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     (folder / "saved").mkdir()
-    save_checkpoint(model, folder / "words", folder / "saved")
+    save_checkpoint(model, write_vocabulary(folder / "words"), folder / "saved")
     return folder / "saved"
-
-
-@torch.no_grad()
-def outputs(model: MultitaskBert, tasks: Sequence[str] = ALL) -> Tensor:
-    """Logits of the tasks, one behind the other."""
-    return torch.cat([model(task, random_batch(task, 6)).flatten() for task in tasks])
 
 
 # ------------------------------------------------------------------------------------------------- Hugging Face's
 
 
 def test_a_binary_checkpoint_from_a_gpu_with_a_prefix_and_the_old_names_loads_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     reference = write_reference(tmp_path)
     old = {
@@ -230,7 +211,7 @@ def test_a_bad_checkpoint_is_one_clear_line(kind: str, tmp_path: Path) -> None:
 
 
 def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
-    model = trained(tiny_model(adapter=PAL, hidden_act="gelu_new", hidden_dropout_prob=0.2))
+    model = shaken(tiny_model(adapter=PAL, hidden_act="gelu_new", hidden_dropout_prob=0.2))
     load: Any = transformers.BertModel.from_pretrained
     reference, info = load(saved(model, tmp_path), output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"] and same_as(reference, model.encoder)
@@ -241,7 +222,7 @@ def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", [None, PAL, LOW_RANK])
 def test_a_saved_model_loads_bit_identical(head: Choice, adapter: Choice | None, tmp_path: Path) -> None:
     """Also one whose parameters lie in one vector; float32, on the CPU, trainable, without a global generator."""
-    model = trained(tiny_model(adapter=adapter, head=head, hidden_act="relu"))
+    model = shaken(tiny_model(adapter=adapter, head=head, hidden_act="relu"))
     FlatParameters(dict(model.named_parameters()))
     folder = saved(model, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
@@ -269,7 +250,7 @@ def test_a_saved_model_loads_bit_identical(head: Choice, adapter: Choice | None,
 def test_a_checkpoint_in_the_first_format_loads(
     head: Choice, num_hidden: int, adapter: Choice | None, parts: list[str], tmp_path: Path
 ) -> None:
-    model = trained(tiny_model(("sst", "sts"), adapter, head))
+    model = shaken(tiny_model(("sst", "sts"), adapter, head))
     folder = saved(model, tmp_path)
     sizes = adapter and {
         "kind": adapter.parameters.kind,
@@ -299,7 +280,7 @@ def test_a_checkpoint_written_on_a_gpu_loads_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_adding_adapters_to_a_fine_tuned_checkpoint_starts_from_the_identical_output(tmp_path: Path) -> None:
-    plain = trained(tiny_model(head=MLP))
+    plain = shaken(tiny_model(head=MLP))
     folder = saved(plain, tmp_path)
     for adapter in (PAL, LOW_RANK):
         loaded = load_model(folder, Layout(plain.layout.heads, adapter), generator())
@@ -309,7 +290,7 @@ def test_adding_adapters_to_a_fine_tuned_checkpoint_starts_from_the_identical_ou
 
 
 def test_tasks_that_the_checkpoint_lacks_are_new_and_those_that_are_not_wanted_stay_out(tmp_path: Path) -> None:
-    model = trained(tiny_model(("sst", "para"), adapter=PAL))
+    model = shaken(tiny_model(("sst", "para"), adapter=PAL))
     loaded = load_model(saved(model, tmp_path), Layout({"sst": LINEAR, "sts": MLP}, PAL), generator())
     assert loaded.new_parts == ("head sts", "adapter sts") and list(loaded.model.heads) == ["sst", "sts"]
     assert torch.equal(outputs(loaded.model, ["sst"]), outputs(model, ["sst"]))
@@ -397,9 +378,7 @@ def test_a_run_directory_names_its_best_checkpoint_also_where_its_replacement_wa
 # ------------------------------------------------------------------------------------------ where models come from
 
 
-def test_what_looks_like_a_directory_is_not_looked_for_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_looks_like_a_directory_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     assert find_checkpoint(str(tmp_path)) == tmp_path
     for name in ("./absent", "/absent/model", "a/b/c"):
@@ -407,7 +386,7 @@ def test_what_looks_like_a_directory_is_not_looked_for_on_the_hub(
             find_checkpoint(name)
 
 
-def test_an_unreachable_hub_is_one_line_that_names_the_embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_line_that_names_the_embedded_model(monkeypatch: Patch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> str:
         raise ConnectionError("[Errno -2] Name or service not known\nand a second line")
 
@@ -419,7 +398,7 @@ def test_an_unreachable_hub_is_one_line_that_names_the_embedded_model(monkeypatc
 
 
 def test_a_hub_model_comes_as_safetensors_and_as_binary_only_where_there_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     asked: list[list[str]] = []
 
@@ -439,9 +418,7 @@ def test_a_hub_model_comes_as_safetensors_and_as_binary_only_where_there_are_non
     assert "pytorch_model.bin" in asked[1]
 
 
-def test_embedded_weights_are_the_published_ones_and_others_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embedded_weights_are_the_published_ones_and_others_are_refused(tmp_path: Path, monkeypatch: Patch) -> None:
     assert checkpoints.EMBEDDED_SHA256 == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     assert (find_checkpoint("minilm") / "model.safetensors").is_file()
     write_reference(tmp_path / "a_package_of_weights" / "model")
@@ -481,6 +458,4 @@ assert EMBEDDED_PACKAGE not in sys.modules, "the package's own code runs"
 def test_the_embedded_model_loads_without_sentence_transformers() -> None:
     modules = sorted(path.stem for path in PROJECT.glob("*.py"))
     assert {"bert", "model", "multitask_classifier"} <= set(modules)
-    command = [sys.executable, "-c", IMPORT_EVERYTHING, *modules]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", IMPORT_EVERYTHING, *modules)

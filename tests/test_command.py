@@ -22,18 +22,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import datasets
 import engine
 import multitask_classifier
 import run as running
 import token_cache
 from config import TABLES, Config
-from helpers import WORDS, Capture, Patch, write_data
+from helpers import ROOT, Capture, Patch, run_python, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
 from tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent.parent
 ErrorLine = Callable[..., str]
 
 
@@ -248,8 +246,7 @@ except SystemExit:
     pass
 print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert run_python("-c", script).splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("flags", ["--option pretrain", "--option individual_pretrain --head mlp --mlp_layers 2"])
@@ -420,17 +417,11 @@ KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboa
 NOT_TRIED = "option model data out resume checkpoint task input output cache device wordnet"  # where, not how
 
 
-@pytest.fixture
-def _small_wordnet(monkeypatch: Patch) -> None:
-    """Synonyms without WordNet's files."""
-    monkeypatch.setattr(datasets, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
-
-
 def outcome(run: Path) -> dict[str, Tensor]:
     return {f"{part} {name}": value for part in ("last", "best") for name, value in weights(run, part).items()}
 
 
-@pytest.mark.usefixtures("_small_wordnet")
+@pytest.mark.usefixtures("small_wordnet")
 @pytest.mark.parametrize(("context", "flag"), CASES)
 def test_every_flag_changes_the_run(context: str, flag: str, runs: Runs, out: Path) -> None:
     without = outcome(runs.whole(f"{BASE} {context}".strip()))

@@ -5,20 +5,17 @@ from pathlib import Path
 import pytest
 
 from datasets import Tokenizer
+from helpers import Capture, write_vocabulary
 from reports import data_report
 from reports.data_report import describe_folder, draw, report
 
-WORDS = ["a", "b", "c", "d", "e", "f", "g"]
 TRAIN = [("a b", "0"), ("A  b", "1"), ("c", "4"), ("d e f", "0"), ("g", ""), ("c", "4")]
 DEV = [("c", "2"), ("f", "1")]
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
-    folder = tmp_path / "words"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    return Tokenizer(folder, 5)
+    return Tokenizer(write_vocabulary(tmp_path / "words", "abcdefg"), 5)
 
 
 def write(path: Path, header: str, rows: list[tuple[str, ...]]) -> Path:
@@ -66,30 +63,21 @@ def test_no_leak_is_said_too(folder: Path, tokenizer: Tokenizer) -> None:
 def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer: Tokenizer) -> None:
     figure = draw(describe_folder(folder, tokenizer)).figure
     labels, scale, lengths, _ = figure.axes
-    train, dev = labels.patches
-    assert train.get_data().values.tolist() == [40, 20, 0, 0, 40] and dev.get_data().values.tolist() == [
-        0,
-        50,
-        50,
-        0,
-        0,
-    ]
-    assert scale.patches[0].get_data().values.tolist() == [0, 50, 50, 0, 0]
+    shares = [patch.get_data().values.tolist() for patch in (*labels.patches, scale.patches[0])]
+    assert shares == [[40, 20, 0, 0, 40], [0, 50, 50, 0, 0], [0, 50, 50, 0, 0]]
     assert [patch.get_label() for patch in lengths.patches] == ["train, 5 rows", "dev, 2 rows", "test, 1 rows"]
     # Four rows of 3 or 4 tokens and one of 5, in bins of one token from 0 on.
     assert lengths.patches[0].get_data().values.tolist() == [0, 0, 0, 40, 40, 20]
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def run(arguments: list[str], capsys: Capture) -> tuple[int, str, str]:
     status = data_report.main(arguments)
     shown = capsys.readouterr()
     return status, shown.out, shown.err
 
 
 @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("PDF", b"%PDF"), ("svg", b"<?xml")])
-def test_the_command_prints_and_draws(
-    ending: str, start: bytes, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_and_draws(ending: str, start: bytes, folder: Path, tmp_path: Path, capsys: Capture) -> None:
     picture = tmp_path / f"new.{ending}"
     status, out, _ = run([str(folder), "--plot", str(picture)], capsys)
     assert status == 0 and f"picture: {picture}" in out
@@ -109,7 +97,7 @@ def test_the_command_prints_and_draws(
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: list[str], expected: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], expected: str, folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     for name in ("empty", "broken"):
         (tmp_path / name).mkdir()

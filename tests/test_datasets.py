@@ -32,11 +32,11 @@ from datasets import (
     tokenize,
     truncate,
 )
+from helpers import SPECIALS, write_vocabulary
 from tasks import TASKS, Task
 
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]
 CPU = torch.device("cpu")
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 HEADER = "\tid\tsentence\tsentiment\n"
 
 TEXTS = [
@@ -185,9 +185,7 @@ def embedded() -> Path:
 
 
 def tiny_vocabulary(folder: Path, lower: bool) -> Path:
-    folder.mkdir(exist_ok=True)
-    words = ("Hello", "hello", "World", "caf", "##é", "cafe")
-    (folder / "vocab.txt").write_text("\n".join([*SPECIALS, *words]) + "\n", "utf-8")
+    write_vocabulary(folder, ("Hello", "hello", "World", "caf", "##é", "cafe"))
     settings = {"do_lower_case": lower, "tokenizer_class": "BertTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder

@@ -20,6 +20,7 @@ from tokenizers.normalizers import BertNormalizer
 
 import eda
 from eda import EDITS, EdaConfig, EdaError, WordNet, augment_rows, balance, edited_text
+from helpers import Capture, Patch
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = EdaConfig()
@@ -213,7 +214,7 @@ def test_the_texts_of_a_pair_are_edited_each_on_its_own() -> None:
     assert all(sorted(a.split()) == sorted(left.split()) for a in swapped), "one edit a row"
 
 
-def test_the_four_edits_are_drawn_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_four_edits_are_drawn_equally_often(monkeypatch: Patch) -> None:
     monkeypatch.setattr(eda, "EDITS", {name: lambda *_, name=name: [name] for name in EDITS})
     new = augment_rows([("one text",)] * 2001, [0] + [1] * 2000, CONFIG, 0, lambda _: [])
     used = Counter(text for (text,), _ in new)
@@ -306,7 +307,7 @@ def write_wordnet(folder: Path) -> Path:
 
 
 @pytest.fixture
-def wordnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wordnet(tmp_path: Path, monkeypatch: Patch) -> Path:
     """A directory with a small WordNet; nothing else is installed."""
     data = pytest.importorskip("nltk.data")
     monkeypatch.setattr(data, "path", [])
@@ -329,7 +330,7 @@ def test_a_word_is_looked_up_once_and_nothing_is_warned_of(wordnet: Path, recwar
 
 
 @pytest.mark.parametrize("archive", [False, True])
-def test_the_data_of_nltk_comes_first(wordnet: Path, monkeypatch: pytest.MonkeyPatch, archive: bool) -> None:
+def test_the_data_of_nltk_comes_first(wordnet: Path, monkeypatch: Patch, archive: bool) -> None:
     import nltk.data
 
     corpora = wordnet.parent / "nltk_data" / "corpora"
@@ -345,7 +346,7 @@ def test_the_data_of_nltk_comes_first(wordnet: Path, monkeypatch: pytest.MonkeyP
     assert "corpora" in str(synonyms._root)
 
 
-def test_without_wordnet_one_line_says_what_to_install(wordnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_wordnet_one_line_says_what_to_install(wordnet: Path, monkeypatch: Patch) -> None:
     where = r"apt-get install wordnet-base; .*nltk\.downloader wordnet; --wordnet DIR"
     for folder in (None, wordnet.parent):
         with pytest.raises(EdaError, match=rf"^[^\n]*{where}[^\n]*$"):
@@ -388,7 +389,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> Command:
     """Runs the command on in.csv, with this content, into out.csv; returns its status, output and errors."""
     monkeypatch.setattr(eda, "WordNet", lambda folder: fake_synonyms)
     monkeypatch.chdir(tmp_path)
@@ -456,7 +457,7 @@ def test_the_rows_are_those_of_the_function_under_the_flags(command: Command) ->
     assert written("0.csv") != written("7.csv")
 
 
-def test_an_existing_file_is_never_replaced(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_file_is_never_replaced(command: Command, monkeypatch: Patch) -> None:
     def synonyms(word: str) -> list[str]:
         Path("out.csv").write_text("mine")
         return fake_synonyms(word)

@@ -20,7 +20,7 @@ from datasets import Batch, RowStream, TokenizedRows, TokenRows
 from engine import Methods, Progress, Stage, StageData, Trainer, TrainingError
 from evaluation import Precision, compute_features
 from heads import HEADS
-from helpers import LINEAR, generator, random_batch, tiny_model
+from helpers import LINEAR, Patch, generator, random_batch, tiny_model
 from model import FrozenEncoder, MultitaskBert, TaskModel, Trained
 from ops import DropoutMasks
 from optimizer import FlatParameters
@@ -270,7 +270,7 @@ def test_mixed_precision_takes_nearly_the_step_of_full_precision(dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_unscale_then_treatment_then_clip_once_then_step_then_averages(
-    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype | None, monkeypatch: Patch
 ) -> None:
     calls: list[str] = []
     setup = make(
@@ -388,7 +388,7 @@ def test_conflicts_are_averaged_over_the_steps_in_which_they_are_defined() -> No
     }  # fmt: skip
 
 
-def score_epochs(monkeypatch: pytest.MonkeyPatch, setup: Setup, scores: Sequence[float]) -> list[dict[str, Tensor]]:
+def score_epochs(monkeypatch: Patch, setup: Setup, scores: Sequence[float]) -> list[dict[str, Tensor]]:
     """Makes the dev score of epoch e scores[e - 1]; the parameters of each evaluation will be kept in the result."""
     kept: list[dict[str, Tensor]] = []
 
@@ -401,7 +401,7 @@ def score_epochs(monkeypatch: pytest.MonkeyPatch, setup: Setup, scores: Sequence
     return kept
 
 
-def test_the_best_head_comes_back_with_all_that_was_trained_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_head_comes_back_with_all_that_was_trained_with_it(monkeypatch: Patch) -> None:
     head = Choice("mlp", parameters_of("mlp", layers=2))
     setup = make(tasks=["sst"], is_frozen=True, head=head, epochs=4, eval_every=1, draws=1, dropout=0.3)
     before = setup.parameters()
@@ -414,7 +414,7 @@ def test_the_best_head_comes_back_with_all_that_was_trained_with_it(monkeypatch:
 
 
 def test_fine_tuning_ends_after_patience_epochs_without_a_gain_with_its_last_parameters(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
 ) -> None:
     setup = make(epochs=9, eval_every=1, patience=2)
     kept = score_epochs(monkeypatch, setup, [0.1, 0.3, 0.2, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9])
@@ -452,7 +452,7 @@ def test_an_evaluation_that_is_stopped_is_done_again_and_no_step_twice() -> None
 @pytest.mark.parametrize("stop", [1, 4, 5, 7, 9])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
-    stop: int, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
+    stop: int, is_frozen: bool, monkeypatch: Patch
 ) -> None:
     """After an event: a step, of four in both epochs, or the evaluation behind them, of which the first is better."""
     scores = cycle([0.7, 0.1])

@@ -22,7 +22,7 @@ from bert import BertConfig, initialize
 from config import FlagError, make_parser, parse
 from datasets import Batch
 from heads import HEADS
-from helpers import write_data
+from helpers import Capture, Patch, write_data
 from model import MultitaskBert
 from ops import DropoutMasks, Linear, Packing
 from pal import ADAPTERS
@@ -171,7 +171,7 @@ def moods(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, tiny: Path, moods: Path) -> Callable[..., list[str]]:
+def command(monkeypatch: Patch, tiny: Path, moods: Path) -> Callable[..., list[str]]:
     """Everything is in its table; gives the arguments of a short run."""
     for table, name, entry in ADDED:
         monkeypatch.setitem(table, name, entry)
@@ -254,7 +254,7 @@ def test_killed_in_both_stages_and_resumed_it_equals_the_undisturbed_run(
 
 
 def test_its_checkpoint_is_tested_and_predicts_and_is_refused_with_other_parameters(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Callable[..., list[str]], tmp_path: Path, capsys: Capture
 ) -> None:
     out, start = tmp_path / "run", f"--checkpoint {tmp_path / 'run'}"
     run(command(out, f"{EVERYTHING} --epochs 1 --pretrain_epochs 0 --steps_per_epoch 2"))

@@ -2,8 +2,6 @@
 
 import ast
 import io
-import subprocess
-import sys
 import tokenize
 from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
@@ -11,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, run_python
+
 NUM_FLOORS = 9
 
 # Of each module exactly which modules of ours it imports, at its top or inside a function. In parentheses: for the
@@ -59,13 +58,13 @@ run: seeding smart (reports.plots)
 multitask_classifier: bert config console datasets engine evaluation prediction predictor run run_record
 
 reports:
-reports.command: run_record
+reports.command:
 reports.document:
 reports.error_analysis: datasets run_record tasks
 reports.finished_run: datasets run_record tasks
 reports.comparison: config reports.finished_run run_record tasks
 reports.plots: reports.comparison reports.finished_run run_record tasks
-reports.data_report: bert checkpoints datasets reports.command reports.plots tasks
+reports.data_report: bert checkpoints datasets reports.command reports.plots run_record tasks
 reports.report: console reports.command reports.comparison reports.document reports.error_analysis
 reports.report: reports.finished_run reports.plots run_record tasks
 """
@@ -165,12 +164,6 @@ def test_libraries_that_the_name_of_datasets_would_break_stay_out(name: str) -> 
     assert not firsts & {"transformers", "sentence_transformers", "evaluate"}
 
 
-def run_script(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
-
-
 def test_importing_everything_touches_no_generator_and_loads_nothing_heavy() -> None:
     script = f"""
 import random, sys
@@ -182,7 +175,7 @@ after = random.getstate(), repr(np.random.get_state()), torch.random.get_rng_sta
 assert before == after, "a generator was touched"
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
-    assert run_script(script) == "[]"
+    assert run_python("-c", script) == "[]\n"
 
 
 def test_making_a_model_and_a_step_import_no_compiler_and_draw_no_random_numbers() -> None:
@@ -203,4 +196,4 @@ flat.step(flat.gradients[0], 1e-3, 0.1, 1.0)
 assert torch.random.get_rng_state().equal(before), "a generator was touched"
 assert "torch._dynamo" not in sys.modules, "torch's compiler was imported"
 """
-    run_script(script)
+    run_python("-c", script)

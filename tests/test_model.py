@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 import ops
 from datasets import Batch
@@ -12,9 +11,11 @@ from heads import MlpHead
 from helpers import (
     RecordedMasks,
     generator,
+    outputs,
     pack,
     random_batch,
     random_tokens,
+    shaken,
     tiny_encoder,
     tiny_model,
 )
@@ -29,26 +30,11 @@ MLP = Choice("mlp", MlpHead.Parameters(1))
 PAL = Choice("pal", ProjectedAttention.Parameters())
 
 
-def trained(model: MultitaskBert) -> MultitaskBert:
-    """The model with every parameter moved, also those that start at zero."""
-    noise = generator(40)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.05)
-    return model
-
-
-@torch.no_grad()
-def outputs(model: MultitaskBert) -> Tensor:
-    """Logits of all tasks, one behind the other."""
-    return torch.cat([model(task, random_batch(task, 6)).flatten() for task in ALL])
-
-
 # -------------------------------------------------------------------------------------------------- predictions
 
 
 def test_heads_read_the_pooled_output_and_have_the_widths_of_their_tasks() -> None:
-    model = trained(tiny_model(adapter=PAL, head=MLP))
+    model = shaken(tiny_model(adapter=PAL, head=MLP))
     for task in ALL:
         batch = random_batch(task, 6)
         assert batch.tokens is not None
@@ -78,7 +64,7 @@ def test_a_perturbation_reaches_the_logits() -> None:
 @torch.no_grad()
 def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how many tokens belong to no row."""
-    model, together = trained(tiny_model(adapter=PAL, head=MLP)), random_tokens(9)
+    model, together = shaken(tiny_model(adapter=PAL, head=MLP)), random_tokens(9)
     rows = together.input_ids[: together.num_tokens].split(together.packing.lengths.tolist())
     types = together.token_type_ids[: together.num_tokens].split(together.packing.lengths.tolist())
     for task in ALL:
@@ -145,7 +131,7 @@ def test_what_a_stage_does_not_train_requires_no_gradient() -> None:
 
 
 def test_only_the_encoder_and_a_task_s_own_parts_have_a_gradient_from_it() -> None:
-    model = trained(tiny_model(adapter=PAL, head=MLP))
+    model = shaken(tiny_model(adapter=PAL, head=MLP))
     model("para", random_batch("para", 4)).square().sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {*model.shared_parameters(), *model.trained().own["para"]}
@@ -180,5 +166,5 @@ def test_a_duplicate_has_parameters_of_its_own() -> None:
     model = tiny_model()
     before, copy = outputs(model), model.duplicate()
     assert torch.equal(outputs(copy), before)
-    trained(copy)
+    shaken(copy)
     assert torch.equal(outputs(model), before)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from helpers import run_python
 from made_runs import made_run, training_records, write_dev_files
 from reports import plots
 from reports.comparison import row_intervals, settings_of
@@ -19,7 +18,6 @@ from reports.finished_run import FinishedRun
 from run_record import DevRows
 from tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("sst accuracy", "para accuracy", "sts pearson")
 RECORDS = training_records()
 TREATED = training_records(is_treated=True)
@@ -193,5 +191,4 @@ from reports.plots import write_run_plots
 write_run_plots(Path({str(made.path)!r}))
 print([name for name in ("matplotlib.pyplot", "torch", "tkinter") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert run_python("-c", script) == "[]\n"

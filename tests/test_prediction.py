@@ -22,7 +22,7 @@ import prediction
 from bert import initialize
 from checkpoints import load_model, save_checkpoint
 from datasets import Batch, Tokenizer, read_examples
-from helpers import LINEAR, WORDS, generator, pack
+from helpers import LINEAR, WORDS, Capture, Patch, generator, pack
 from model import Layout
 from prediction import LINE_BYTES, PredictionError, chunks_of_lines, texts_of_line
 from predictor import Predictor, load
@@ -30,7 +30,6 @@ from tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 Lines, Line = Callable[..., list[str]], Callable[..., str]
-Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)

@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import datasets
 from config import parse
 from datasets import TokenizedRows, Tokenizer, read_examples
-from helpers import WORDS, write_data
+from helpers import write_data
 from run_data import Data, load_data
 from tasks import TASKS
 
-
-@pytest.fixture(autouse=True)
-def _small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Synonyms without WordNet's files."""
-    monkeypatch.setattr(datasets, "WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
+pytestmark = pytest.mark.usefixtures("small_wordnet")
 
 
 def load(data: Path, tiny: Path, flags: str = "") -> Data:

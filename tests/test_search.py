@@ -22,11 +22,11 @@ import sqlalchemy
 from filelock import FileLock
 
 from config import Config, parse
+from helpers import Capture, Patch
 from sweeps import search
 from sweeps.search import ONLY_WITH, SPACE, CategoricalDistribution, Space, dev_means, last_line
 
 ROOT = Path(__file__).resolve().parent.parent
-Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 # A run: a mean an epoch, then its end. What run number n does stands in plan.json under n, else under "*".

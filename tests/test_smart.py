@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import Batch
-from helpers import generator, random_batch, tiny_model
+from helpers import generator, random_batch, shaken, tiny_model
 from model import MultitaskBert
 from ops import DropoutMasks
 from smart import BregmanProximal, Smoothness, ascend, held_still, proximity, smoothness
@@ -192,19 +192,12 @@ def test_the_term_depends_on_the_seed_of_the_masks_and_on_no_global_generator() 
 # ------------------------------------------------------------------------------------------------ proximal point
 
 
-def move(model: MultitaskBert, seed: int) -> None:
-    noise = generator(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.05)
-
-
 @pytest.mark.parametrize(("num_steps", "first"), [(100, 10), (50, 5), (25, 3), (9, 1)])
 def test_the_average_is_099_in_the_first_tenth_of_the_steps_and_0999_after(num_steps: int, first: int) -> None:
     model = tiny_model()
     term = bregman_of(model, num_steps=num_steps)
     before = {name: value.clone() for name, value in term.state.items()}
-    move(model, 0)
+    shaken(model, 0)
     assert all(torch.equal(value, before[name]) for name, value in term.state.items())
     assert not any(value.requires_grad for value in term.state.values())
     for step in range(num_steps):
@@ -219,7 +212,7 @@ def test_with_dropout_the_proximal_term_is_0_until_the_weights_move(task: str) -
     model, batch, masks = tiny_model(), random_batch(task, 6), DropoutMasks(5)
     term = bregman_of(model)
     assert float(term.term(task, batch, masks, model(task, batch, masks)).detach()) < 1e-9  # rounding
-    move(model, 0)
+    shaken(model, 0)
     assert float(term.term(task, batch, masks, model(task, batch, masks)).detach()) > 1e-3
 
 

@@ -8,12 +8,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config import parse
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LATE = ["heads", "late_adapters-first", "late_adapters"]
 
 
@@ -22,29 +23,15 @@ class Sweep:
 
     def __init__(self, folder: Path, tiny: Path, data: Path) -> None:
         self.out = folder / "out"
-        settings = {
-            "MODEL": str(tiny),
-            "DATA": str(data),
-            "OUT": str(self.out),
-            "SEEDS": "3",
-            "RUNS": "pcgrad",
-            "EPOCHS": "1",
-            "STEPS": "1",
-            "BATCH": "4",
-            "FLAGS": "--no-tensorboard --device cpu --threads 1 --cache off",
-            "PYTHON": sys.executable,
-        }
+        settings = {"MODEL": str(tiny), "DATA": str(data), "OUT": str(self.out), "PYTHON": sys.executable}
+        settings |= {"SEEDS": "3", "RUNS": "pcgrad", "EPOCHS": "1", "STEPS": "1", "BATCH": "4"}
+        settings |= {"FLAGS": "--no-tensorboard --device cpu --threads 1 --cache off"}
         self.environment = {**os.environ, **settings}
 
     def start(self, **settings: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", str(ROOT / "sweeps" / "methods.sh")],
-            env={**self.environment, **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        command, environment = ["bash", str(ROOT / "sweeps" / "methods.sh")], {**self.environment, **settings}
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
     def run(self, **settings: str) -> tuple[int, str]:
         process = self.start(**settings)
@@ -67,12 +54,8 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_is_named_while_the_othe
     finished = sweep.finished()
     assert list(finished) == ["heads-seed3", "pcgrad-seed3"]
     config = json.loads((sweep.out / "pcgrad-seed3" / "config.json").read_text())
-    assert (config["treatment"], config["seed"], config["draws_per_step"], config["steps_per_epoch"]) == (
-        "pcgrad",
-        3,
-        4,
-        1,
-    )
+    expected = {"treatment": "pcgrad", "seed": 3, "draws_per_step": 4, "steps_per_epoch": 1}
+    assert {name: config[name] for name in expected} == expected
     assert config["checkpoint"] == str(sweep.out / "heads-seed3")
 
     (sweep.out / "random-seed3").mkdir()  # a directory that is no run: the run refuses it
@@ -133,12 +116,8 @@ def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sw
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
-    settings = {
-        "RUNS": "late_adapters",
-        "EPOCHS": "80",
-        "STEPS": "8",
-        "FLAGS": sweep.environment["FLAGS"] + " --eval_every 0",
-    }
+    flags = sweep.environment["FLAGS"] + " --eval_every 0"
+    settings = {"RUNS": "late_adapters", "EPOCHS": "80", "STEPS": "8", "FLAGS": flags}
     process = sweep.start(**settings)
     log = sweep.out / "late_adapters-first-seed3" / "metrics.jsonl"
     deadline = time.monotonic() + 120

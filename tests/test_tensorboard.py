@@ -75,15 +75,10 @@ def test_the_table_of_hyper_parameters_has_the_flags_and_the_final_scores(treate
 @pytest.mark.parametrize(("kept", "first"), [(4, 5), (10, 1), (13, 4), (14, 4), (15, 5)])
 def test_a_resumed_run_has_each_step_once_and_keeps_the_stages_before(kept: int, first: int, tmp_path: Path) -> None:
     """kept: records before the checkpoint; the run logged three more before it was killed."""
-    log = [
-        *(record("pretrain", i) for i in range(1, 10)),
-        {"stage": "pretrain", "epoch": 1, "step": 9, "dev": {"mean": 1}},
-    ]
-    log += [
-        *(record("finetune", i) for i in range(1, 5)),
-        {"stage": "finetune", "epoch": 1, "step": 4, "dev": {"mean": 2}},
-    ]
-    log += [record("finetune", i) for i in range(5, 9)]
+    ends: list[dict[str, Any]] = [{"epoch": 1, "dev": {"mean": 1}, "stage": "pretrain", "step": 9}]
+    ends += [{"epoch": 1, "dev": {"mean": 2}, "stage": "finetune", "step": 4}]
+    log = [*(record("pretrain", i) for i in range(1, 10)), ends[0]]
+    log += [*(record("finetune", i) for i in range(1, 5)), ends[1], *(record("finetune", i) for i in range(5, 9))]
     run = RunDirectory.create(tmp_path / "run", {})
     killed = run.open_metrics(0, tensorboard=True)
     size = 0

@@ -11,6 +11,7 @@ import torch
 
 import token_cache
 from datasets import DataError, DataFile, Tokenizer, parse_examples, read_examples
+from helpers import Patch, write_vocabulary
 from tasks import TASKS, Task
 from token_cache import TokenCache, TokenFile, tokenize_file
 
@@ -20,9 +21,7 @@ ROWS = "\tid\tsentence\tsentiment\n0\ta\tgood film\t3\n1\tb\tno label\t\n2\tc\tb
 
 
 def tokenizer(folder: Path, words: str = "good bad film", max_length: int = 16) -> Tokenizer:
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]) + "\n")
-    return Tokenizer(folder, max_length)
+    return Tokenizer(write_vocabulary(folder, words.split()), max_length)
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def cache(tmp_path: Path) -> TokenCache:
 
 
 @pytest.fixture
-def reading(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def reading(monkeypatch: Patch) -> list[Path]:
     """The csv files that were parsed."""
     parsed: list[Path] = []
 
@@ -137,7 +136,7 @@ def test_a_damaged_or_foreign_entry_is_told_and_made_anew(
 
 @pytest.mark.parametrize(("place", "told"), [("file/cache", "nothing can be written"), ("cache", "No space left")])
 def test_an_entry_that_cannot_be_written_is_told_and_does_no_harm(
-    place: str, told: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, told: str, path: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     lines: list[str] = []
