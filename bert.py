@@ -118,8 +118,8 @@ class BertLayer(nn.Module):
         else:
             query, key_value = self._queries_of(first_tokens, hidden_states)  # (B, D), (N, 2 D)
             context = ops.first_token_attention(query, key_value, packing, num_heads, attention_prob, masks)  # (B, D)
-            hidden_states = hidden_states[first_tokens]  # (N, D) -> (B, D)
-            task_term = None if task_term is None else task_term[first_tokens]  # (N, D) -> (B, D)
+            hidden_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
+            task_term = None if task_term is None else task_term.index_select(0, first_tokens)  # (N, D) -> (B, D)
         update = self.attention_output(context)
         attended = ops.residual_norm(update, hidden_states, self.attention_norm, prob, masks, None)
         activated = ops.activated_linear(attended, self.intermediate, config.hidden_act)  # (N, D) -> (N, I)
@@ -131,7 +131,8 @@ class BertLayer(nn.Module):
         size = self.config.hidden_size
         query_weight, weight = self.qkv.weight.split([size, 2 * size])  # (D, D), (2 D, D)
         query_bias, bias = self.qkv.bias.split([size, 2 * size])
-        query = ops.linear(hidden_states[first_tokens], query_weight, query_bias)  # (B, D)
+        first_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
+        query = ops.linear(first_states, query_weight, query_bias)
         return query, ops.linear(hidden_states, weight, bias)
 
 

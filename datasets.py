@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bert import CheckpointError
 from eda import EdaConfig, EdaError, WordNet, augment_rows
-from ops import PackedTokens
+from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
 from tasks import Task
 from tsv import numbered_rows
@@ -241,6 +241,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(R,) where each row begins."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
     @classmethod
     def concatenate(cls, parts: Sequence["TokenRows"]) -> "TokenRows":
         """The rows of all parts, in order."""
@@ -250,18 +255,14 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one task: packed tokens or, for a frozen encoder, pooled features (B, D); labels (B,), NaN where unknown.
+    """Rows: packed tokens or, for a frozen encoder, pooled features (B, D); labels (B,), NaN where unknown."""
 
-    rows: the rows' numbers in their data set.
-    """
-
-    rows: Sequence[int]
     labels: Tensor
     tokens: PackedTokens | None = None
     features: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
 
 class Rows(Protocol):
@@ -289,38 +290,38 @@ class TokenizedRows:
     labels: np.ndarray
     tokens: TokenRows
     device: torch.device
-    offsets: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.offsets = np.concatenate([[0], np.cumsum(self.tokens.lengths, dtype=np.int64)])
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @cached_property
+    def _store(self) -> TokenStore:
+        return TokenStore.of(self.tokens.ids, self.tokens.lengths, self.tokens.firsts, self.device)
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return torch.from_numpy(self.labels).to(self.device)
+
+    def num_places(self, rows: np.ndarray) -> int:
+        """Tokens of a batch of these rows, with those that belong to no row."""
+        return self._store.num_places(rows)
+
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         index = np.asarray(rows, dtype=np.int64)
-        lengths = self.tokens.lengths[index].astype(np.int64)
-        ids, within = self._gather(index, lengths)
-        types = within >= np.repeat(self.tokens.firsts[index], lengths)
-        packed = PackedTokens.from_arrays(ids, types, lengths, self.device)
-        return Batch(index.tolist(), self._labels(index), tokens=packed)
+        return self.gather(to_device(index, self.device), self.num_places(index))
 
-    def _gather(self, index: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) token ids of these rows, one behind the other, and each token's place within its row."""
-        starts = np.cumsum(lengths) - lengths
-        within = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
-        return self.tokens.ids[np.repeat(self.offsets[index], lengths) + within], within
-
-    def _labels(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.labels[index]).to(self.device, non_blocking=True)
+    def gather(self, rows: Tensor, num_places: int) -> Batch:
+        """The rows of these numbers (B,), which are on the device: nothing of it is computed elsewhere."""
+        return Batch(self._labels[rows], tokens=self._store.gather(rows, num_places))
 
     def by_length(self) -> np.ndarray:
         return np.argsort(-self.tokens.lengths, kind="stable")
 
     def select(self, rows: np.ndarray) -> "TokenizedRows":
         """These rows only, in this order."""
-        ids, _ = self._gather(rows, self.tokens.lengths[rows].astype(np.int64))
-        tokens = TokenRows(ids, self.tokens.lengths[rows], self.tokens.firsts[rows])
+        tokens, lengths = self.tokens, self.tokens.lengths[rows]
+        pieces = [tokens.ids[first : first + n] for first, n in zip(tokens.starts[rows], lengths, strict=True)]
+        tokens = TokenRows(np.concatenate([np.empty(0, np.int32), *pieces]), lengths, tokens.firsts[rows])
         return TokenizedRows(self.task, [self.ids[r] for r in rows], self.labels[rows], tokens, self.device)
 
     def followed_by(self, others: "TokenizedRows") -> "TokenizedRows":
@@ -344,8 +345,8 @@ class FeatureRows:
         return len(self.labels)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        index = torch.as_tensor(np.asarray(rows, dtype=np.int64), device=self.features.device)
-        return Batch(np.asarray(rows).tolist(), self._labels[index], features=self.features[index])
+        index = to_device(np.asarray(rows, dtype=np.int64), self.features.device)
+        return Batch(self._labels[index], features=self.features[index])
 
     def by_length(self) -> np.ndarray:
         return np.arange(len(self))

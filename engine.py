@@ -10,24 +10,27 @@ Shape letters: T tasks of a step, P shared parameters, B rows.
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import BetweenBatches, Rows, RowStream, no_stop
+import ops
+from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_stop
 from evaluation import Precision, evaluate, mean_score
 from model import TaskModel, Trained
-from ops import DropoutMasks
+from ops import DropoutMasks, Reading, Replayed, adamw_step, to_device
 from optimizer import FlatParameters, clip_factor, gradient_norm
 from pcgrad import Treatment, combine, cosines, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
 from seeding import derive_seed
 from smart import Regularizer
-from tasks import TASKS, task_loss
+from tasks import TASKS
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 
@@ -110,8 +113,6 @@ class Progress:
     closed_epochs: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     micro_batch: int = 0
-    loss_scale: float = 2.0**16
-    steps_since_overflow: int = 0
     best_score: float | None = None
     best_epoch: int = 0
     ended: bool = False
@@ -133,45 +134,63 @@ class Event:
     notes: Sequence[str] = ()
 
 
-class LossScaler:
-    """Dynamic loss scaling for float16 gradients in several vectors.
+@dataclass(frozen=True)
+class Pass:
+    """A forward and a backward pass. numbers: (B,) of its rows; weights: (T, B) of each task the factor of a row's loss."""
 
-    torch's GradScaler unscales the gradients that an optimizer holds; here those of all tasks must be unscaled, and
-    overflow found, before they become one gradient.
+    tasks: tuple[str, ...]
+    numbers: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that has been ordered of the device. numbers: each task's weighted loss, then the gradient's norm, whether the
+    step was left out, and the loss scale. rows: of each task, its training rows; drawn: how many before the step."""
+
+    step: int
+    record: Record
+    numbers: Reading
+    weights: Mapping[str, float]
+    rows: Mapping[str, np.ndarray]
+    drawn: Mapping[str, int]
+
+
+class LossScaler:
+    """Dynamic loss scaling for float16 gradients, on the device: halved after an overflow, doubled after long without.
+
+    torch's GradScaler unscales the gradients that an optimizer holds, and waits for the device; here the scale goes into the
+    factor that the clipped gradient is multiplied by.
     """
 
     GROWTH_INTERVAL = 2000
 
-    def __init__(self, is_enabled: bool, progress: Progress) -> None:
-        self.is_enabled, self.progress = is_enabled, progress
+    def __init__(self, is_enabled: bool, device: torch.device) -> None:
+        self.is_enabled = is_enabled
+        self.scale = torch.full((), 2.0**16 if is_enabled else 1.0, dtype=torch.float32, device=device)
+        self.steps = torch.zeros((), dtype=torch.int32, device=device)  # since the last overflow
 
-    @property
-    def scale(self) -> float:
-        return self.progress.loss_scale if self.is_enabled else 1.0
-
-    def unscale(self, gradients: Iterable[Tensor]) -> bool:
-        """Divides the gradients by the scale; whether they are all finite. Adjusts the scale for the next step."""
-        if not self.is_enabled:
-            return True
-        finite, progress = True, self.progress
-        for gradient in gradients:
-            gradient.mul_(1 / self.scale)
-            finite = finite and bool(torch.linalg.vector_norm(gradient).isfinite())
-        progress.steps_since_overflow = progress.steps_since_overflow + 1 if finite else 0
-        if not finite:
-            progress.loss_scale = max(1.0, progress.loss_scale / 2)
-        elif progress.steps_since_overflow % self.GROWTH_INTERVAL == 0:
-            progress.loss_scale *= 2
-        return finite
+    def update(self, is_overflow: Tensor) -> None:
+        """is_overflow: (), 1 where a gradient was not finite."""
+        if self.is_enabled:
+            torch._amp_update_scale_(self.scale, self.steps, is_overflow, 2.0, 0.5, self.GROWTH_INTERVAL)
 
 
 class Trainer:
     """One stage of training: a model, the rows of its tasks, and how they are scheduled and combined."""
 
     def __init__(
-        self, stage: Stage, model: TaskModel, trained: Trained, data: StageData, methods: Methods, precision: Precision
+        self,
+        stage: Stage,
+        model: TaskModel,
+        trained: Trained,
+        data: StageData,
+        methods: Methods,
+        precision: Precision,
+        cuda_graphs: bool = False,
     ) -> None:
-        """trained: the parameters that move; they become views into this trainer's vectors."""
+        """trained: the parameters that move; they become views into this trainer's vectors. cuda_graphs: passes on a GPU are
+        recorded and replayed."""
         self.stage, self.model, self.data, self.methods, self.precision = stage, model, data, methods, precision
         self.is_treated = methods.treatment is not None and len(trained.shared) > 0
         self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1)
@@ -179,8 +198,22 @@ class Trainer:
         self.segments = [self.shared.columns(set(names)) for names in methods.segments or [list(trained.shared)]]
         self.best: dict[str, Tensor] = {}
         self.progress = Progress(rows=dict.fromkeys(stage.tasks, 0), micro_batch=stage.batch_size)
-        self.scaler = LossScaler(precision.dtype == torch.float16, self.progress)
+        self.scaler = LossScaler(precision.dtype == torch.float16, precision.device)
         self._streams = {task: RowStream(len(data.train[task]), self._seed("rows", task)) for task in stage.tasks}
+        self._joined = self._join()
+        self._halted = torch.zeros((), dtype=torch.bool, device=precision.device)  # after a step that cannot be taken
+        self._launched: deque[Launched] = deque()
+        self._masks = DropoutMasks(0, precision.device)
+        is_replayed = cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers
+        self._replayed = Replayed(self._replay) if is_replayed else None
+
+    def _join(self) -> tuple[TokenizedRows, dict[str, int]] | None:
+        """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
+        rows = [rows for rows in self.data.train.values() if isinstance(rows, TokenizedRows)]
+        if self.is_treated or self.methods.regularizers or not self.model.shares_passes or len(rows) < len(self.data.train):
+            return None
+        starts = np.cumsum([0, *map(len, rows)]).tolist()
+        return reduce(TokenizedRows.followed_by, rows), dict(zip(self.data.train, starts, strict=False))
 
     def _seed(self, *purpose: str | int) -> int:
         return derive_seed(self.stage.seed, self.stage.name, *purpose)
@@ -191,30 +224,42 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- the loop
 
-    def run(self, between: BetweenBatches = no_stop) -> Iterator[Event]:
+    def run(self, between: BetweenBatches = no_stop, settle_every: int = 0) -> Iterator[Event]:
         """Trains to the end of the stage, from where `progress` stands, and tells what it has done after each step.
 
-        between: called between batches of an evaluation; what it raises leaves the stage at its last finished step.
+        On a GPU a step is told of when the next one has been ordered, but for every settle_every-th one and the last of
+        an epoch: then the trainer stands where the last event says. between: called between batches of an evaluation;
+        what it raises leaves the stage at its last finished step.
         Raises TrainingError at a step that cannot be taken; nothing of it has moved then.
         """
         stage, progress = self.stage, self.progress
+        num_waiting = 0 if self.precision.device.type == "cpu" else 1
         while True:
-            epoch = progress.step // stage.steps_per_epoch
-            if progress.step % stage.steps_per_epoch == 0 and progress.closed_epochs < epoch:
+            epoch, place = divmod(progress.step, stage.steps_per_epoch)
+            if place == 0 and progress.closed_epochs < epoch:
                 event = self._end_epoch(epoch, between)
                 progress.closed_epochs = epoch
                 yield event
             if progress.ended or progress.step == stage.num_steps:
                 break
             started, notes = time.perf_counter(), list[str]()
-            record = self.take_step(epoch + 1, progress.step, notes.append)
+            self._launched.append(self._launch(epoch + 1, progress.step, notes.append))
             progress.step += 1
+            is_settled = progress.step % stage.steps_per_epoch == 0 or (settle_every and progress.step % settle_every == 0)
+            finished = list(self.settle(0 if is_settled else num_waiting))
             seconds = time.perf_counter() - started
             progress.seconds += seconds
-            record["examples_per_second"] = stage.rows_per_step / seconds
-            yield Event(record, notes=notes)
+            for event in finished:
+                assert event.record is not None
+                event.record["examples_per_second"] = stage.rows_per_step * len(finished) / seconds
+                yield replace(event, notes=notes)
         for name, value in self.best.items():
             self._vectors()[name].values.copy_(value)
+
+    def settle(self, num_waiting: int = 0) -> Iterator[Event]:
+        """Waits for the steps that the device has been ordered to take, but for the last few, and tells of them."""
+        while len(self._launched) > num_waiting:
+            yield Event(self._record(self._launched.popleft()))
 
     def _end_epoch(self, epoch: int, between: BetweenBatches) -> Event:
         stage, progress = self.stage, self.progress
@@ -246,34 +291,50 @@ class Trainer:
     def take_step(self, epoch: int, step: int, note: Callable[[str], None] = lambda line: None) -> Record:
         """One optimizer step; returns its line for the log. epoch: from 1. step: counted from 0. note: takes lines for
         the user. Raises TrainingError if a loss or a gradient is not finite."""
+        return self._record(self._launch(epoch, step, note))
+
+    def _launch(self, epoch: int, step: int, note: Callable[[str], None]) -> Launched:
+        """Orders a step of the device. Without a treatment the host waits for nothing, with one for inner products."""
         stage, progress = self.stage, self.progress
         plan = self.methods.scheduler.plan(epoch, step, random.Random(self._seed("plan", step)))
         tasks = [task for task in stage.tasks if task in plan]
         counts = rows_of_plan(plan, stage.rows_per_step)
         rows = {task: self._streams[task].rows(progress.rows[task], counts[task]) for task in tasks}
         weights = {task: self._weight(plan[task], len(rows[task])) for task in tasks}
-
-        losses = self._backward_within_memory(rows, weights, step, note)
-        gradients = [self.shared.gradients[row] for row in self._gradient_rows(tasks)]  # T of (P,), or one
-        own = [self.own[task].gradients[0] for task in tasks]
-        finite = self.scaler.unscale([*gradients, *own])
         record = {
             "stage": stage.name,
             "epoch": epoch,
             "step": step + 1,
             "task": "+".join(tasks),
-            "loss": sum(losses[task] * counts[task] for task in tasks) / stage.rows_per_step,
-            "losses": losses,
             "draws": {task: plan[task].count for task in tasks},
             "lr": stage.learning_rate(step),
         }
-        if finite:
-            found = self._treat(tasks, gradients, step) if self.is_treated else {}
-            record |= {"gradient_norm": self._move([gradients[0], *own], tasks, step), **found}
-        else:
-            record |= {"gradient_norm": math.nan, "skipped": "overflow", "loss_scale": self.scaler.scale}
+
+        losses = self._backward_within_memory(rows, weights, step, note)  # (T,) times their weights
+        found = self._treat(rows, losses, step) if self.is_treated else {}
+        numbers = self._move(tasks, losses, step, is_overflow=found is None)
+        drawn = dict(progress.rows)
         for task in tasks:
             progress.rows[task] += counts[task]
+        return Launched(step, record | (found or {}), Reading(numbers), weights, rows, drawn)
+
+    def _record(self, launched: Launched) -> Record:
+        """The line for the log, when the device has come that far. Raises TrainingError for a step that could not be
+        taken, after which the trainer stands before it."""
+        stage, progress, tasks = self.stage, self.progress, list(launched.rows)
+        *losses, norm, is_skipped, scale = launched.numbers.wait().tolist()
+        if is_skipped and not (self.scaler.is_enabled and np.isfinite(losses).all()):
+            progress.step, progress.rows = launched.step, dict(launched.drawn)
+            self._launched.clear()
+            self._halted.zero_()
+            raise self._error(launched.rows, losses, norm, launched.step)
+        mean = {task: loss / launched.weights[task] for task, loss in zip(tasks, losses, strict=True)}
+        total = sum(mean[task] * len(launched.rows[task]) for task in tasks) / stage.rows_per_step
+        record = launched.record | {"loss": total, "losses": mean, "gradient_norm": norm}
+        if is_skipped:
+            return record | {"gradient_norm": math.nan, "skipped": "overflow", "loss_scale": scale}
+        if "cosines" in record:
+            add_conflicts(progress.conflicts, record)
         return record
 
     def _weight(self, draws: Draws, num_rows: int) -> float:
@@ -281,13 +342,13 @@ class Trainer:
         treatment combines the tasks' gradients."""
         return draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
 
-    def _gradient_rows(self, tasks: Sequence[str]) -> list[int]:
-        """Which of the shared gradients belong to these tasks; without a treatment all accumulate in the first."""
-        return [self.stage.tasks.index(task) for task in tasks] if self.is_treated else [0]
+    def _gradient_row(self, task: str) -> int:
+        """Which of the shared gradients belongs to this task; without a treatment all accumulate in the first."""
+        return self.stage.tasks.index(task) if self.is_treated else 0
 
     def _backward_within_memory(
         self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int, note: Callable[[str], None]
-    ) -> dict[str, float]:
+    ) -> Tensor:
         """The backward passes of a step; out of memory, the step begins again with passes of half the rows."""
         progress = self.progress
         while True:
@@ -306,82 +367,143 @@ class Trainer:
                 "a forward pass, and the same rows a step"
             )
 
-    def _backward(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int) -> dict[str, float]:
-        """Each task's gradient, of its mean loss times its weight; returns the mean loss of each."""
+    def _backward(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int) -> Tensor:
+        """Each task's gradient, of its mean loss times its weight; returns those losses (T,)."""
         for vector in self._vectors().values():
             vector.gradients.zero_()
-        losses = []
-        for task, numbers in rows.items():
-            self.shared.point_to(self._gradient_rows([task])[0])
-            total = torch.zeros((), device=self.precision.device)
-            for first in range(0, len(numbers), self.progress.micro_batch):
-                part = numbers[first : first + self.progress.micro_batch]
-                masks = DropoutMasks(self._seed("dropout", step, task, first), self.precision.device)
-                loss = self._loss(task, part, masks) * (len(part) / len(numbers))
-                (loss * (weights[task] * self.scaler.scale)).backward()
-                total += loss.detach()
-            losses.append(total)
-        found = dict(zip(rows, torch.stack(losses).tolist(), strict=True))
-        for task, loss in found.items():
-            if not math.isfinite(loss):
-                raise self._loss_error(task, loss, rows[task], step)
-        return found
+        tasks = list(rows)
+        losses = torch.zeros(len(tasks), device=self.precision.device)
+        for group in [tuple(tasks)] if self._joined else [(task,) for task in tasks]:
+            self.shared.point_to(self._gradient_row(group[0]))
+            places = slice(tasks.index(group[0]), tasks.index(group[-1]) + 1)
+            whole = self._pass_of(group, rows, weights)
+            for first in range(0, len(whole.numbers), self.progress.micro_batch):
+                part = slice(first, first + self.progress.micro_batch)
+                self._masks = DropoutMasks(self._seed("dropout", step, "+".join(group), first), self.precision.device)
+                losses[places] += self._take(Pass(group, whole.numbers[part], whole.weights[:, part]))
+        return losses
 
-    def _loss(self, task: str, rows: np.ndarray, masks: DropoutMasks) -> Tensor:
-        """Mean loss of some rows, regularizers included, a scalar."""
-        batch = self.data.train[task].batch(rows)
+    def _pass_of(
+        self, tasks: tuple[str, ...], rows: Mapping[str, np.ndarray], weights: Mapping[str, float]
+    ) -> Pass:
+        """These tasks' rows, the one's behind the other's."""
+        starts = self._joined[1] if self._joined else dict.fromkeys(tasks, 0)
+        numbers = np.concatenate([rows[task] + starts[task] for task in tasks])
+        of_task = np.repeat(range(len(tasks)), [len(rows[task]) for task in tasks])  # (B,)
+        factors = np.array([[weights[task] / len(rows[task])] for task in tasks])  # (T, 1)
+        return Pass(tasks, numbers, np.where(of_task == np.arange(len(tasks))[:, None], factors, 0))
+
+    def _rows_of(self, tasks: Sequence[str]) -> Rows:
+        return self._joined[0] if self._joined else self.data.train[tasks[0]]
+
+    def _take(self, part: Pass) -> Tensor:
+        """A forward and a backward pass; returns each task's weighted loss (T,)."""
+        device, rows = self.precision.device, self._rows_of(part.tasks)
+        weights = to_device(part.weights, device).to(torch.get_default_dtype())
+        if self._replayed is None or not isinstance(rows, TokenizedRows):
+            return self._forward_backward(part.tasks, rows.batch(part.numbers), weights)
+        key = (part.tasks, len(part.numbers), rows.num_places(part.numbers))
+        return self._replayed(key, to_device(part.numbers, device), weights)
+
+    def _replay(self, key: tuple[tuple[str, ...], int, int], numbers: Tensor, weights: Tensor) -> Tensor:
+        tasks, _, num_places = key
+        rows = self._rows_of(tasks)
+        assert isinstance(rows, TokenizedRows)
+        return self._forward_backward(tasks, rows.gather(numbers, num_places), weights)
+
+    def _forward_backward(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> Tensor:
+        """Each task's weighted loss (T,), after its backward pass. weights: (T, B)."""
         with self.precision.autocast():
-            logits = self.model(task, batch, masks)  # (B, K)
-        loss = task_loss(TASKS[task], logits, batch.labels)
-        if self.methods.regularizers and self.precision.dtype is not None:
-            logits = self.model(task, batch, masks.again())  # in float32
-        for regularizer in self.methods.regularizers:
-            loss = loss + regularizer.term(task, batch, masks, logits)
-        return loss
+            logits = self.model.logits_of(tasks, batch, self._masks)  # T of (B, K)
+        losses = []
+        for task, of_task, of_row in zip(tasks, logits, weights, strict=True):
+            labels = torch.where(of_row > 0, batch.labels, 0)  # another task's label is nothing to compare with
+            losses.append((TASKS[task].output.losses(of_task, labels) * of_row).sum())
+        if self.methods.regularizers:
+            losses[0] = losses[0] + weights[0].sum() * self._regularization(tasks[0], batch, logits[0])
+        (sum(losses, torch.zeros((), device=weights.device)) * self.scaler.scale).backward()
+        return torch.stack(losses).detach()
 
-    def _treat(self, tasks: Sequence[str], gradients: Sequence[Tensor], step: int) -> Record:
-        """Combines the task gradients in the first of them; returns what the treatment found and did.
+    def _regularization(self, task: str, batch: Batch, logits: Tensor) -> Tensor:
+        """The regularizers' terms for these rows, a scalar."""
+        if self.precision.dtype is not None:
+            logits = self.model(task, batch, self._masks.again())  # in float32
+        terms = [regularizer.term(task, batch, self._masks, logits) for regularizer in self.methods.regularizers]
+        return torch.stack(terms).sum()
 
-        Raises TrainingError before a running average moves if any gradient is not finite.
-        """
+    def _treat(self, rows: Mapping[str, np.ndarray], losses: Tensor, step: int) -> Record | None:
+        """Combines the task gradients in the first of them; returns what the treatment found and did, None where a gradient
+        overflowed. Raises TrainingError before a running average moves if anything else is not finite."""
         assert self.methods.treatment is not None
-        rows = self._gradient_rows(tasks)
-        index = torch.tensor(rows)
-        gramians = gramians_of(self.shared.gradients, self.segments).cpu()[:, index[:, None], index]  # (S, T, T)
-        own = [self.own[task].gradients[0] for task in tasks]
-        self._check_norm(float(gramians.sum()) + gradient_norm(own), tasks, step)
+        tasks, places = list(rows), [self._gradient_row(task) for task in rows]
+        gramians, losses = self._gramians(losses, places)  # (S, T, T), (T,)
+        if not gramians.isfinite().all():
+            if self.scaler.is_enabled and losses.isfinite().all():
+                return None
+            raise self._error(rows, losses.tolist(), float(gramians.sum()), step)
         generator = random.Random(self._seed("treatment", step))
-        coefficients = self.methods.treatment.coefficients(gramians, rows, generator)  # (S, T, T)
-        combine(gradients, coefficients.sum(1), self.segments)
+        coefficients = self.methods.treatment.coefficients(gramians, places, generator)  # (S, T, T)
+        weights = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)
+        weights[:, places] = coefficients.sum(1)  # nothing of a task that is not in the step
+        combine(self.shared.gradients, weights, self.segments)
         between = cosines(gramians.sum(0))  # (T, T)
         kept = (coefficients * gramians).sum(2).sum(0)  # (T,): each segment's Gram matrix under its own coefficients
         removed = removed_shares(gramians.sum(0).diagonal(), kept)
         pairs = [(i, j) for i in range(len(tasks)) for j in range(i + 1, len(tasks))]
-        found = {
+        return {
             "cosines": {f"{tasks[i]}-{tasks[j]}": float(between[i, j]) for i, j in pairs},
             "removed": {task: float(share) for task, share in zip(tasks, removed, strict=True)},
         }
-        add_conflicts(self.progress.conflicts, found)
-        return found
 
-    def _move(self, gradients: Sequence[Tensor], tasks: Sequence[str], step: int) -> float:
-        """Clips the gradients, the shared one and those of the tasks' own parameters, and moves the parameters.
+    def _gramians(self, losses: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient is not finite, and
+        the losses (T,)."""
+        norm = gradient_norm([of.gradients for of in self.own.values()])
+        others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])
+        for dtype in (self.shared.values.dtype, torch.float64):
+            found = gramians_of(self.shared.gradients, self.segments, dtype)
+            numbers = Reading(torch.cat([found.flatten(), others])).wait()
+            gramians = numbers[: found.numel()].view(found.shape)[:, places][:, :, places]
+            if ops.is_exact(gramians):
+                break
+        *on_host, of_own, scale = numbers[found.numel() :]
+        return gramians / scale**2 + 0 * of_own, torch.stack(on_host)
 
-        Returns the norm before clipping. A task that is not in the step is left alone, its moments too.
+    def _move(self, tasks: Sequence[str], losses: Tensor, step: int, is_overflow: bool) -> Tensor:
+        """Clips the gradients, the shared one and those of the tasks' own parameters, and moves the parameters, unless a
+        gradient is not finite. is_overflow: it is known already that one is not.
+
+        A task that is not in the step is left alone, its moments too. Returns the numbers of `Launched`.
         """
-        stage = self.stage
-        norm = gradient_norm(gradients)
-        self._check_norm(norm, tasks, step)
-        factor = clip_factor(norm, stage.max_grad_norm)
-        for vector, gradient in zip([self.shared, *(self.own[task] for task in tasks)], gradients, strict=True):
-            vector.step(gradient, stage.learning_rate(step), stage.weight_decay, factor)
-        for regularizer in self.methods.regularizers:
-            regularizer.after_step(step)
-        return norm
+        stage, scale = self.stage, self.scaler.scale
+        vectors = [vector for vector in (self.shared, *(self.own[task] for task in tasks)) if len(vector)]
+        norm = gradient_norm([vector.gradients[0] for vector in vectors]) / scale
+        is_bad = torch.full_like(self._halted, True) if is_overflow else ~norm.isfinite()
+        self._halted |= ~losses.isfinite().all() if self.scaler.is_enabled else is_bad | ~losses.isfinite().all()
+        is_skipped = (self._halted | is_bad).to(torch.float32)
+        factor = clip_factor(norm, stage.max_grad_norm) / scale
+        moved = [vector.moved_by(vector.gradients[0]) for vector in vectors]
+        adamw_step(moved, stage.learning_rate(step), stage.weight_decay, factor, is_skipped)
+        numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])
+        self.scaler.update(is_bad.to(torch.float32))
+        if self.methods.regularizers and not is_overflow and self._is_taken(is_skipped):
+            for regularizer in self.methods.regularizers:
+                regularizer.after_step(step)
+        return numbers
 
-    def _check_norm(self, norm: float, tasks: Sequence[str], step: int) -> None:
-        if not math.isfinite(norm):
-            raise TrainingError(f"{self.stage.name} step {step + 1}: the gradient of {'+'.join(tasks)} is {norm}")
+    def _is_taken(self, is_skipped: Tensor) -> bool:
+        """Whether the step was not left out; on a GPU, where nothing overflows, that is taken for granted until its record is
+        wanted."""
+        is_waited_for = is_skipped.device.type == "cpu" or (self.scaler.is_enabled and not self.is_treated)
+        return not is_waited_for or not Reading(is_skipped).wait()
+
+    def _error(
+        self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int
+    ) -> TrainingError:
+        for task, loss in zip(rows, losses, strict=True):
+            if not math.isfinite(loss):
+                return self._loss_error(task, loss, rows[task], step)
+        return TrainingError(f"{self.stage.name} step {step + 1}: the gradient of {'+'.join(rows)} is {norm}")
 
     def _loss_error(self, task: str, loss: float, rows: np.ndarray, step: int) -> TrainingError:
         shown = ", ".join(str(int(row)) for row in sorted(rows)[:40]) + (", ..." if len(rows) > 40 else "")
@@ -395,6 +517,7 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint besides the model's: moments, averages, best parameters."""
         groups = {f"optimizer.{name}": vector.state() for name, vector in self._vectors().items()}
+        groups["scaler"] = {"scale": self.scaler.scale, "steps": self.scaler.steps}
         return {
             **{f"{group}.{name}": value for group, state in groups.items() for name, value in state.items()},
             **self._averages(),
@@ -414,6 +537,8 @@ class Trainer:
             setattr(self.progress, name, value)
         for name, vector in self._vectors().items():
             vector.load_state(_part(tensors, f"optimizer.{name}."))
+        self.scaler.scale.copy_(tensors["scaler.scale"])
+        self.scaler.steps.copy_(tensors["scaler.steps"])
         for name, average in self._averages().items():
             average.copy_(tensors[name])
         device = self.precision.device

@@ -4,7 +4,7 @@ Shape letters: N packed tokens, B rows, D hidden, K outputs.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -41,6 +41,15 @@ class TaskModel(Protocol):
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
         """Logits (B, K). masks: for training; None for evaluation. perturbation: (N, D) on the input embeddings."""
+        ...
+
+    def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
+        """Of each of the tasks the logits (B, K) of all rows, from one pass through what the tasks share."""
+        ...
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether rows of several tasks can go through the model together."""
         ...
 
 
@@ -121,6 +130,15 @@ class MultitaskBert(nn.Module):
         """Logits (B, K) of a task."""
         return self.predict(task, self.pooled(task, batch, masks, perturbation), masks)
 
+    def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
+        """Of each of the tasks the logits (B, K) of all rows."""
+        pooled = self.pooled(tasks[0], batch, masks)  # (B, D)
+        return [self.predict(task, pooled, masks) for task in tasks]
+
+    @property
+    def shares_passes(self) -> bool:
+        return self.layout.adapter is None
+
     def pooled(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
@@ -178,6 +196,13 @@ class FrozenEncoder:
     ) -> Tensor:
         assert batch.features is not None and perturbation is None, "a frozen encoder has features only"
         return self.model.predict(task, batch.features, masks)
+
+    def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
+        return [self(task, batch, masks) for task in tasks]
+
+    @property
+    def shares_passes(self) -> bool:
+        return False
 
 
 def parameter_counts(model: MultitaskBert) -> dict[str, int]:

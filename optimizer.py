@@ -7,13 +7,12 @@ task.
 Shape letters: P parameters, T tasks.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ops import Moments, adamw_step
+from ops import Moments, Vector
 
 
 class FlatParameters:
@@ -63,10 +62,9 @@ class FlatParameters:
             first += size
         return [slice(*bounds) for bounds in ranges]
 
-    def step(self, gradient: Tensor, lr: float, weight_decay: float, factor: float) -> None:
-        """One AdamW step along factor * gradient, (P,), which is undefined afterwards."""
-        if len(self):
-            adamw_step(self.values, gradient, self.moments, lr, weight_decay, self.num_decayed, factor)
+    def moved_by(self, gradient: Tensor) -> Vector:
+        """What an AdamW step along gradient, (P,), moves."""
+        return Vector(self.values, gradient, self.moments, self.num_decayed)
 
     def state(self) -> dict[str, Tensor]:
         """The moments, for a checkpoint."""
@@ -80,16 +78,14 @@ class FlatParameters:
             target.copy_(state[name])
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> float:
-    """Euclidean norm of all gradients together; infinite or NaN where one of them is."""
-    norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
-    if math.isfinite(norm):
-        return norm
-    return math.hypot(
-        *(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in gradients)
-    )  # float32 ends at 1e19
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, (), float64 on their device; infinite or NaN where one of them is."""
+    norms = torch.stack([torch.linalg.vector_norm(gradient).double() for gradient in gradients])
+    if norms.device.type == "cpu" and not torch.isfinite(norms).all():  # float32 ends at 1e19
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+    return torch.linalg.vector_norm(norms)
 
 
-def clip_factor(norm: float, max_norm: float) -> float:
-    """What gradients of this norm are multiplied by so that it is at most max_norm; 0 for no limit."""
-    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by so that it is at most max_norm, both (); 0 for no limit."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+import ops
 from parameters import NoParameters, parameter
 
 
@@ -228,43 +229,25 @@ def _gramian_weighting(aggregation: Any, name: str) -> Callable[[Tensor], Tensor
 # --------------------------------------------------------------------------------------------- the long vectors
 
 
-def gramians_of(gradients: Tensor, segments: Sequence[Sequence[slice]]) -> Tensor:
-    """(S, T, T) inner products of task gradients (T, P) over each segment, which is some ranges of columns; float64."""
-    return torch.stack([torch.stack([gramian(gradients[:, part]) for part in parts]).sum(0) for parts in segments])
+def gramians_of(
+    gradients: Tensor, segments: Sequence[Sequence[slice]], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(S, T, T) inner products of task gradients (T, P) over each segment, which is some ranges of columns; float64.
 
-
-def combine(gradients: Sequence[Tensor], weights: Tensor, segments: Sequence[Sequence[slice]]) -> Tensor:
-    """(P,) on each segment the sum of weights[s, t] * gradients[t], built in the first gradient. weights: (S, T)."""
-    total = gradients[0]
-    for parts, of_segment in zip(segments, weights.tolist(), strict=True):
-        for part in parts:
-            total[part].mul_(of_segment[0])
-            for gradient, weight in zip(gradients[1:], of_segment[1:], strict=True):
-                total[part].add_(gradient[part], alpha=weight)
-    return total
-
-
-def gramian(rows: Tensor, chunk: int = 2**14) -> Tensor:
-    """(T, T) inner products of rows (T, P), float64.
-
-    Products are summed in float32 within chunks and in float64 over them: one pass over memory. Where float32 cannot
-    hold the products (entries beyond 1e19 or below 1e-19), the pass is repeated in float64.
+    dtype: in which products are summed, see ops.gramian.
     """
-    result = _chunked_gramian(rows, chunk)
-    diagonal = result.diagonal()
-    if rows.dtype == torch.float32 and not (bool(result.isfinite().all()) and bool((diagonal > 1e-30).all())):
-        result = torch.zeros_like(result)
-        for part in rows.split(chunk * 64, dim=1):
-            result += _chunked_gramian(part.double(), chunk)
-    return result
+    parts_of = [[ops.gramian(gradients[:, part], dtype) for part in parts] for parts in segments]
+    return torch.stack([torch.stack(parts).sum(0) for parts in parts_of])
 
 
-def _chunked_gramian(rows: Tensor, chunk: int) -> Tensor:
-    num_rows, size = rows.shape
-    whole = size // chunk * chunk
-    blocks = rows[:, :whole].view(num_rows, -1, chunk).transpose(0, 1)  # (T, P) -> (P / chunk, T, chunk)
-    rest = rows[:, whole:]
-    return torch.bmm(blocks, blocks.transpose(1, 2)).double().sum(0) + (rest @ rest.T).double()
+def combine(gradients: Tensor, weights: Tensor, segments: Sequence[Sequence[slice]]) -> None:
+    """On each segment s the sum over t of weights[s, t] * gradients[t], in place of the first of the gradients (T, P).
+
+    weights: (S, T), on the host.
+    """
+    for parts, of_segment in zip(segments, weights, strict=True):
+        for part in parts:
+            ops.weighted_sum(gradients[:, part], of_segment)
 
 
 # ------------------------------------------------------------------------------------------------- diagnostics

@@ -169,7 +169,7 @@ class Setup:
         torch.manual_seed(workload.SEED)
         orders = [[j for j in torch.randperm(len(tasks)).tolist() if j != i] for i in tasks]  # as torchjd draws them
         whole = [[slice(0, len(shared))]]
-        combine(list(shared.gradients), pcgrad_weights(gramians_of(shared.gradients, whole)[0], orders)[None], whole)
+        combine(shared.gradients, pcgrad_weights(gramians_of(shared.gradients, whole)[0], orders)[None], whole)
         shared.point_to(0)
         return float((gradient() - expected).norm() / expected.norm())
 

@@ -37,7 +37,7 @@ def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "
     lengths = rows.tokens.lengths[numbers].astype(np.int64)[:, None]  # (B, 1)
     place = np.arange(int(lengths.max()))
     is_real = place < lengths
-    ids = np.where(is_real, rows.tokens.ids[rows.offsets[numbers][:, None] + np.minimum(place, lengths - 1)], 0)
+    ids = np.where(is_real, rows.tokens.ids[rows.tokens.starts[numbers][:, None] + np.minimum(place, lengths - 1)], 0)
     types = is_real & (place >= rows.tokens.firsts[numbers][:, None])
     first, second, third = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (ids, types, is_real))
     return PaddedBatch(first, second, third, torch.from_numpy(rows.labels[numbers]).to(device))

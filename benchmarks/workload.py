@@ -68,15 +68,18 @@ def make_trainer(
     regularizers: Sequence[Regularizer] = (),
     precision: Precision = CPU,
     batch_size: int = BATCH_SIZE,
+    rows_per_step: int = 0,
+    cuda_graphs: bool = False,
 ) -> Trainer:
-    """A trainer that draws the tasks in turn, `draws_per_step` of them in a step of batch_size rows for each draw."""
+    """A trainer that draws the tasks in turn, `draws_per_step` of them in a step of batch_size rows for each draw, or of
+    rows_per_step rows in all."""
     tasks = tuple(rows)
     stage = Stage(
         name=STAGE,
         tasks=tasks,
         epochs=1,
         steps_per_epoch=10**6,
-        batch_size=batch_size * draws_per_step,
+        batch_size=rows_per_step or batch_size * draws_per_step,
         accumulation_steps=1,
         lr=1e-5,
         warmup=0.0,
@@ -91,7 +94,8 @@ def make_trainer(
     setting = Setting(tasks, sizes, 1, draws_per_step, every_task=bool(treatment))
     scheduler = RoundRobinScheduler(NoParameters(), setting)
     method = find_treatment(treatment)(NoParameters(), len(tasks), 1) if treatment else None
-    return Trainer(stage, model, trained, StageData(rows, {}), Methods(scheduler, method, regularizers), precision)
+    methods = Methods(scheduler, method, regularizers)
+    return Trainer(stage, model, trained, StageData(rows, {}), methods, precision, cuda_graphs)
 
 
 def full_trainer(model: MultitaskBert, rows: Mapping[str, Rows], **options: Any) -> Trainer:

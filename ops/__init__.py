@@ -1,19 +1,23 @@
 """What the encoder computes with. Each operation's plain torch form stands first: it is the definition, what runs where
-nothing faster is to be had, and what tests compare with. Below it one dispatch decides who answers: torch, oneDNN, or a
-kernel of our own that is compiled when it is first needed (kernels.py). Nobody outside this package knows which.
+nothing faster is to be had, and what tests compare with. Below it one dispatch decides who answers: torch, oneDNN, a kernel
+of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA (triton_kernels.py). Nobody
+outside this package knows which.
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """
 
 from ops.activation import ACTIVATIONS, activated_linear
-from ops.adamw import Moments, adamw_step
+from ops.adamw import Moments, Vector, adamw_step
 from ops.attention import attention, first_token_attention
 from ops.dropout import DropoutMasks, dropout
 from ops.embedding import embedding
+from ops.gradients import gramian, is_exact, weighted_sum
+from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
-from ops.packed import PackedTokens, Packing
+from ops.packed import PackedTokens, Packing, TokenStore
 from ops.residual_norm import residual_norm
+from ops.transfer import Reading, to_device
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,13 +26,21 @@ __all__ = [
     "Moments",
     "PackedTokens",
     "Packing",
+    "Reading",
+    "Replayed",
+    "TokenStore",
+    "Vector",
     "activated_linear",
     "adamw_step",
     "attention",
     "dropout",
     "embedding",
     "first_token_attention",
+    "gramian",
+    "is_exact",
     "linear",
     "residual_norm",
     "speed_report",
+    "to_device",
+    "weighted_sum",
 ]

@@ -11,16 +11,19 @@ from torch.autograd.function import once_differentiable
 
 from ops import kernels
 from ops.dropout import DropoutBits, DropoutMasks
+from ops.linear import rows_multiple, triton_kernels
 from ops.packed import Packing
 
 
 def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V of every token over the tokens of its row: (N, 3 D) -> (N, D).
 
-    prob: of dropping an attention probability. The result is zero for tokens that belong to no row.
+    prob: of dropping an attention probability. What the tokens that belong to no row get is finite, and means nothing.
     """
     if kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
+    if qkv.device.type == "cuda" and (triton := triton_kernels()) is not None:
+        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
     query, key, value = qkv.chunk(3, -1)  # (N, D) each
     contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=False)
     tokens = packing.grouped_order[1]
@@ -35,6 +38,8 @@ def first_token_attention(
     if kernels.can_run(query, key_value):
         bits = _bits(packing, num_heads, prob, masks, True)
         return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
+    if query.device.type == "cuda" and (triton := triton_kernels()) is not None:
+        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
     key, value = key_value.chunk(2, -1)  # (N, D) each
     contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=True)
     context = torch.cat([context[:, 0] for context in contexts])  # (B, D) in the order of the groups
@@ -166,3 +171,48 @@ def _places(queries: Tensor, keys_values: Tensor | None, width: int) -> Sequence
     if keys_values is None:
         return queries, queries.shape[1], queries[:, width:], queries[:, 2 * width :], queries.shape[1]
     return queries, width, keys_values, keys_values[:, width:], keys_values.shape[1]
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA
+
+
+class _TritonAttention(torch.autograd.Function):
+    """On a GPU, of any type: the tokens that belong to no row attend to each other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys_values: Tensor | None,
+        packing: Packing,
+        num_heads: int,
+        prob: float,
+        masks: DropoutMasks | None,
+        triton: Any,
+    ) -> Tensor:
+        """queries: (N, 3 D) with keys and values beside them, or (B, D) where keys_values (N, 2 D) are given."""
+        queries = queries.contiguous()
+        keys_values = None if keys_values is None else keys_values.contiguous()
+        query, key, value = _parts(queries, keys_values)
+        seed = (packing.ends, 0) if masks is None or prob == 0 else masks.key()
+        longest = max(packing.longest, rows_multiple(queries.device))
+        ctx.arguments = (packing.ends, longest, num_heads, 0.0 if masks is None else prob, seed)
+        context, normalizers = triton.attention_forward(query, key, value, *ctx.arguments)
+        ctx.save_for_backward(queries, keys_values, context, normalizers)
+        ctx.triton = triton
+        return context  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys_values, context, normalizers = ctx.saved_tensors
+        grad_queries = torch.empty_like(queries)
+        grad_keys_values = None if keys_values is None else torch.empty_like(keys_values)
+        given, into = _parts(queries, keys_values), _parts(grad_queries, grad_keys_values)
+        ctx.triton.attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
+        return grad_queries, grad_keys_values, None, None, None, None, None
+
+
+def _parts(queries: Tensor, keys_values: Tensor | None) -> Sequence[Tensor]:
+    """Query, key and value, as views."""
+    return queries.chunk(3, 1) if keys_values is None else (queries, *keys_values.chunk(2, 1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SLACK = 16  # words behind the last element's that a kernel may read
@@ -15,6 +16,9 @@ def dropout(hidden_states: Tensor, prob: float, masks: "DropoutMasks | None") ->
     """Inverted dropout where masks are given (training); nothing without (evaluation)."""
     if masks is None or prob == 0:
         return hidden_states
+    if hidden_states.device.type == "cuda":
+        masks.check_drawing()
+        return F.dropout(hidden_states, prob)
     return hidden_states * masks.mask(hidden_states.shape, prob, hidden_states.dtype)
 
 
@@ -33,13 +37,27 @@ class DropoutMasks:
 
     On the CPU a mask compares 16 random bits an element with the probability, several times as fast as drawing
     Bernoulli variables. The probability is met to within 1/131072; the scale is exact for the one that is met.
+
+    A GPU's fused kernels draw for themselves, from the device's default generator or from a seed in its memory. Both
+    are set when masks are made, outside of what a CUDA graph records, so that a replayed pass draws anew; of the masks of a
+    device only those made last can be drawn from.
     """
 
+    _drawing: dict[torch.device, "DropoutMasks"] = {}
+    _seeds: dict[torch.device, Tensor] = {}
+
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        """seed: from 0 to 2**64 - 1."""
+        """seed: from 0 to 2**63 - 1."""
         self.seed, self.device = seed, torch.device(device)
-        self._words = np.random.SFC64(seed) if self.device.type == "cpu" else None
-        self._generator = torch.Generator(device).manual_seed(seed) if self._words is None else None
+        self._words: np.random.SFC64 | None = None
+        if self.device.type == "cpu":
+            self._words = np.random.SFC64(seed)
+            return
+        torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        if self.device not in self._seeds:
+            self._seeds[self.device] = torch.empty(1, dtype=torch.int64, device=self.device)
+        self._seeds[self.device].fill_(seed)
+        self._drawing[self.device], self._num_keys = self, 0
 
     def again(self) -> "DropoutMasks":
         """Masks that repeat this object's from its first on: two passes with the same draw can be compared."""
@@ -47,9 +65,10 @@ class DropoutMasks:
 
     def mask(self, shape: Sequence[int], prob: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """A mask of a shape. prob: probability of dropping an element, from 0 to below 1."""
-        mask = torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        if self._generator is not None:
-            return mask.bernoulli_(1 - prob, generator=self._generator).div_(1 - prob)
+        if self._words is None:
+            self.check_drawing()
+            return F.dropout(torch.ones(tuple(shape), dtype=dtype, device=self.device), prob)
+        mask = torch.empty(tuple(shape), dtype=dtype)
         bits = self.bits(math.prod(shape), prob)
         torch.ge(bits.words[: mask.numel()].view(mask.shape), bits.threshold, out=mask)
         return mask.mul_(bits.keep)
@@ -60,3 +79,13 @@ class DropoutMasks:
         words = self._words.random_raw(-(-(numel + SLACK) // 4)).view(np.int16)  # four of 16 bits in each of 64
         dropped = min(round(prob * 2**16), 2**16 - 1)
         return DropoutBits(torch.from_numpy(words), dropped - 2**15, 2**16 / (2**16 - dropped))
+
+    def check_drawing(self) -> None:
+        """On a GPU, before the device's default generator is drawn from."""
+        assert self._drawing[self.device] is self, "other masks of this device were made after these"
+
+    def key(self) -> tuple[Tensor, int]:
+        """What a kernel of ours draws a mask by, on a GPU: a seed in the device's memory, and the mask's number."""
+        self.check_drawing()
+        self._num_keys += 1
+        return self._seeds[self.device], self._num_keys

@@ -2,9 +2,11 @@
 
 torch multiplies float32 matrices with MKL, which uses the 512-bit registers of Intel's processors only; oneDNN, which
 torch carries for other precisions, uses them wherever they are: there the product is oneDNN's. The mathematics is the
-same, sums are taken in another order.
+same, sums are taken in another order. On a GPU under mixed precision the gradient of a matrix stays in float32, and is added
+to what is there by its product.
 """
 
+import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """inputs weight^T + bias: (N, I), (O, I), (O,) -> (N, O)."""
     if uses_onednn(inputs):
         return _OnednnLinear.apply(inputs, weight, bias)  # type: ignore[no-any-return]
+    if inputs.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return _HalfLinear.apply(inputs, weight, bias, torch.get_autocast_dtype("cuda"))  # type: ignore[no-any-return]
     return F.linear(inputs, weight, bias)
 
 
@@ -65,6 +69,8 @@ def rows_multiple(device: torch.device) -> int:
     oneDNN compiles a kernel for each shape it meets, which takes as long as a layer's products; packed batches have
     another number of tokens every time.
     """
+    if device.type == "cuda":
+        return 64  # as few CUDA graphs as go, and whole tiles of a product
     return 32 if device.type == "cpu" and _onednn_is_faster() else 1
 
 
@@ -95,3 +101,43 @@ class _OnednnLinear(torch.autograd.Function):
         elif wants_weight:
             grad_weight = onednn_product(inputs.t(), grad.t()).t()  # (O, I)
         return grad_inputs, grad_weight, grad.sum(0) if wants_bias else None
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA
+
+
+@cache
+def triton_kernels() -> Any:
+    """The module of our kernels in Triton, or None where it cannot be imported."""
+    try:
+        return importlib.import_module("ops.triton_kernels")
+    except ImportError:
+        return None
+
+
+class _HalfLinear(torch.autograd.Function):
+    """Under autocast: factors in half precision, parameters and their gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        half_inputs, half_weight = inputs.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(half_inputs, half_weight)
+        ctx.weight, ctx.type_of_inputs = weight, inputs.dtype
+        with torch.autocast("cuda", enabled=False):
+            return F.linear(half_inputs, half_weight, None if bias is None else bias.to(dtype))  # (N, O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        wants_inputs, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_inputs = (grad @ weight).to(ctx.type_of_inputs) if wants_inputs else None  # (N, I)
+        grad_weight, whole = None, ctx.weight
+        if wants_weight and whole.is_leaf and whole.grad is not None:
+            torch.addmm(whole.grad, grad.t(), inputs, out_dtype=torch.float32, out=whole.grad)  # (O, I)
+        elif wants_weight:
+            grad_weight = torch.mm(grad.t(), inputs, out_dtype=torch.float32)  # (O, I)
+        triton = triton_kernels()
+        sums = (lambda: grad.sum(0, dtype=torch.float32)) if triton is None else (lambda: triton.column_sums(grad))
+        return grad_inputs, grad_weight, sums() if wants_bias else None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.linear import rows_multiple
+from ops.transfer import to_device
 
 FILL = 0.75  # a row joins a group while it fills at least this share of the group's length
 
@@ -29,21 +30,33 @@ class Group:
 class Packing:
     """Where the B rows of a batch of N packed tokens lie; the last few tokens may belong to no row.
 
-    lengths: (B,) int64 tokens of each row. starts: (B,) its first token.
+    ends: (B,) int64 behind each row's last token. longest: no row has more tokens. On the host, for the CPU's kernels and
+    for groups, lengths: (B,) int64 tokens of each row, and starts: (B,) its first token.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> None:
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        self.device = torch.device(device)
+    def __init__(self, ends: Tensor, longest: int) -> None:
+        self.ends, self.longest = ends, longest
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Packing":
+        """Rows of these lengths, on the CPU."""
+        return cls(torch.tensor(lengths).cumsum(0), max(lengths))
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.ends)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.ends.cpu().numpy(), prepend=0)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return self.ends.cpu().numpy() - self.lengths
 
     @property
     def num_tokens(self) -> int:
         """Tokens that belong to a row."""
-        return int(self.lengths.sum())
+        return int(self.ends[-1])
 
     @cached_property
     def groups_of_rows(self) -> list[np.ndarray]:
@@ -58,7 +71,7 @@ class Packing:
         place = np.arange(self.lengths[rows].max())
         is_real = place < self.lengths[rows, None]  # (b, L)
         tokens = self.starts[rows, None] + np.where(is_real, place, 0)  # (b, L)
-        return Group(*(torch.from_numpy(array).to(self.device) for array in (rows, tokens, is_real)))
+        return Group(*(to_device(array, self.ends.device) for array in (rows, tokens, is_real)))
 
     @cached_property
     def grouped_order(self) -> tuple[Tensor, Tensor]:
@@ -86,35 +99,16 @@ def group_by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
 class PackedTokens:
     """The tokens of B rows, one row behind the other, then the few that belong to no row.
 
-    input_ids, token_type_ids, position_ids: (N,); first_tokens: (B,) index of each row's [CLS].
+    input_ids, token_type_ids, position_ids: (N,); row_of_token: (N,) which row a token belongs to, B for none;
+    first_tokens: (B,) index of each row's [CLS].
     """
 
     input_ids: Tensor
     token_type_ids: Tensor
     position_ids: Tensor
+    row_of_token: Tensor
     first_tokens: Tensor
     packing: Packing = field(repr=False)
-
-    @classmethod
-    def from_arrays(
-        cls, ids: np.ndarray, types: np.ndarray, lengths: np.ndarray, device: torch.device | str = "cpu"
-    ) -> "PackedTokens":
-        """ids, types: of all rows in order; lengths: (B,), each at least 1. Positions count from 0 in a row."""
-        packing = Packing(lengths, device)
-        positions = np.arange(len(ids)) - np.repeat(packing.starts, packing.lengths)
-        unowned = -len(ids) % rows_multiple(packing.device)
-        columns = [np.pad(np.asarray(array, np.int64), (0, unowned)) for array in (ids, types, positions)]  # (N,)
-        first, second, third, starts = (
-            torch.from_numpy(array).to(device, non_blocking=True) for array in (*columns, packing.starts)
-        )
-        return cls(first, second, third, starts, packing)
-
-    @property
-    def row_of_token(self) -> Tensor:
-        """(N,) which of the B rows a token belongs to; B for a token that belongs to none."""
-        counts = torch.from_numpy(self.packing.lengths).to(self.input_ids.device)
-        rows = torch.arange(len(self), device=counts.device).repeat_interleave(counts, output_size=self.num_tokens)
-        return torch.nn.functional.pad(rows, (0, len(self.input_ids) - self.num_tokens), value=len(self))
 
     @property
     def num_tokens(self) -> int:
@@ -122,3 +116,55 @@ class PackedTokens:
 
     def __len__(self) -> int:
         return len(self.packing)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The tokens of R rows on a device, one row behind the other, which batches are gathered from.
+
+    ids: (tokens of all rows,); starts, lengths, firsts: (R,) a row's first token, its tokens, and those of type 0.
+    host_lengths: (R,) the lengths, on the host.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    lengths: Tensor
+    firsts: Tensor
+    host_lengths: np.ndarray = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, ids: np.ndarray, lengths: np.ndarray, firsts: np.ndarray, device: torch.device | str = "cpu"
+    ) -> "TokenStore":
+        lengths = np.array(lengths, np.int64)
+        columns = (ids, np.cumsum(lengths) - lengths, lengths, firsts)
+        tensors = (torch.from_numpy(np.array(column, np.int64)).to(device) for column in columns)
+        return cls(*tensors, host_lengths=lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.host_lengths.max())
+
+    def num_places(self, rows: np.ndarray) -> int:
+        """N for these rows: their tokens, filled up."""
+        num_tokens, multiple = int(self.host_lengths[rows].sum()), rows_multiple(self.ids.device)
+        return -(-num_tokens // multiple) * multiple
+
+    def batch(self, rows: np.ndarray) -> PackedTokens:
+        """The rows of these numbers, in this order."""
+        return self.gather(to_device(rows, self.ids.device), self.num_places(rows))
+
+    def gather(self, rows: Tensor, num_places: int) -> PackedTokens:
+        """The same for rows (B,) on the device: all that depends on them is computed there, and nothing waits for it."""
+        count, lengths = len(rows), self.lengths[rows]
+        ends = lengths.cumsum(0)  # (B,)
+        place = torch.arange(num_places, device=rows.device)  # (N,)
+        row_of_token = torch.searchsorted(ends, place, right=True)  # (N,)
+        row = row_of_token.clamp(max=count - 1)
+        first_tokens = ends - lengths  # (B,)
+        is_owned = row_of_token < count
+        position = torch.where(is_owned, place - first_tokens[row], 0)
+        ids = torch.where(is_owned, self.ids[self.starts[rows][row] + position], 0)
+        types = (is_owned & (position >= self.firsts[rows][row])).long()
+        packing = Packing(ends, self.longest)
+        return PackedTokens(ids, types, position, row_of_token, first_tokens, packing)

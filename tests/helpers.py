@@ -18,7 +18,7 @@ from bert import Bert, BertConfig, empty_bert, initialize
 from checkpoints import to_huggingface
 from datasets import Batch
 from model import Layout, MultitaskBert
-from ops import DropoutMasks, PackedTokens
+from ops import DropoutMasks, PackedTokens, TokenStore
 from ops.dropout import DropoutBits
 from parameters import Choice
 from tasks import TASKS, Classes, Score
@@ -108,8 +108,10 @@ def random_tokens(num_rows: int, seed: int = 0, config: BertConfig | None = None
 
 
 def pack(rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> PackedTokens:
-    """Rows of token ids and token types as a packed batch."""
-    return PackedTokens.from_arrays(np.concatenate(rows), np.concatenate(types), np.array([len(row) for row in rows]))
+    """Rows of token ids and token types as a packed batch. The types of a row are zeros, then ones."""
+    firsts = np.array([list(of_row).count(0) for of_row in types])
+    store = TokenStore.of(np.concatenate(rows), np.array([len(row) for row in rows]), firsts)
+    return store.batch(np.arange(len(rows)))
 
 
 def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | None = None) -> Batch:
@@ -121,7 +123,7 @@ def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | N
         labels = random.uniform(output.low, output.high, num_rows).astype(np.float32)
     else:
         labels = random.integers(0, 2, num_rows).astype(np.float32)
-    return Batch(list(range(num_rows)), torch.from_numpy(labels), tokens=random_tokens(num_rows, seed, config))
+    return Batch(torch.from_numpy(labels), tokens=random_tokens(num_rows, seed, config))
 
 
 def tiny_model(

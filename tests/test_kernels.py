@@ -64,7 +64,7 @@ def test_a_damaged_library_is_compiled_anew(damage: str, tmp_path: Path, monkeyp
     library.write_bytes(damaged)
     assert not kernels._is_whole(library)
     script = "import torch; from ops import kernels, attention, Packing; print(repr(kernels.build().problem))\n"
-    script += "print(attention(torch.tensor([[1., 1., 4.], [1., 1., 6.]]), Packing([2]), 1, 0.0, None).tolist())"
+    script += "print(attention(torch.tensor([[1., 1., 4.], [1., 1., 6.]]), Packing.of([2]), 1, 0.0, None).tolist())"
     if damage != "one bit":
         done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, "''\n[[5.0], [5.0]]\n"), done.stderr

@@ -240,7 +240,7 @@ def exact_attention(tensors: Sequence[Tensor], lengths: Sequence[int], num_heads
 @pytest.mark.parametrize(("num_heads", "size"), [(1, 5), (2, 16), (3, 17), (2, 40)])
 def test_attention_is_its_formula(form: None, num_heads: int, size: int, prob: float) -> None:
     """Also with a token that belongs to no row, which comes out as zeros."""
-    packing, masks = Packing(LENGTHS), RecordedMasks(1)
+    packing, masks = Packing.of(LENGTHS), RecordedMasks(1)
     qkv = random(sum(LENGTHS) + 1, 3 * num_heads * size)
 
     def exact(qkv: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def test_attention_is_its_formula(form: None, num_heads: int, size: int, prob: f
 @pytest.mark.parametrize("prob", [0.0, 0.25])
 @pytest.mark.parametrize(("num_heads", "size"), [(1, 5), (4, 8), (2, 40)])
 def test_attention_of_first_tokens_is_its_formula(form: None, num_heads: int, size: int, prob: float) -> None:
-    packing, masks, width = Packing(LENGTHS), RecordedMasks(1), num_heads * size
+    packing, masks, width = Packing.of(LENGTHS), RecordedMasks(1), num_heads * size
 
     def exact(query: Tensor, key_value: Tensor) -> Tensor:
         mask = masks.drawn[0][1].double() if prob else None
@@ -272,11 +272,11 @@ def test_attention_of_first_tokens_is_its_formula(form: None, num_heads: int, si
 
 def test_scores_far_apart_or_far_below_zero_count_as_any_others(form: None) -> None:
     qkv = random(40, 3 * 8, scale=100)
-    found = ops.attention(qkv, Packing([17, 23]), 2, 0.0, None)
+    found = ops.attention(qkv, Packing.of([17, 23]), 2, 0.0, None)
     assert_near(found, exact_attention(qkv.double().chunk(3, 1), [17, 23], 2, None), 1e-4)
     for scale in (1.0, 2.0**53):
         qkv = torch.tensor([[scale, -100 * scale, 4.0], [scale, -100 * scale, 6.0]], requires_grad=True)
-        context = ops.attention(qkv, Packing([2]), 1, 0.0, None)
+        context = ops.attention(qkv, Packing.of([2]), 1, 0.0, None)
         assert context.flatten().tolist() == [5.0, 5.0]
         (gradient,) = torch.autograd.grad(context.sum(), qkv)
         assert gradient.tolist() == [[0.0, -scale, 1.0], [0.0, scale, 1.0]]
@@ -295,7 +295,7 @@ def test_every_operation_goes_to_its_kernel_where_kernels_can_run(monkeypatch: p
         original(name, *arguments)
 
     monkeypatch.setattr(kernels, "call", call)
-    packing, x = Packing([3, 5]), random(8, 24).requires_grad_()
+    packing, x = Packing.of([3, 5]), random(8, 24).requires_grad_()
 
     def run() -> None:
         called.clear()
@@ -316,7 +316,7 @@ def test_every_operation_goes_to_its_kernel_where_kernels_can_run(monkeypatch: p
 @pytest.mark.parametrize("finish", [lambda out: out.T, lambda out: out.sum(0)], ids=["transposed", "expanded"])
 def test_inputs_and_gradients_may_lie_in_memory_in_any_way(finish: Callable[[Tensor], Tensor]) -> None:
     """An operation in float64 is its torch form."""
-    packing, norm, dense = Packing([3, 5]), nn.LayerNorm(24), layer(24, 8)
+    packing, norm, dense = Packing.of([3, 5]), nn.LayerNorm(24), layer(24, 8)
     randomize_vectors(norm, 5)
 
     def strided(x: Tensor) -> Tensor:
@@ -352,12 +352,12 @@ def test_what_is_not_a_number_stays_so_in_its_row_and_nowhere_else(form: None) -
     for wrong in (torch.nan, torch.inf):
         qkv = random(9, 3 * 8)
         qkv[5, 10] = wrong  # a key of the second row, in the first of two heads
-        context = ops.attention(qkv, Packing([4, 5]), 2, 0.0, None)
+        context = ops.attention(qkv, Packing.of([4, 5]), 2, 0.0, None)
         assert context[:4].isfinite().all() and context[4:, :4].isnan().any()
     for lengths in ([6, 5], [5, 6], [16, 1], [4, 3, 2]):
         qkv = random(sum(lengths), 3 * 8)
         qkv[: lengths[0]] = torch.nan
-        context = ops.attention(qkv.requires_grad_(), Packing(lengths), 1, 0.0, None)
+        context = ops.attention(qkv.requires_grad_(), Packing.of(lengths), 1, 0.0, None)
         (gradient,) = torch.autograd.grad((context * random(*context.shape)).sum(), qkv)
         assert context[lengths[0] :].isfinite().all() and gradient[lengths[0] :].isfinite().all()
         assert gradient[: lengths[0]].isnan().any()

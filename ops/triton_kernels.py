@@ -1,0 +1,374 @@
+"""Kernels for CUDA in Triton, which torch brings along there.
+
+Their definitions are the torch forms beside the calls, in residual_norm.py, attention.py, linear.py and gradients.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 4 * 132  # of the backward pass, each with a part of the sums over rows
+
+
+@triton.jit
+def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(lines, BLOCK) 1 / (1 - prob) where an element is kept, else 0. Four elements are drawn at a place: of lines (lines, 1),
+    each width places long, the places `first` and on."""
+    places = lines * width + first + tl.arange(0, BLOCK // 4)[None, :]
+    r0, r1, r2, r3 = tl.rand4x(tl.load(seed) + number, places)
+    draws = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), [places.shape[0], BLOCK])
+    return tl.where(draws >= prob, 1 / (1 - prob), 0.0)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _residual_norm_forward(  # type: ignore[no-untyped-def]
+    update, residual, term, weight, bias, seed, number, prob, eps, size, sums, output, moments,
+    HAS_TERM: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside, place = column < size, row.to(tl.int64) * size + column
+    x = tl.load(update + place, inside, 0.0).to(tl.float32)
+    if DROPS:
+        x *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK // 4, BLOCK), [BLOCK])
+    x += tl.load(residual + place, inside, 0.0).to(tl.float32)
+    if HAS_TERM:
+        x += tl.load(term + place, inside, 0.0).to(tl.float32)
+    tl.store(sums + place, x.to(sums.dtype.element_ty), inside)
+    mean = tl.sum(x) / size
+    centered = tl.where(inside, x - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centered * centered) / size + eps)
+    tl.store(moments + 2 * row, mean)
+    tl.store(moments + 2 * row + 1, scale)
+    y = centered * scale * tl.load(weight + column, inside, 0.0) + tl.load(bias + column, inside, 0.0)
+    tl.store(output + place, y.to(output.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["number", "num_rows", "turns"])
+def _residual_norm_backward(  # type: ignore[no-untyped-def]
+    grad, sums, moments, weight, seed, number, prob, num_rows, turns, size, grad_update, grad_sums, parts,
+    DROPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    of_weight = tl.load(weight + column, column < size, 0.0).to(tl.float32)
+    for_weight, for_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for turn in range(turns):
+        row = turn * tl.num_programs(0) + tl.program_id(0)
+        inside = (column < size) & (row < num_rows)
+        place = row.to(tl.int64) * size + column
+        g = tl.load(grad + place, inside, 0.0).to(tl.float32)
+        x = tl.load(sums + place, inside, 0.0).to(tl.float32)
+        mean, scale = tl.load(moments + 2 * row, row < num_rows, 0.0), tl.load(moments + 2 * row + 1, row < num_rows, 0.0)
+        normalized = tl.where(inside, (x - mean) * scale, 0.0)
+        for_weight += g * normalized
+        for_bias += g
+        g *= of_weight
+        found = (g - tl.sum(g) / size - normalized * (tl.sum(g * normalized) / size)) * scale
+        tl.store(grad_sums + place, found.to(grad_sums.dtype.element_ty), inside)
+        if DROPS:
+            found *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK // 4, BLOCK), [BLOCK])
+            tl.store(grad_update + place, found.to(grad_update.dtype.element_ty), inside)
+    place = tl.program_id(0) * 2 * size + column
+    tl.store(parts + place, for_weight, column < size)
+    tl.store(parts + place + size, for_bias, column < size)
+
+
+def residual_norm_forward(
+    update: Tensor,
+    residual: Tensor,
+    term: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    key: tuple[Tensor, int],
+    prob: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (N, D), output (N, D) and moments (N, 2), a row's mean and inverse deviation. prob: 0 for no dropout."""
+    num_rows, size = update.shape
+    sums, output = torch.empty_like(update), torch.empty_like(update)
+    moments = torch.empty(num_rows, 2, dtype=torch.float32, device=update.device)
+    block = triton.next_power_of_2(size)
+    _residual_norm_forward[(num_rows,)](
+        update, residual, update if term is None else term, weight, bias, *key, prob, eps, size, sums, output, moments,
+        HAS_TERM=term is not None, DROPS=prob > 0, BLOCK=block,
+    )  # fmt: skip
+    return sums, output, moments
+
+
+def residual_norm_backward(
+    grad: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, key: tuple[Tensor, int], prob: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the update and of the sums, both (N, D), of weight and of bias, both (D,)."""
+    num_rows, size = sums.shape
+    grad_sums = torch.empty_like(sums)
+    grad_update = torch.empty_like(sums) if prob > 0 else grad_sums
+    programs = min(PROGRAMS, num_rows)
+    parts = torch.empty(programs, 2, size, dtype=torch.float32, device=sums.device)
+    block = triton.next_power_of_2(size)
+    _residual_norm_backward[(programs,)](
+        grad, sums, moments, weight, *key, prob, num_rows, triton.cdiv(num_rows, programs), size, grad_update, grad_sums,
+        parts, DROPS=prob > 0, BLOCK=block,
+    )  # fmt: skip
+    grad_weight, grad_bias = parts.sum(0)  # (programs, 2, D) -> (D,), (D,)
+    return grad_update, grad_sums, grad_weight, grad_bias
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+#
+# A program has a head and a block of a row's queries (or, for the gradients of keys and values, of its keys) and goes
+# through the row's blocks of the others: rows of the usual two dozen tokens are one block, and nothing is padded.
+
+TILE = tl.constexpr(32)  # queries or keys of a block
+
+
+@triton.jit
+def _row(ends, number, num_rows, num_tokens, FIRST_ONLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row's first token, its tokens, its first query and its queries. Row num_rows is of the tokens of none."""
+    start = tl.load(ends + number - 1, number > 0, 0)
+    length = tl.load(ends + number, number < num_rows, num_tokens) - start
+    if FIRST_ONLY:
+        return start, length, number + 0 * start, tl.where(number < num_rows, 1, 0) + 0 * length
+    return start, length, start, length
+
+
+@triton.jit
+def _block(pointer, stride, start, first, length, head, size, E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(TILE, E) lines `first` and on of a row, one head's columns; zeros beyond the row's end and the head's."""
+    line, column = first + tl.arange(0, TILE)[:, None], tl.arange(0, E)[None, :]
+    place = (start + line) * stride + head * size + column
+    return tl.load(pointer + place, (line < length) & (column < size), 0.0)
+
+
+@triton.jit
+def _put(pointer, values, stride, start, first, length, head, size, E: tl.constexpr):  # type: ignore[no-untyped-def]
+    line, column = first + tl.arange(0, TILE)[:, None], tl.arange(0, E)[None, :]
+    place = (start + line) * stride + head * size + column
+    tl.store(pointer + place, values.to(pointer.dtype.element_ty), (line < length) & (column < size))
+
+
+@triton.jit
+def _mask(seed, number, first, head, first_key, prob, num_heads, width):  # type: ignore[no-untyped-def]
+    """(TILE, TILE) dropout of the probabilities of queries `first` and on of the batch, keys `first_key` and on of a row."""
+    lines = ((first + tl.arange(0, TILE)) * num_heads + head).to(tl.int32)[:, None]
+    return _keep(seed, number, lines, first_key // 4, prob, width // 4, TILE)
+
+
+@triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
+def _attention_forward(  # type: ignore[no-untyped-def]
+    query, key, value, ends, seed, number, prob, scale, num_rows, num_tokens, num_heads, size, width,
+    query_stride, key_stride, context, normalizers,
+    FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    first, head = tl.program_id(0) * TILE, tl.program_id(1)
+    start, length, start_of_queries, num_queries = _row(ends, tl.program_id(2), num_rows, num_tokens, FIRST_ONLY)
+    if first < num_queries:
+        q = _block(query, query_stride, start_of_queries, first, num_queries, head, size, E)
+        largest, total = tl.full([TILE], float("-inf"), tl.float32), tl.zeros([TILE], tl.float32)
+        found = tl.zeros([TILE, E], tl.float32)
+        for first_key in range(0, length, TILE):
+            k = _block(key, key_stride, start, first_key, length, head, size, E)
+            v = _block(value, key_stride, start, first_key, length, head, size, E)
+            is_key = first_key + tl.arange(0, TILE)[None, :] < length
+            scores = tl.where(is_key, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            shares = tl.exp(scores - new_largest[:, None])
+            shrunk = tl.exp(largest - new_largest)
+            total = total * shrunk + tl.sum(shares, 1)
+            if DROPS:
+                shares *= _mask(seed, number, start_of_queries + first, head, first_key, prob, num_heads, width)
+            found = found * shrunk[:, None] + tl.dot(shares.to(v.dtype), v, input_precision="ieee")
+            largest = new_largest
+        _put(context, found / total[:, None], num_heads * size, start_of_queries, first, num_queries, head, size, E)
+        line = first + tl.arange(0, TILE)
+        place = (start_of_queries + line) * num_heads + head
+        tl.store(normalizers + place, largest + tl.log(total), line < num_queries)
+
+
+@triton.jit
+def _shares(  # type: ignore[no-untyped-def]
+    q, k, normalizers, start_of_queries, first, num_queries, first_key, length, head, num_heads, scale
+):  # fmt: skip
+    """(TILE, TILE) attention probabilities, zero beyond a row's ends."""
+    line = first + tl.arange(0, TILE)
+    normalizer = tl.load(normalizers + (start_of_queries + line) * num_heads + head, line < num_queries, 0.0)
+    is_there = (line[:, None] < num_queries) & (first_key + tl.arange(0, TILE)[None, :] < length)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where(is_there, tl.exp(scores - normalizer[:, None]), 0.0)
+
+
+@triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
+def _attention_backward_queries(  # type: ignore[no-untyped-def]
+    query, key, value, ends, seed, number, prob, scale, num_rows, num_tokens, num_heads, size, width,
+    query_stride, key_stride, context, normalizers, grad, removed, grad_query,
+    FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the queries; removed (N, H): what the softmax takes off, the inner products of context and gradient."""
+    first, head = tl.program_id(0) * TILE, tl.program_id(1)
+    start, length, start_of_queries, num_queries = _row(ends, tl.program_id(2), num_rows, num_tokens, FIRST_ONLY)
+    if first < num_queries:
+        q = _block(query, query_stride, start_of_queries, first, num_queries, head, size, E)
+        g = _block(grad, num_heads * size, start_of_queries, first, num_queries, head, size, E)
+        o = _block(context, num_heads * size, start_of_queries, first, num_queries, head, size, E)
+        less = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        line = first + tl.arange(0, TILE)
+        tl.store(removed + (start_of_queries + line) * num_heads + head, less, line < num_queries)
+        found = tl.zeros([TILE, E], tl.float32)
+        for first_key in range(0, length, TILE):
+            k = _block(key, key_stride, start, first_key, length, head, size, E)
+            v = _block(value, key_stride, start, first_key, length, head, size, E)
+            shares = _shares(
+                q, k, normalizers, start_of_queries, first, num_queries, first_key, length, head, num_heads, scale
+            )
+            of_shares = tl.dot(g, tl.trans(v), input_precision="ieee")
+            if DROPS:
+                of_shares *= _mask(seed, number, start_of_queries + first, head, first_key, prob, num_heads, width)
+            of_scores = shares * (of_shares - less[:, None])
+            found += tl.dot(of_scores.to(k.dtype), k, input_precision="ieee")
+        _put(grad_query, found * scale, query_stride, start_of_queries, first, num_queries, head, size, E)
+
+
+@triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
+def _attention_backward_keys(  # type: ignore[no-untyped-def]
+    query, key, value, ends, seed, number, prob, scale, num_rows, num_tokens, num_heads, size, width,
+    query_stride, key_stride, normalizers, grad, removed, grad_key, grad_value,
+    FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    first_key, head = tl.program_id(0) * TILE, tl.program_id(1)
+    start, length, start_of_queries, num_queries = _row(ends, tl.program_id(2), num_rows, num_tokens, FIRST_ONLY)
+    if first_key < length:
+        k = _block(key, key_stride, start, first_key, length, head, size, E)
+        v = _block(value, key_stride, start, first_key, length, head, size, E)
+        of_key, of_value = tl.zeros([TILE, E], tl.float32), tl.zeros([TILE, E], tl.float32)
+        for first in range(0, num_queries, TILE):
+            q = _block(query, query_stride, start_of_queries, first, num_queries, head, size, E)
+            g = _block(grad, num_heads * size, start_of_queries, first, num_queries, head, size, E)
+            line = first + tl.arange(0, TILE)
+            less = tl.load(removed + (start_of_queries + line) * num_heads + head, line < num_queries, 0.0)
+            shares = _shares(
+                q, k, normalizers, start_of_queries, first, num_queries, first_key, length, head, num_heads, scale
+            )
+            of_shares = tl.dot(g, tl.trans(v), input_precision="ieee")
+            kept = shares
+            if DROPS:
+                mask = _mask(seed, number, start_of_queries + first, head, first_key, prob, num_heads, width)
+                kept, of_shares = shares * mask, of_shares * mask
+            of_value += tl.dot(tl.trans(kept).to(g.dtype), g, input_precision="ieee")
+            of_scores = shares * (of_shares - less[:, None])
+            of_key += tl.dot(tl.trans(of_scores).to(q.dtype), q, input_precision="ieee")
+        _put(grad_key, of_key * scale, key_stride, start, first_key, length, head, size, E)
+        _put(grad_value, of_value, key_stride, start, first_key, length, head, size, E)
+
+
+def _attention_arguments(
+    query: Tensor, key: Tensor, ends: Tensor, longest: int, num_heads: int, prob: float, seed: tuple[Tensor, int]
+) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    """The grid over blocks of keys, what the kernels share behind the three tensors, and what they are compiled for."""
+    size, first_only = query.shape[1] // num_heads, len(query) != len(key)
+    num_blocks = triton.cdiv(longest, TILE.value)
+    numbers = (len(ends), len(key), num_heads, size, num_blocks * TILE.value, query.stride(0), key.stride(0))
+    constants = {"FIRST_ONLY": first_only, "DROPS": prob > 0, "E": max(16, triton.next_power_of_2(size))}
+    return (num_blocks, num_heads, len(ends) + 1), (ends, *seed, prob, size**-0.5, *numbers), constants
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, num_heads: int, prob: float,
+    seed: tuple[Tensor, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Context, as query, and each query's and head's logarithm of the softmax's sum.
+
+    query: (N, D), or (B, D) of the first tokens; key, value: (N, D); all may be columns of wider tensors. ends: (B,) behind
+    each row's last token. longest: no row, and not the tokens of none, has more tokens. prob: 0 for no dropout.
+    """
+    grid, arguments, constants = _attention_arguments(query, key, ends, longest, num_heads, prob, seed)
+    context = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    normalizers = torch.empty(len(query), num_heads, dtype=torch.float32, device=query.device)
+    grid = (1, *grid[1:]) if constants["FIRST_ONLY"] else grid
+    _attention_forward[grid](query, key, value, *arguments, context, normalizers, **constants)
+    return context, normalizers
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor, normalizers: Tensor, into: Sequence[Tensor],
+    ends: Tensor, longest: int, num_heads: int, prob: float, seed: tuple[Tensor, int],
+) -> None:  # fmt: skip
+    """Writes the gradients of query, key and value into tensors that lie as they do."""
+    grid, arguments, constants = _attention_arguments(query, key, ends, longest, num_heads, prob, seed)
+    removed = torch.empty_like(normalizers)
+    given = (query, key, value, *arguments)
+    of_queries = (1, *grid[1:]) if constants["FIRST_ONLY"] else grid
+    _attention_backward_queries[of_queries](*given, context, normalizers, grad, removed, into[0], **constants)
+    _attention_backward_keys[grid](*given, normalizers, grad, removed, *into[1:], **constants)
+
+
+# ------------------------------------------------------------------------------------------------- sums of columns
+
+
+@triton.jit(do_not_specialize=["num_rows", "turns"])
+def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([LINES, BLOCK], tl.float32)
+    for turn in range(turns):
+        row = ((turn * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES))[:, None]
+        place = row.to(tl.int64) * size + column
+        total += tl.load(values + place, (row < num_rows) & (column < size), 0.0).to(tl.float32)
+    place = tl.program_id(0) * size + column
+    tl.store(parts + place, tl.sum(total, 0)[None, :], column < size)
+
+
+def column_sums(values: Tensor) -> Tensor:
+    """(O,) float32 sums over the rows of (N, O)."""
+    num_rows, size = values.shape
+    lines, block = 16, 256
+    programs = min(64, triton.cdiv(num_rows, lines))
+    parts = torch.empty(programs, size, dtype=torch.float32, device=values.device)
+    turns = triton.cdiv(num_rows, programs * lines)
+    grid = (programs, triton.cdiv(size, block))
+    _column_sums[grid](values, num_rows, size, turns, parts, LINES=lines, BLOCK=block)
+    return parts.sum(0)
+
+
+# -------------------------------------------------------------------------------------------- gradient treatments
+
+
+@triton.jit
+def _gramian(rows, num_columns, stride, parts, T: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Each program's part of the T x T inner products, in parts (programs, T, T)."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < num_columns
+    for i in tl.static_range(T):
+        one = tl.load(rows + i * stride + column, inside, 0.0)
+        for j in tl.static_range(i, T):
+            product = tl.sum(one * tl.load(rows + j * stride + column, inside, 0.0))
+            tl.store(parts + (tl.program_id(0) * T + i) * T + j, product)
+            tl.store(parts + (tl.program_id(0) * T + j) * T + i, product)
+
+
+@triton.jit
+def _weighted_sum(rows, num_columns, stride, weights, T: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < num_columns
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(T):
+        total += tl.load(weights + i) * tl.load(rows + i * stride + column, inside, 0.0)
+    tl.store(rows + column, total, inside)
+
+
+def gramian(rows: Tensor) -> Tensor:
+    """(T, T) inner products of the rows of (T, P), float64; each line of rows lies in one piece."""
+    count, size = rows.shape
+    block = 4096
+    programs = triton.cdiv(size, block)
+    parts = torch.empty(programs, count, count, dtype=torch.float32, device=rows.device)
+    _gramian[(programs,)](rows, size, rows.stride(0), parts, T=count, BLOCK=block)
+    return parts.sum(0, dtype=torch.float64)  # (programs, T, T) -> (T, T)
+
+
+def weighted_sum(rows: Tensor, weights: Tensor) -> None:
+    """The sum of weights[t] * rows[t], in place of the first row. rows: (T, P), weights: (T,) float32, both on the GPU."""
+    count, size = rows.shape
+    block = 4096
+    _weighted_sum[(triton.cdiv(size, block),)](rows, size, rows.stride(0), weights, T=count, BLOCK=block)
