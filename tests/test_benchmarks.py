@@ -43,6 +43,7 @@ from tasks import TASKS, task_loss
 
 LINEAR = sys.modules["ops.linear"]  # the package has a function of that name
 RANDOM = np.random.default_rng(0)
+Checkpoint, Rows = workload.Checkpoint, Mapping[str, TokenizedRows]
 IN_PROCESS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost")
 
 
@@ -52,7 +53,7 @@ def checkpoint(tiny: Path) -> workload.Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def rows(checkpoint: workload.Checkpoint, data: Path) -> dict[str, TokenizedRows]:
+def rows(checkpoint: Checkpoint, data: Path) -> dict[str, TokenizedRows]:
     return checkpoint.rows(data, "train")
 
 
@@ -83,9 +84,7 @@ def test_numbers_are_shown_with_three_significant_digits() -> None:
     assert [harness.significant(of) for of in values] == ["0.288", "2.00", "45.7", "1000", "1234", "3.20e-07"]
 
 
-def test_kinds_alternate_and_a_device_s_work_counts_for_the_step_that_asked_for_it(
-    monkeypatch: Patch,
-) -> None:
+def test_kinds_alternate_and_a_device_s_work_counts_for_the_step_that_asked_for_it(monkeypatch: Patch) -> None:
     """A clock that only the steps move: "a" works at once, the work of "b" is done when it is waited for."""
     now, waiting, calls = 0.0, 0.0, list[tuple[str, int]]()
     monkeypatch.setattr(harness.time, "perf_counter", lambda: now)
@@ -111,7 +110,7 @@ def test_kinds_alternate_and_a_device_s_work_counts_for_the_step_that_asked_for_
 # ------------------------------------------------------------------------------------------------- matmul limit
 
 
-def test_flops_are_those_that_torch_counts_in_transformers_encoder(checkpoint: workload.Checkpoint) -> None:
+def test_flops_are_those_that_torch_counts_in_transformers_encoder(checkpoint: Checkpoint) -> None:
     padded = PaddedBert(checkpoint.model(tuple(TASKS)))
     padded.encoder.set_attn_implementation("eager")  # its products are counted one by one
     ids = torch.arange(3 * 7).view(3, 7) % checkpoint.config.vocab_size
@@ -235,11 +234,7 @@ def test_the_stored_results_are_in_the_format_that_is_written() -> None:
 
 @pytest.mark.parametrize(("draws_per_step", "treatment"), [(1, ""), (3, ""), (3, "pcgrad")])
 def test_the_reference_is_given_the_rows_that_ours_draws(
-    checkpoint: workload.Checkpoint,
-    rows: Mapping[str, TokenizedRows],
-    draws_per_step: int,
-    treatment: str,
-    monkeypatch: Patch,
+    checkpoint: Checkpoint, rows: Rows, draws_per_step: int, treatment: str, monkeypatch: Patch
 ) -> None:
     asked: list[tuple[str, list[int]]] = []
     batch = TokenizedRows.batch
@@ -259,7 +254,7 @@ def test_the_reference_is_given_the_rows_that_ours_draws(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_padded_batch_holds_the_tokens_of_ours(rows: Mapping[str, TokenizedRows], task: str) -> None:
+def test_a_padded_batch_holds_the_tokens_of_ours(rows: Rows, task: str) -> None:
     numbers = np.array([3, 0, 11, 7])
     padded, ours = reference.pad(rows[task], numbers), rows[task].batch(numbers)
     assert ours.tokens is not None
@@ -273,27 +268,31 @@ def test_a_padded_batch_holds_the_tokens_of_ours(rows: Mapping[str, TokenizedRow
     assert torch.equal(padded.labels, ours.labels)
 
 
+@pytest.fixture
+def padded(checkpoint: Checkpoint, rows: Rows) -> PaddedBert:
+    """The reference with the weights of the checkpoint; `checkpoint.model` has the same heads."""
+    return PaddedBert(checkpoint.model(tuple(rows)))
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_the_reference_s_loss_and_gradient_are_ours_without_dropout(
-    checkpoint: workload.Checkpoint, rows: Mapping[str, TokenizedRows], task: str
+def test_the_reference_predicts_and_without_dropout_trains_as_ours(
+    checkpoint: Checkpoint, rows: Rows, padded: PaddedBert, task: str
 ) -> None:
     model, numbers = checkpoint.model(tuple(rows)), np.arange(12)
-    padded = PaddedBert(model)
-    loop = OrdinaryLoop(padded, rows, workload.CPU)
+    loop, of = OrdinaryLoop(padded, rows, workload.CPU), rows[task]
     padded.eval()
-    batch = rows[task].batch(numbers)
+    expected = predict_logits(model, task, of, 5, workload.CPU)
+    torch.testing.assert_close(reference.predict_logits(padded, task, of, 7, workload.CPU), expected)
+    batch = of.batch(numbers)
     ours, theirs = task_loss(TASKS[task], model(task, batch), batch.labels), loop.loss(task, numbers)
     assert float(theirs.detach()) == pytest.approx(float(ours.detach()), rel=1e-5)
     (found,) = torch.autograd.grad(ours, model.encoder.get_parameter("word_embeddings.weight"))
     name = "encoder.embeddings.word_embeddings.weight"
-    (expected,) = torch.autograd.grad(theirs, padded.get_parameter(name))
-    assert gpu.difference(found, expected) < 1e-4
+    (wanted,) = torch.autograd.grad(theirs, padded.get_parameter(name))
+    assert gpu.difference(found, wanted) < 1e-4
 
 
-def test_the_reference_trains_with_dropout_clips_and_moves_its_weights(
-    checkpoint: workload.Checkpoint, rows: Mapping[str, TokenizedRows]
-) -> None:
-    padded = PaddedBert(checkpoint.model(tuple(rows)))
+def test_the_reference_trains_with_dropout_clips_and_moves_its_weights(rows: Rows, padded: PaddedBert) -> None:
     loop = OrdinaryLoop(padded, rows, workload.CPU)
     before = {name: value.clone() for name, value in padded.state_dict().items()}
     numbers = np.arange(8)
@@ -305,16 +304,6 @@ def test_the_reference_trains_with_dropout_clips_and_moves_its_weights(
     moved = {name for name, value in padded.state_dict().items() if not torch.equal(value, before[name])}
     assert {"heads.sts.weight", "encoder.pooler.dense.weight"} <= moved
     assert "heads.para.weight" not in moved
-
-
-def test_the_reference_predicts_what_ours_predicts(
-    checkpoint: workload.Checkpoint, rows: Mapping[str, TokenizedRows]
-) -> None:
-    model = checkpoint.model(tuple(rows))
-    padded = PaddedBert(model).eval()
-    for task, of in rows.items():
-        expected = predict_logits(model, task, of, 5, workload.CPU)
-        torch.testing.assert_close(reference.predict_logits(padded, task, of, 7, workload.CPU), expected)
 
 
 def test_the_length_grouped_batches_stand_for_all_lengths_and_hardly_pad() -> None:
@@ -331,7 +320,7 @@ def test_the_length_grouped_batches_stand_for_all_lengths_and_hardly_pad() -> No
     assert [sorted(batch.tolist()) for batch in few] == [[0, 1, 2]] * 2
 
 
-def test_a_subset_keeps_the_tasks_proportions(rows: Mapping[str, TokenizedRows]) -> None:
+def test_a_subset_keeps_the_tasks_proportions(rows: Rows) -> None:
     halves = {"sst": rows["sst"], "para": rows["para"].select(np.arange(13))}
     assert workload.row_counts(workload.subset(halves, 18)) == {"sst": 12, "para": 6}
     assert workload.row_counts(workload.subset(rows, 10**6)) == workload.row_counts(rows)
@@ -365,29 +354,35 @@ def ran_alone(monkeypatch: Patch) -> list[str]:
     return ran
 
 
-def flags(tiny: Path, data: Path, *further: str) -> list[str]:
-    return ["--rounds", "1", "--model", str(tiny), "--data", str(data), *further]
+@pytest.fixture
+def given(tiny: Path, data: Path) -> list[str]:
+    """Flags of a command."""
+    return ["--rounds", "1", "--model", str(tiny), "--data", str(data)]
+
+
+@pytest.fixture
+def options(tiny: Path, data: Path) -> Options:
+    return Options(data, str(tiny), 1, 1)
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_a_script_runs_and_leaves_its_results(
-    name: str, tiny: Path, data: Path, tmp_path: Path, ran_alone: list[str], capsys: Capture
+    name: str, given: list[str], options: Options, tmp_path: Path, ran_alone: list[str], capsys: Capture
 ) -> None:
-    assert benchmark(name).main(flags(tiny, data, "--out", str(tmp_path))) == 0
+    assert benchmark(name).main([*given, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(f"{name}: ")
     (path,) = tmp_path.glob("*.json")
     text = path.read_text()
     report = json.loads(text)["benchmarks"][name]
     assert all(value > 0 for line in report["lines"] for value in line["values"])
     assert {len(line["values"]) for line in report["lines"]} == {1}
-    assert not any(str(folder) in text for folder in (tiny, data, tmp_path, harness.ROOT))
-    assert set(benchmark(name).variants(Options(data, str(tiny)))) == set(ran_alone)
+    assert not any(str(folder) in text for folder in (options.model, options.data, tmp_path, harness.ROOT))
+    assert set(benchmark(name).variants(options)) == set(ran_alone)
     assert len(report["lines"]) >= len(ran_alone)
 
 
-def test_training_step_compares_by_the_same_rows_and_by_the_row(
-    tiny: Path, data: Path, ran_alone: list[str], monkeypatch: Patch
-) -> None:
+@pytest.mark.usefixtures("ran_alone")
+def test_training_step_compares_by_the_same_rows_and_by_the_row(options: Options, monkeypatch: Patch) -> None:
     """Each kind takes a known time: ours a second, padded three, grouped two; the products alone half a second."""
     seconds = {training_step.OURS: 1.0, training_step.PADDED: 3.0, training_step.GROUPED: 2.0}
 
@@ -396,7 +391,7 @@ def test_training_step_compares_by_the_same_rows_and_by_the_row(
 
     monkeypatch.setattr(harness, "alternate", alternate)
     monkeypatch.setattr(LINEAR, "_onednn_is_faster", lambda: False)  # no padding
-    options = Options(data, str(tiny), rounds=3)
+    options = replace(options, rounds=3)
     assert [task for task, _ in training_step.Setup(options).grouped] == ["sst", "para", "sts", "sst", "para"]
     report = training_step.measure(options)
     ours, padded, grouped = report.lines
@@ -407,36 +402,32 @@ def test_training_step_compares_by_the_same_rows_and_by_the_row(
     assert "ours 31.2 ms, transformers, padded 93.8 ms, transformers, grouped by length 76.9 ms" in report.notes[0]
 
 
-def test_a_variant_runs_in_a_process_of_its_own_whose_peak_memory_is_its_own(tiny: Path, data: Path) -> None:
+def test_a_variant_runs_in_a_process_of_its_own_whose_peak_memory_is_its_own(options: Options) -> None:
     held = torch.ones(200_000_000)  # 800 MB
     assert resident_memory_mb("VmRSS") > 800
-    options = Options(data, str(tiny), 1, 1)
     found = evaluation_throughput.BENCHMARK.memory(evaluation_throughput.OURS, options)
     assert held.numel() and 50 < found.before_mb <= found.peak_mb < 700
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [(["--data", "nowhere"], "nowhere: no such directory"), (["--model", "./nowhere"], "--model ./nowhere: no such")],
-)
-def test_bad_input_is_one_line(tiny: Path, data: Path, given: list[str], message: str, capsys: Capture) -> None:
-    assert step_cost.BENCHMARK.main([*flags(tiny, data), *given]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
+def test_bad_input_is_one_line(given: list[str], capsys: Capture) -> None:
+    for flag, message in (("--data nowhere", "nowhere: no such directory"), ("--model ./no", "--model ./no: no such")):
+        assert step_cost.BENCHMARK.main([*given, *flag.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line
 
 
 # ------------------------------------------------------------------------------------------------- single claims
 
 
-def test_pcgrad_s_gradient_equals_torchjd_s(tiny: Path, data: Path, monkeypatch: Patch) -> None:
+def test_pcgrad_s_gradient_equals_torchjd_s(options: Options, monkeypatch: Patch) -> None:
     pytest.importorskip("torchjd")
-    setup = pcgrad_step.Setup(Options(data, str(tiny)))
+    setup = pcgrad_step.Setup(options)
     assert max(setup.difference_from_torchjd(sign) for sign in (1.0, -1.0)) < 1e-5
     monkeypatch.setattr(pcgrad_step, "pcgrad_weights", lambda gramian, orders: torch.ones(3, dtype=torch.float64))
     assert max(setup.difference_from_torchjd(sign) for sign in (1.0, -1.0)) > 1e-3
 
 
-def test_libmtl_is_measured_where_it_is_installed(tiny: Path, data: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_libmtl_is_measured_where_it_is_installed(options: Options, tmp_path: Path, monkeypatch: Patch) -> None:
     """A package that looks like LibMTL, image models that cannot be imported included."""
     weighting = """class PCGrad:
     def backward(self, losses):
@@ -448,19 +439,17 @@ def test_libmtl_is_measured_where_it_is_installed(tiny: Path, data: Path, tmp_pa
     (tmp_path / "LibMTL").mkdir()
     (tmp_path / "LibMTL" / "__init__.py").write_text("import torchvision_that_is_not_there")
     (tmp_path / "LibMTL" / "weighting.py").write_text(weighting)
-    setup = pcgrad_step.Setup(Options(data, str(tiny)))
+    setup = pcgrad_step.Setup(options)
     assert pcgrad_step.LIBMTL not in setup.makers()
     monkeypatch.syspath_prepend(tmp_path)
-    try:
-        setup.makers()[pcgrad_step.LIBMTL]()(0)
-        assert sys.modules["LibMTL.weighting"].PCGrad.found > 0
-    finally:
-        for name in ("LibMTL", "LibMTL.weighting"):
-            sys.modules.pop(name, None)
+    for name in ("LibMTL", "LibMTL.weighting"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # and what is imported now goes again
+    setup.makers()[pcgrad_step.LIBMTL]()(0)
+    assert sys.modules["LibMTL.weighting"].PCGrad.found > 0
 
 
-def test_the_methods_are_what_they_are_called(tiny: Path, data: Path) -> None:
-    makers, rows = step_cost.prepare(Options(data, str(tiny)))
+def test_the_methods_are_what_they_are_called(options: Options) -> None:
+    makers, rows = step_cost.prepare(options)
     trainers = {name: make() for name, make in makers.items()}
     assert {name for name, trainer in trainers.items() if trainer.is_treated} == {"pcgrad"}
     assert {name for name, trainer in trainers.items() if trainer.methods.regularizers} == {"smart"}
@@ -474,19 +463,18 @@ def test_the_methods_are_what_they_are_called(tiny: Path, data: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ start-up
 
 
-def test_the_program_reaches_its_first_step(tiny: Path, data: Path, tmp_path: Path) -> None:
-    start_up.take_first_step(tmp_path, Options(data, str(tiny), 1, 1), tiny, start_up.SHORT_FLAGS, data, "off", 0)
+def test_the_program_reaches_its_first_step(options: Options, tmp_path: Path) -> None:
+    flags, model = start_up.SHORT_FLAGS, Path(options.model)
+    start_up.take_first_step(tmp_path, options, model, flags, options.data, "off", 0)
     log = (tmp_path / "run-0" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(log[0])["stage"] == "finetune" and json.loads(log[0])["step"] == 1
 
 
-def test_start_up_reports_every_command(
-    tiny: Path, data: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
+def test_start_up_reports_every_command(given: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     commands: list[str] = []
     monkeypatch.setattr(start_up, "until_first_step", lambda command, log: commands.append(" ".join(command)))
     monkeypatch.setattr(start_up.subprocess, "run", lambda command, check: commands.append(" ".join(command)))
-    assert start_up.BENCHMARK.main(flags(tiny, data, "--out", str(tmp_path))) == 0
+    assert start_up.BENCHMARK.main([*given, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert all(kind in shown for kind in (start_up.MAIN, start_up.COLD, start_up.WARM, start_up.FLOOR))
     assert any("--option finetune --scheduler pal --pcgrad" in command and "sample" in command for command in commands)
@@ -495,10 +483,10 @@ def test_start_up_reports_every_command(
 
 
 def test_a_command_that_fails_before_its_first_step_is_named(
-    tmp_path: Path, tiny: Path, data: Path, monkeypatch: Patch, capsys: Capture
+    given: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(start_up, "MAIN_FLAGS", "--option nonsense")
-    assert start_up.BENCHMARK.main(flags(tiny, data, "--out", str(tmp_path))) == 2
+    assert start_up.BENCHMARK.main([*given, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "no first step" in error and "nonsense" in error
 
@@ -597,7 +585,7 @@ def test_every_script_is_run_by_the_whole() -> None:
 
 
 def test_the_whole_hands_its_flags_to_each_script_and_names_those_that_fail(
-    tiny: Path, data: Path, monkeypatch: Patch, capsys: Capture
+    given: list[str], monkeypatch: Patch, capsys: Capture
 ) -> None:
     commands: list[list[str]] = []
 
@@ -607,16 +595,14 @@ def test_the_whole_hands_its_flags_to_each_script_and_names_those_that_fail(
 
     monkeypatch.setattr(everything.subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = flags(tiny, data)
     assert everything.main(given) == 1
     assert capsys.readouterr().err == "failed: start_up\n"
-    assert [command[1:] for command in commands] == [
-        ["-m", f"benchmarks.{name}", *given] for name in everything.SCRIPTS
-    ]
+    expected = [["-m", f"benchmarks.{name}", *given] for name in everything.SCRIPTS]
+    assert [command[1:] for command in commands] == expected
 
 
-def test_a_checkout_is_compared_with_itself(tiny: Path, data: Path, capsys: Capture) -> None:
-    assert compare.main([str(harness.ROOT), *flags(tiny, data)]) == 0
+def test_a_checkout_is_compared_with_itself(given: list[str], capsys: Capture) -> None:
+    assert compare.main([str(harness.ROOT), *given]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == list(compare.KINDS.values())
     for line in lines:
@@ -624,12 +610,14 @@ def test_a_checkout_is_compared_with_itself(tiny: Path, data: Path, capsys: Capt
         assert ratio == pytest.approx(other / this, rel=0.02)
 
 
-def test_each_process_imports_its_own_checkout(tiny: Path, data: Path, tmp_path: Path, capfd: Capture) -> None:
+def test_each_process_imports_its_own_checkout(
+    given: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        compare.main([str(tmp_path), *flags(tiny, data)])
+        compare.main([str(tmp_path), *given])
     assert "expected another checkout of this project" in capfd.readouterr().err
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "workload.py").write_text("raise SystemExit('the other one was here')")
-    assert compare.main([str(tmp_path), *flags(tiny, data)]) == 2
+    assert compare.main([str(tmp_path), *given]) == 2
     error = capfd.readouterr().err
     assert "the other one was here" in error and f"{tmp_path}: its process ended at a training step" in error
