@@ -18,8 +18,8 @@ import pytest
 
 from data import download
 from data.download import FILES, RemoteFile
+from helpers import ROOT, Capture, Patch
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTENT = b"".join(b"%d\tid%d\ta sentence\t%d\n" % (i, i, i % 5) for i in range(9000))
 FILE = RemoteFile("sst.csv", hashlib.sha256(CONTENT).hexdigest())
 SHAPED = RemoteFile("pairs.csv", columns=("id", "sentence1", "is_duplicate"), num_rows=range(3, 5))
@@ -91,7 +91,7 @@ class Server(ThreadingHTTPServer):
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(tmp_path: Path, monkeypatch: Patch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
     running = Server(tmp_path / "new" / "data")
     monkeypatch.setattr(pooch.core, "time", SimpleNamespace(sleep=running.waits.append))
@@ -101,7 +101,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     running.server_close()
 
 
-def test_a_file_is_fetched_once_and_verified_then(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_fetched_once_and_verified_then(server: Server, capsys: Capture) -> None:
     for shown in ("sst.csv: fetched, verified\n", "sst.csv: already there, verified\n"):
         assert server.fetch(url=server.url + "/") == 0
         assert (server.target.read_bytes(), server.files()) == (CONTENT, ["sst.csv"])
@@ -109,7 +109,7 @@ def test_a_file_is_fetched_once_and_verified_then(server: Server, capsys: pytest
     assert server.names == ["sst.csv"]
 
 
-def test_other_content_is_never_overwritten(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_content_is_never_overwritten(server: Server, capsys: Capture) -> None:
     server.folder.mkdir(parents=True)
     server.target.write_bytes(b"mine")
     server.contents["other.csv"] = CONTENT
@@ -122,7 +122,7 @@ def test_other_content_is_never_overwritten(server: Server, capsys: pytest.Captu
 
 @pytest.mark.parametrize("answers", [["cut", "stall"], ["cut chunks"]])
 def test_a_cut_or_stalled_transfer_goes_on_where_it_stopped(
-    server: Server, answers: list[str | int], monkeypatch: pytest.MonkeyPatch
+    server: Server, answers: list[str | int], monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     server.answers = list(answers)
@@ -150,7 +150,7 @@ def test_a_part_of_an_earlier_run_becomes_the_file(server: Server, part: bytes, 
     assert (server.target.read_bytes(), server.files(), server.ranges) == (CONTENT, ["sst.csv"], ranges)
 
 
-def test_wrong_content_is_removed_with_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_content_is_removed_with_one_line(server: Server, capsys: Capture) -> None:
     server.contents["sst.csv"] = b"<html>Sign in to the network</html>"
     assert server.fetch() == 1
     assert server.files() == [] and len(server.names) == 1
@@ -160,18 +160,17 @@ def test_wrong_content_is_removed_with_one_line(server: Server, capsys: pytest.C
 
 def test_passing_failures_are_tried_again(server: Server) -> None:
     server.answers = [500, 429, "hang up"]
-    assert server.fetch() == 0 and server.waits == [1, 2, 3]
-    assert server.target.read_bytes() == CONTENT
+    assert server.fetch() == 0 and server.waits == [1, 2, 3] and server.target.read_bytes() == CONTENT
 
 
-def test_retries_end_and_what_arrived_is_kept(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_retries_end_and_what_arrived_is_kept(server: Server, capsys: Capture) -> None:
     server.answers = [502, 502, "cut"]
     assert server.fetch(retries=2) == 1 and len(server.names) == 3
     assert server.files() == ["sst.csv.part"] and CONTENT.startswith(server.part.read_bytes())
     assert capsys.readouterr().err.startswith("download.py: sst.csv: IncompleteRead(")
 
 
-def test_a_missing_file_is_not_tried_again(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_not_tried_again(server: Server, capsys: Capture) -> None:
     assert server.fetch(RemoteFile("gone.csv", "0" * 64), FILE) == 1
     assert server.names == ["gone.csv", "sst.csv"]
     assert "gone.csv: HTTP 404 Not Found; --base-url names another place\n" in capsys.readouterr().err
@@ -187,21 +186,18 @@ def test_a_missing_file_is_not_tried_again(server: Server, capsys: pytest.Captur
     ],
 )
 def test_a_server_out_of_reach_is_one_line_with_the_ways_out(
-    server: Server, url: str, reason: str, capsys: pytest.CaptureFixture[str]
+    server: Server, url: str, reason: str, capsys: Capture
 ) -> None:
     server.folder.mkdir(parents=True)
     (server.folder / "there.csv").write_bytes(CONTENT)
     assert server.fetch(FILE, RemoteFile("there.csv", FILE.sha256), url=url, retries=1) == 1
     shown, error = capsys.readouterr()
     assert shown == "there.csv: already there, verified\n", "what is there is checked without a network"
-    assert (
-        error.count("\n") == 1
-        and reason in error
-        and f"--base-url URL, or put sst.csv, there.csv into {server.folder} by hand" in error
-    )
+    ways = f"--base-url URL, or put sst.csv, there.csv into {server.folder} by hand"
+    assert error.count("\n") == 1 and reason in error and ways in error
 
 
-def test_a_place_that_cannot_be_written_to_is_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written_to_is_one_line(server: Server, capsys: Capture) -> None:
     server.folder = Path(__file__)
     assert server.fetch() == 1
     assert capsys.readouterr().err == f"download.py: {server.folder}: File exists, expected a place to write to\n"
@@ -218,7 +214,7 @@ def test_a_place_that_cannot_be_written_to_is_one_line(server: Server, capsys: p
     ],
 )
 def test_a_file_without_checksum_is_known_by_its_shape(
-    server: Server, content: str | bytes, message: str, capsys: pytest.CaptureFixture[str]
+    server: Server, content: str | bytes, message: str, capsys: Capture
 ) -> None:
     server.contents["pairs.csv"] = content if isinstance(content, bytes) else content.encode()
     assert server.fetch(SHAPED) == bool(message)

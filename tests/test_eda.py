@@ -2,12 +2,11 @@
 
 import csv
 import io
+import itertools
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,8 @@ from tokenizers.normalizers import BertNormalizer
 
 import eda
 from eda import EDITS, EdaConfig, EdaError, WordNet, augment_rows, balance, edited_text
-from helpers import Capture, Patch
+from helpers import Capture, Patch, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = EdaConfig()
 SEEDS = range(100)
 
@@ -53,6 +51,21 @@ def test_replacement_changes_n_content_words_and_leaves_the_others_byte_for_byte
     assert changed == {"Steps", "wickedly", "funny", "stylish", "farce", '"Bravo!"', "(twice)", "NASA"}
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_insertion_adds_n_synonyms_and_leaves_all_words_in_order(n: int) -> None:
+    content = ("steps", "wickedly", "funny", "stylish", "farce", "bravo", "twice", "nasa")
+    source_of = {synonym: word for word in content for synonym in (f"{word}ish", f"very {word}")}
+    sources, places = set(), set()
+    for seed in SEEDS:
+        edited = eda.random_insertion(WORDS, random.Random(seed), n, fake_synonyms)
+        new = [word for word in edited if word in source_of]
+        assert [word for word in edited if word not in source_of] == WORDS and len(new) == n
+        sources |= {source_of[word] for word in new}
+        places.add(edited.index(new[0]))
+    assert sources == set(content)
+    assert {0, len(WORDS)} <= places or n > 1, "a synonym may stand first and last"
+
+
 def test_a_synonym_takes_the_place_of_the_word_alone() -> None:
     for word, synonym, expected in (
         ('("Film",', "movie", '("Movie",'),  # punctuation and capital of the word stay
@@ -63,35 +76,15 @@ def test_a_synonym_takes_the_place_of_the_word_alone() -> None:
         assert eda.synonym_replacement(words, random.Random(0), 9, lambda _, s=synonym: [s]) == ["a", expected, "the"]
 
 
-@pytest.mark.parametrize("n", [1, 5])
-def test_insertion_adds_n_synonyms_and_leaves_all_words_in_order(n: int) -> None:
-    content = ("steps", "wickedly", "funny", "stylish", "farce", "bravo", "twice", "nasa")
-    source_of = {synonym: word for word in content for synonym in (f"{word}ish", f"very {word}")}
-    sources, places = set(), set()
-    for seed in SEEDS:
-        edited = eda.random_insertion(WORDS, random.Random(seed), n, fake_synonyms)
-        new = [word for word in edited if word in source_of]
-        assert [word for word in edited if word not in source_of] == WORDS
-        assert len(new) == n
-        sources |= {source_of[word] for word in new}
-        places.add(edited.index(new[0]))
-    assert sources == set(content)
-    assert {0, len(WORDS)} <= places or n > 1, "a synonym may stand first and last"
-
-
 def test_a_stop_word_is_neither_replaced_nor_inserted_from() -> None:
     for word in ["the", "The", "not", "isn't", "isn’t", "n't", "It", '"is', "us", "WHO", "may", "can't"]:
-        for seed in range(20):
-            assert eda.synonym_replacement([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
-            assert eda.random_insertion([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
+        for seed, edit in itertools.product(range(20), (eda.synonym_replacement, eda.random_insertion)):
+            assert edit([word, word], random.Random(seed), 2, fake_synonyms) == [word, word]
 
 
-def test_a_stop_word_is_no_synonym_nor_is_the_word_itself() -> None:
+def test_a_stop_word_is_no_synonym_nor_the_word_itself_and_numbers_and_other_scripts_have_none() -> None:
     assert eda.word_synonyms("non", lambda _: ["not", "Not", "none at all", "the"]) == ["none at all"]
     assert eda.word_synonyms("Film", lambda _: ["film", "FILM", "movie"]) == ["movie"]
-
-
-def test_numbers_punctuation_and_other_scripts_have_no_synonyms() -> None:
     for word in ["2016", "3.5", "B2B", "20th", "?", "...", "$5", "naïve", "фильм", "電影", "فيلم", "😀", "a1-b"]:
         assert eda.word_synonyms(word, lambda _: ["wrong"]) == []
 
@@ -110,15 +103,12 @@ def test_swap_only_changes_places(n: int) -> None:
 
 
 def test_deletion_keeps_the_order_and_drops_each_word_with_the_probability() -> None:
-    words = [str(i) for i in range(50)]
-    generator = random.Random(0)
-    kept = Counter[str]()
+    words, generator, kept = [str(i) for i in range(50)], random.Random(0), Counter[str]()
     for _ in range(2000):
         edited = eda.random_deletion(words, generator, 0.3)
         assert edited == sorted(edited, key=int)
         kept.update(edited)
-    assert set(kept) == set(words)
-    assert all(abs(kept[word] / 2000 - 0.7) < 0.05 for word in words)
+    assert set(kept) == set(words) and all(abs(kept[word] / 2000 - 0.7) < 0.05 for word in words)
 
 
 def test_deletion_always_leaves_a_word_that_a_tokenizer_sees_where_there_is_one() -> None:
@@ -179,14 +169,11 @@ def test_a_bad_setting_is_one_line_with_its_flag() -> None:
 # ---------------------------------------------------------------------------------------------------- balancing
 
 
-def test_balance_fills_every_class_up_to_the_most_common_one() -> None:
+def test_balance_fills_every_class_and_uses_every_row_equally_often_before_any_again() -> None:
     for labels in ([], [3], [0, 1], [2, 2, 2]):
         assert balance(labels, random.Random(0)) == []
     labels = [0] * 7 + [3] * 20 + [1] * 20 + [4]
     assert Counter(labels[row] for row in balance(labels, random.Random(0))) == {0: 13, 4: 19}
-
-
-def test_balance_uses_every_row_equally_often_before_any_again() -> None:
     labels = [0] * 7 + [1] * 27
     rows = balance(labels, random.Random(1))
     assert [sorted(rows[i : i + 7]) for i in (0, 7)] == [list(range(7))] * 2
@@ -196,8 +183,7 @@ def test_balance_uses_every_row_equally_often_before_any_again() -> None:
 
 
 def test_augmented_rows_fill_up_the_rarer_classes_and_hold_no_given_row_twice() -> None:
-    rows = [(f"word{i} and more words here",) for i in range(30)]
-    labels = [0] * 4 + [1] * 26
+    rows, labels = [(f"word{i} and more words here",) for i in range(30)], [0] * 4 + [1] * 26
     new = augment_rows(rows, labels, CONFIG, 0, fake_synonyms)
     assert [label for _, label in new] == [0] * 22
     assert all(any(f"word{i}" in texts[0] for i in range(4)) or texts[0].count(" ") < 4 for texts, _ in new)
@@ -233,20 +219,17 @@ def test_rows_depend_on_the_seed_alone_and_move_no_global_generator() -> None:
     assert augment_rows(rows, labels, CONFIG, 6, fake_synonyms) != first
 
 
-def test_importing_touches_no_generator_and_every_process_gives_the_same_rows() -> None:
+def test_every_process_gives_the_same_rows_without_heavy_imports(monkeypatch: Patch) -> None:
     code = """
-import random, sys
-random.seed(3); state = random.getstate()
-import eda
-assert random.getstate() == state, "seeded"
+import eda, sys
 assert not {"nltk", "torch", "numpy"} & set(sys.modules), "heavy"
 rows = [("a funny film ran for 3 hours and was no movie",)] * 40
 print(eda.augment_rows(rows, [0] * 5 + [1] * 35, eda.EdaConfig(), 7, lambda word: [word + "ish", "very " + word]))"""
-    command, shown = [sys.executable, "-c", code], list[bytes]()
+    shown = list[str]()
     for seed in "12":
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        shown.append(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True).stdout)
-    assert shown[0] == shown[1] and shown[0].count(b"hours") > 9
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        shown.append(run_python("-c", code))
+    assert shown[0] == shown[1] and shown[0].count("hours") > 9
 
 
 # ------------------------------------------------------------------------------------------------- any unicode
@@ -296,10 +279,10 @@ def write_wordnet(folder: Path) -> Path:
             data += f"{offset:08d} 03 {letters[part]} {len(words):02x} {names} 000{frames} | a gloss\n"
             for word in words:
                 index.setdefault(word.lower(), []).append(offset)
-        lines = [
-            f"{word} {letters[part]} {len(found)} 0 {len(found)} 0 {' '.join(f'{offset:08d}' for offset in found)}\n"
-            for word, found in sorted(index.items())
-        ]
+        lines = []
+        for word, found in sorted(index.items()):
+            offsets = " ".join(f"{offset:08d}" for offset in found)
+            lines.append(f"{word} {letters[part]} {len(found)} 0 {len(found)} 0 {offsets}\n")
         (folder / f"data.{part}").write_text(data)
         (folder / f"index.{part}").write_text("  1 A licence\n" + "".join(lines))
         (folder / f"{part}.exc").write_text("ran run\n" if part == "verb" else "")
@@ -315,35 +298,30 @@ def wordnet(tmp_path: Path, monkeypatch: Patch) -> Path:
     return write_wordnet(tmp_path / "wordnet")
 
 
-def test_synonyms_are_the_other_lemmas_of_all_senses_and_not_a_words_own_base_form(wordnet: Path) -> None:
+def test_synonyms_are_the_other_lemmas_of_all_senses_and_not_a_words_own_base_form_looked_up_once(
+    wordnet: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     film = ("movie", "moving picture", "Celluloid", "shoot")
     expected = {"film": film, "films": film, "funny": ("amusing",), "qwerty": (), "ran": ("scat",)}
-    assert {word: WordNet(wordnet)(word) for word in expected} == expected
-
-
-def test_a_word_is_looked_up_once_and_nothing_is_warned_of(wordnet: Path, recwarn: pytest.WarningsRecorder) -> None:
     synonyms = WordNet(wordnet)
-    synonyms("film")
+    assert {word: synonyms(word) for word in expected} == expected
     assert not [warning for warning in recwarn if "ultilingual" in str(warning.message)]
     synonyms._reader.synsets = lambda word: pytest.fail("looked up again")
-    assert synonyms("film")
+    assert synonyms("film") == film
 
 
 @pytest.mark.parametrize("archive", [False, True])
 def test_the_data_of_nltk_comes_first(wordnet: Path, monkeypatch: Patch, archive: bool) -> None:
-    import nltk.data
-
     corpora = wordnet.parent / "nltk_data" / "corpora"
     corpora.mkdir(parents=True)
     write_wordnet(corpora / "wordnet")
     if archive:
         shutil.make_archive(str(corpora / "wordnet"), "zip", corpora, "wordnet")
         shutil.rmtree(corpora / "wordnet")
-    monkeypatch.setattr(nltk.data, "path", [str(corpora.parent)])
+    monkeypatch.setattr("nltk.data.path", [str(corpora.parent)])
     monkeypatch.setattr(eda, "SYSTEM_WORDNETS", (wordnet,))
     synonyms = WordNet()
-    assert synonyms("funny") == ("amusing",)
-    assert "corpora" in str(synonyms._root)
+    assert synonyms("funny") == ("amusing",) and "corpora" in str(synonyms._root)
 
 
 def test_without_wordnet_one_line_says_what_to_install(wordnet: Path, monkeypatch: Patch) -> None:
@@ -370,9 +348,7 @@ def test_the_installed_wordnet_knows_everyday_words() -> None:
         synonyms = WordNet()
     except EdaError as error:
         pytest.skip(str(error))
-    assert "movie" in synonyms("film")
-    assert "motion picture" in synonyms("films")
-    assert "film" not in synonyms("films")
+    assert "movie" in synonyms("film") and "motion picture" in synonyms("films") and "film" not in synonyms("films")
 
 
 # ------------------------------------------------------------------------------------------------------ command
@@ -424,11 +400,7 @@ PLAIN = "id\tsentence\tsentiment\n"
     [
         ("\tid\tsentence1\tsentence2\tis_duplicate\n" + PAIRS, "", r"5\tq0-eda2\t.*\t1\.0"),  # a label as it is written
         (PLAIN + "a\tone\t0\na-eda1\ttwo\t1\nb\tthree\t1\n", "", r"a-eda2\t.*"),  # an id that the file does not have
-        (
-            PLAIN.replace("sentiment", "topic") + "a\tx y\t12\nb\tx\t-3\nc\ty\t-3",
-            "--label_column topic",
-            r"a-eda1\t.*\t12",
-        ),
+        ("id\tsentence\ttopic\na\tx y\t12\nb\tx\t-3\nc\ty\t-3", "--label_column topic", r"a-eda1\t.*\t12"),
         (PLAIN + 'a\t"the\r"\t0\nb\tx\t1\nc\ty\t1\n', "", r'a-eda1\t"the\r"\t0'),  # read again, it is one cell
         (PLAIN + "a\tone\t0\nb\ttwo\t1\n", "", r"b\ttwo\t1"),  # nothing to add
         (SENTENCES.replace("\n", "\r\n").removesuffix("\r\n"), "", r"11\tx3-eda2\t.*\t0\r"),  # line ends as in the file
@@ -442,8 +414,7 @@ def test_the_last_row_written(content: str, flags: str, last_line: str, command:
 
 def test_the_rows_are_those_of_the_function_under_the_flags(command: Command) -> None:
     rows = [(f"one two three four {i}\r five", '"quoted" text\u2028') for i in range(30)]
-    labels = [0] * 10 + [1] * 20
-    text = io.StringIO()
+    labels, text = [0] * 10 + [1] * 20, io.StringIO()
     cells = [[f"x{i}", *texts, label] for i, (texts, label) in enumerate(zip(rows, labels, strict=True))]
     csv.writer(text, delimiter="\t").writerows([["id", "sentence1", "sentence2", "is_duplicate"], *cells])
     config = EdaConfig(alpha_replacement=0.3, alpha_insertion=0.3, alpha_swap=0.3, deletion_prob=0.4)
@@ -451,9 +422,8 @@ def test_the_rows_are_those_of_the_function_under_the_flags(command: Command) ->
         flags = f"--eda_alpha 0.3 --eda_deletion_prob 0.4 --seed {seed}"
         assert command(text.getvalue(), *flags.split(), files=("in.csv", f"{seed}.csv"))[0] == 0
         found = list(csv.reader(io.StringIO(written(f"{seed}.csv"), newline=""), delimiter="\t"))[31:]
-        assert [((a, b), int(label)) for _, a, b, label in found] == augment_rows(
-            rows, labels, config, seed, fake_synonyms
-        )
+        expected = augment_rows(rows, labels, config, seed, fake_synonyms)
+        assert [((a, b), int(label)) for _, a, b, label in found] == expected
     assert written("0.csv") != written("7.csv")
 
 
@@ -464,10 +434,7 @@ def test_an_existing_file_is_never_replaced(command: Command, monkeypatch: Patch
 
     monkeypatch.setattr(eda, "WordNet", lambda folder: synonyms)
     appearing = PLAIN + "a\tgood film\t0\n" + "b\tx\t1\n" * 20
-    for content, message in (
-        (appearing, "File exists"),
-        (SENTENCES, "out.csv: exists already, expected the name of a"),
-    ):
+    for content, message in ((appearing, "File exists"), (SENTENCES, "out.csv: exists already, expected the name of")):
         status, _, error = command(content)
         assert (status, written()) == (2, "mine") and message in error and error.count("\n") == 1
 
@@ -494,8 +461,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert os.listdir() == ["in.csv"]
 
 
-@pytest.mark.parametrize("files", [("missing.csv", "out.csv"), (".", "out.csv"), ("in.csv", "no/such/out.csv")])
-def test_a_file_that_cannot_be_opened_is_one_line(files: tuple[str, str], command: Command) -> None:
-    status, _, error = command(files=files)
-    assert status == 2 and error.startswith("eda.py: ") and error.count("\n") == 1
-    assert next(name for name in files if name not in ("in.csv", "out.csv")) in error
+def test_a_file_that_cannot_be_opened_is_one_line(command: Command) -> None:
+    for files in (("missing.csv", "out.csv"), (".", "out.csv"), ("in.csv", "no/such/out.csv")):
+        status, _, error = command(files=files)
+        assert status == 2 and error.startswith("eda.py: ") and error.count("\n") == 1
+        assert next(name for name in files if name not in ("in.csv", "out.csv")) in error
