@@ -140,6 +140,12 @@ def tiny_model(
     return model
 
 
+def cases(name: str) -> list[str]:
+    """The lines of a table in cases/, without blank ones and comments."""
+    lines = (ROOT / "tests" / "cases" / name).read_text("utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
 def run_python(*arguments: str) -> str:
     """What a process of its own prints, which has to end well."""
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)

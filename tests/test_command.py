@@ -27,12 +27,17 @@ import multitask_classifier
 import run as running
 import token_cache
 from config import TABLES, Config
-from helpers import ROOT, Capture, Patch, run_python, write_data
+from helpers import ROOT, Capture, Patch, cases, run_python, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
 from tasks import TASKS
 
 ErrorLine = Callable[..., str]
+
+
+def rows(name: str) -> list[list[str]]:
+    """A table of cases."""
+    return [[part.strip() for part in line.split("|")] for line in cases(name)]
 
 
 # ----------------------------------------------------------------------------------------------------- fixtures
@@ -391,28 +396,7 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: 
 # -------------------------------------------------------------------------------------------------- every flag
 
 BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 4 --lr 1e-3 --batch_size 8"
-# In some context each of these flags, behind a stroke, makes another run.
-CHANGES = """
-    | --scheduler random | --scheduler pal | --scheduler temperature | --draws_per_step 5 | --seed 1 | --tasks sst sts
-    | --pcgrad | --gradvac | --treatment UPGrad | --smart | --bregman | --pal | --head mlp | --augment eda | --amp
-    | --amp fp16 | --drop_longest 0.2 | --max_length 6 | --epochs 2 | --pretrain_epochs 1 | --steps_per_epoch 2
-    | --lr 2e-3 | --batch_size 5 | --accumulation_steps 2 | --warmup 0.5 | --weight_decay 0.5
-    --scheduler temperature --augment eda | --temperature_tau 0.1
-    --gradvac | --gradvac_beta 1
-    --pcgrad | --granularity layer
-    --smart | --smart_weight 50 | --smart_eps 1e-2
-    --smart --smart_eps 1 | --smart_sigma 0.1 | --smart_eta 0.1 | --smart_steps 2
-    --bregman | --bregman_weight 50
-    --pal | --pal_kind low_rank | --pal_size 6 | --pal_layers 1 | --train pal
-    --pal --pal_size 8 | --pal_heads 4
-    --head mlp | --mlp_layers 2
-    --augment eda --steps_per_epoch 12 | --eda_alpha 0.5 | --eda_deletion_prob 0.6
-    --pretrain_epochs 1 | --pretrain_lr 0.1
-    --max_grad_norm 0 | --max_grad_norm 1e-9
-    --epochs 5 --lr 1e-9 --tasks sst para | --patience 1
-"""
-LINES = [[part.strip() for part in line.split("|")] for line in CHANGES.strip().split("\n")]
-CASES = [(context, flag) for context, *flags in LINES for flag in flags]
+CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
 NOT_TRIED = "option model data out resume checkpoint task input output cache device wordnet"  # where, not how
 
@@ -522,28 +506,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert predictions(found, task, "test") == predictions(expected, task, "test")
 
 
-@pytest.mark.parametrize(
-    ("method", "save_every", "point", "number"),
-    [
-        ("plain", 0, "step", 1),  # before anything is saved
-        ("plain", 3, "step", 5),  # in the frozen stage
-        ("plain", 2, "log", 8),
-        ("pcgrad", 3, "step", 9),
-        ("pcgrad", 0, "step", 11),
-        ("gradvac", 2, "log", 12),
-        ("gradvac", 1, "step", 8),
-        ("bregman", 2, "step", 12),
-        ("smart", 3, "step", 12),
-        ("smart", 1, "evaluation", 8),
-        ("plain", 0, "evaluation", 16),  # in the last evaluation
-        ("plain", 0, "write", 3),
-        *[("plain", 2, "rename", number) for number in (1, 2, 4, 5, 19, 22)],
-    ],
-)
+@pytest.mark.parametrize(("method", "save_every", "point", "number"), rows("killed.txt"))
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_run(
-    method: str, save_every: int, point: str, number: int, runs: Runs, out: Path
+    method: str, save_every: str, point: str, number: str, runs: Runs, out: Path
 ) -> None:
-    runs.kill(out, f"{METHODS[method]} --save_every {save_every}", point, number)
+    runs.kill(out, f"{METHODS[method]} --save_every {save_every}", point, int(number))
     run(["--resume", str(out)])
     assert steps(out) == both()
     assert_same_run(out, runs.whole(METHODS[method]))
@@ -571,25 +538,13 @@ def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out
     assert_same_run(out, runs.whole(flags))
 
 
-@pytest.mark.parametrize(
-    ("method", "point", "number", "what", "finished"),
-    [
-        ("plain", "step", 5, signal.SIGINT, ("pretrain", 5)),
-        ("gradvac", "step", 11, signal.SIGTERM, ("finetune", 5)),
-        ("plain", "evaluation", 8, signal.SIGINT, ("finetune", 3)),  # after the first epoch of fine-tuning
-        ("plain", "evaluation", 4, signal.SIGTERM, ("pretrain", 6)),
-        ("plain", "evaluation", 13, signal.SIGTERM, ("finetune", 6)),  # in the last evaluation
-        ("plain", "features", 1, signal.SIGTERM, ("pretrain", 0)),
-        ("plain", "features", 2, signal.SIGINT, ("pretrain", 1)),  # of the second step's task
-        ("plain", "features", 5, signal.SIGINT, ("pretrain", 3)),  # of dev rows, after the first epoch
-    ],
-)
+@pytest.mark.parametrize(("method", "point", "number", "what", "stage", "step"), rows("stopped.txt"))
 def test_a_stop_writes_the_last_finished_step_and_the_resumed_run_equals_the_uninterrupted_run(
-    method: str, point: str, number: int, what: signal.Signals, finished: tuple[str, int], runs: Runs, tmp_path: Path
+    method: str, point: str, number: str, what: str, stage: str, step: str, runs: Runs, tmp_path: Path
 ) -> None:
-    out = tmp_path / "a run's"
-    status, shown = runs.signalled(runs.arguments(out, METHODS[method]), point, number, what)
-    assert status == 128 + what and "Traceback" not in shown
+    out, sent, finished = tmp_path / "a run's", signal.Signals[what], (stage, int(step))
+    status, shown = runs.signalled(runs.arguments(out, METHODS[method]), point, int(number), sent)
+    assert status == 128 + sent and "Traceback" not in shown
     told, _, again = shown.splitlines()[-1].partition(": ")
     assert told == "stopped; to go on"
     assert shlex.split(again) == ["python", "multitask_classifier.py", f"--resume={out}"]

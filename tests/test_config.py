@@ -6,6 +6,7 @@ import json
 import pytest
 
 from config import DRAWS_WITH_TREATMENT, TABLES, Config, FlagError, from_dict, make_parser, parse
+from helpers import cases
 from parameters import Choice, Flag, flags_of, parameters_type
 from pcgrad import gramian_weightings
 from schedulers import SCHEDULERS
@@ -122,47 +123,7 @@ def test_settings_survive_the_run_directory() -> None:
             assert read.choice(table, name) == config.choice(table, name)
 
 
-LIMITS = """
-    --gradvac --gradvac_beta 1.5: expected a number above 0 and at most 1
-    --gradvac --gradvac_beta 0.0: expected a number above 0 and at most 1
-    --smart --smart_steps 0: expected 1 or more
-    --scheduler temperature --temperature_tau 0.0: expected a number above 0
-    --head mlp --mlp_layers 0: expected 1 or more
-    --epochs 0: expected 1 or more
-    --pretrain_epochs -1: expected 0 or more
-    --batch_size 0: expected 1 or more
-    --accumulation_steps 0: expected 1 or more
-    --save_every -2: expected 0 or more
-    --lr -1.0: expected 0 or more
-    --lr nan: expected 0 or more
-    --pretrain_lr 0.0: expected a number above 0
-    --warmup 1.0: expected a number from 0 to below 1
-    --drop_longest 1.0: expected a number from 0 to below 1
-    --augment eda --eda_deletion_prob 1.0: expected a number above 0 and below 1
-    --max_length 4: expected 0, or 5 or more
-    --seed -1: expected a whole number from 0 to below 2**63
-    --seed 9223372036854775808: expected a whole number below 2**63
-    --threads 1025: expected a whole number from 0 to 1024
-    --tasks sst sst: expected each task once
-    --head linear mlp: expected one head for all tasks, and each task once
-    --head sst=mlp sst=mlp: expected one head for all tasks, and each task once
-    --option train: expected one of finetune, pretrain, individual_pretrain, test, predict
-    --scheduler paal: expected one of random, round_robin, pal, temperature; did you mean pal?
-    --head fancy: expected one of linear, mlp
-    --head other=mlp: expected one of sst, para, sts
-    --device cudda: expected one of auto, cpu, cuda; did you mean cuda?
-    --amp fp8: expected one of off, bf16, fp16
-    --augment swap: expected one of none, eda
-    --train pall: expected one of all, pal; did you mean
-    --pal --pal_kind low_rang: expected one of attention, low_rank; did you mean low_rank?
-    --seed: expected one argument
-    --batch_sise: unknown; did you mean --batch_size?
-    --epoch: unknown; did you mean --epochs?
-    --nonsense: unknown
-"""
-
-
-@pytest.mark.parametrize("line", [line.strip() for line in LIMITS.strip().split("\n")])
+@pytest.mark.parametrize("line", cases("limits.txt"))
 def test_a_value_outside_its_limits_or_unknown_is_named_with_what_is_allowed(line: str) -> None:
     given, _, _ = line.partition(": ")
     wrong = line[line.rindex("--", 0, line.index(": ")) :]
@@ -179,49 +140,7 @@ def test_a_number_that_is_none_or_too_large_is_one_line(value: str, words: str) 
     assert found.startswith("--epochs") and found.endswith(words)
 
 
-REFUSED = """
-    --pcgrad --gradvac                                     | --pcgrad --gradvac --treatment
-    --pcgrad --treatment gradvac                           | --pcgrad --treatment
-    --treatment sum --pcgrad                               | --pcgrad --treatment
-    --treatment pcgrd                                      | --treatment did you mean pcgrad?
-    --pcgrad --gradvac_beta 0.1                            | --gradvac_beta --gradvac
-    --granularity layer                                    | --granularity
-    --option pretrain --smart                              | --smart --option
-    --option pretrain --pcgrad                             | --treatment --option
-    --option individual_pretrain --pal                     | --pal --option
-    --option pretrain --epochs 3                           | --epochs --option
-    --option pretrain --draws_per_step 2                   | --draws_per_step --option
-    --option pretrain --pretrain_epochs 0                  | --pretrain_epochs --option
-    --option individual_pretrain --scheduler random        | --scheduler
-    --option test                                          | --option --checkpoint
-    --option test --checkpoint x --pcgrad                  | --treatment --option
-    --option test --checkpoint x --augment eda             | --augment --option
-    --option test --checkpoint x --eval_every 2            | --eval_every --option
-    --checkpoint x --pretrain_epochs 2                     | --pretrain_epochs --checkpoint
-    --pretrain_epochs 0 --pretrain_lr 0.1                  | --pretrain_lr
-    --checkpoint x --model minilm                          | --model --checkpoint
-    --train pal                                            | --train --pal
-    --train pal --pal --pcgrad                             | --train --treatment
-    --batch_size 2 --pcgrad                                | --batch_size at least 3 rows
-    --pcgrad --draws_per_step 2                            | --draws_per_step at least 3 draws
-    --draws_per_step 33                                    | --draws_per_step at most the rows of a step, 32
-    --pcgrad --tasks sst                                   | --treatment --tasks
-    --tasks sst --scheduler random                         | --scheduler --tasks
-    --tasks sst --draws_per_step 2                         | --draws_per_step --tasks
-    --tasks sts --augment eda                              | --augment sts
-    --patience 2 --eval_every 0                            | --patience --eval_every
-    --task sst                                             | --task --option predict
-    --option pretrain --output y                           | --output --option predict
-    --option predict --task sst                            | --option predict --checkpoint
-    --option predict --checkpoint x                        | --option predict --task sst para sts
-    --option predict --checkpoint x --task sst --out y     | --out --option predict
-    --option predict --checkpoint x --task sst --pcgrad    | --pcgrad --option predict
-    --option predict --checkpoint x --task sst --head mlp  | --head --option predict
-    --resume x --epochs 3                                  | --epochs --resume
-"""
-
-
-@pytest.mark.parametrize("case", [line.strip() for line in REFUSED.strip().split("\n")])
+@pytest.mark.parametrize("case", cases("refused.txt"))
 def test_flags_that_contradict_each_other_are_refused_by_name(case: str) -> None:
     line, _, words = case.partition("|")
     (found,) = problems(line)
@@ -234,21 +153,7 @@ def test_all_problems_are_reported_at_once() -> None:
         assert any(problem.startswith(name) for problem in found), (name, found)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--option finetune --scheduler pal --pcgrad",
-        "--option pretrain --scheduler random --head mlp --mlp_layers 2",
-        "--option individual_pretrain --patience 3",
-        "--option test --checkpoint x --eval_batch_size 16",
-        "--checkpoint x --pal --train pal --epochs 2",
-        "--smart --bregman --pal --gradvac --granularity layer --accumulation_steps 4 --amp fp16",
-        "--tasks sst --smart",
-        "--resume x --device cpu --threads 2",
-        "--option predict --checkpoint x --task sst --input - --output y --amp --device cpu --max_length 64",
-        "--pcgrad --scheduler pal --draws_per_step 3",
-    ],
-)
+@pytest.mark.parametrize("line", cases("accepted.txt"))
 def test_combinations_that_make_sense_are_accepted(line: str) -> None:
     parse(line.split())
 

@@ -9,75 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, run_python
+from helpers import ROOT, cases, run_python
 
 NUM_FLOORS = 9
 
-# Of each module exactly which modules of ours it imports, at its top or inside a function. In parentheses: for the
-# branch that runs it as a command, or for the pictures at the end of a run, and no part of the floors.
-IMPORTS = """
-console:
-parameters:
-run_record:
-seeding:
-tasks:
-tsv:
-eda: tsv
-pcgrad: parameters
-schedulers: parameters
-
-ops.adamw:
-ops.dropout:
-ops.embedding:
-ops.linear:
-ops.kernels: ops.dropout
-ops.packed: ops.linear
-ops.activation: ops.kernels ops.linear
-ops.attention: ops.dropout ops.kernels ops.packed
-ops.residual_norm: ops.dropout ops.kernels
-ops: ops.activation ops.adamw ops.attention ops.dropout ops.embedding ops.kernels ops.linear ops.packed
-ops: ops.residual_norm
-
-bert: ops
-optimizer: ops
-datasets: bert eda ops parameters tasks tsv (reports.data_report)
-heads: bert ops parameters
-pal: bert ops parameters
-token_cache: datasets tasks
-model: bert datasets heads ops pal parameters tasks
-checkpoints: bert model
-evaluation: datasets model run_record tasks (reports.report)
-smart: datasets model ops parameters seeding tasks
-predictor: bert checkpoints datasets model tasks
-prediction: predictor tasks
-config: checkpoints datasets heads pal parameters pcgrad schedulers smart tasks
-engine: datasets evaluation model ops optimizer pcgrad schedulers seeding smart tasks
-run_data: config datasets seeding tasks token_cache
-run: checkpoints config console datasets engine evaluation model ops parameters pcgrad run_data run_record schedulers
-run: seeding smart (reports.plots)
-multitask_classifier: bert config console datasets engine evaluation prediction predictor run run_record
-
-reports:
-reports.command:
-reports.document:
-reports.error_analysis: datasets run_record tasks
-reports.finished_run: datasets run_record tasks
-reports.comparison: config reports.finished_run run_record tasks
-reports.plots: reports.comparison reports.finished_run run_record tasks
-reports.data_report: bert checkpoints datasets reports.command reports.plots run_record tasks
-reports.report: console reports.command reports.comparison reports.document reports.error_analysis
-reports.report: reports.finished_run reports.plots run_record tasks
-"""
 HEAVY = ("transformers", "sentence_transformers", "sklearn", "scipy", "matplotlib", "nltk", "tensorboard")
 ASIDE = ("reports", "benchmarks", "sweeps", "tests")  # what nothing of the core imports
 
 
 def listed() -> dict[str, set[str]]:
+    """Of each module those that it imports, by cases/imports.txt."""
     result: dict[str, set[str]] = {}
-    for line in IMPORTS.split("\n"):
+    for line in cases("imports.txt"):
         name, _, imports = line.partition(":")
-        if name:
-            result.setdefault(name, set()).update(imports.split())
+        result.setdefault(name, set()).update(imports.split())
     return result
 
 

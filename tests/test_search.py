@@ -29,34 +29,6 @@ from sweeps.search import ONLY_WITH, SPACE, CategoricalDistribution, Space, dev_
 ROOT = Path(__file__).resolve().parent.parent
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-# A run: a mean an epoch, then its end. What run number n does stands in plan.json under n, else under "*".
-FAKE_RUN = """
-import json, os, signal, sys, time
-resumed = "--resume" in sys.argv
-folder = sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1]
-plans = json.load(open(os.path.dirname(os.path.abspath(__file__)) + "/plan.json"))
-plan = plans.get(folder.rsplit("-", 1)[1], plans.get("*", {}))
-def stop(*_):
-    print("stopped", flush=True)
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-if not resumed:
-    os.mkdir(folder)
-    json.dump({"argv": sys.argv[1:]}, open(folder + "/config.json", "w"))
-log = folder + "/metrics.jsonl"
-done = open(log).read().count("dev") if os.path.exists(log) else 0
-with open(log, "a") as file:
-    for epoch, mean in enumerate(plan.get("means", [0.5]), 1):
-        if epoch > done:
-            record = {"stage": "finetune", "epoch": epoch, "step": epoch, "dev": {"mean": mean}}
-            print(json.dumps(record), file=file, flush=True)
-        time.sleep(plan.get("pause", 0))
-if "error" in plan:
-    print("error: " + plan["error"], file=sys.stderr)
-    sys.exit(plan["status"])
-json.dump({"dev": {"mean": max(plan.get("means", [0.5]))}, "argv": sys.argv[1:]}, open(folder + "/results.json", "w"))
-"""
-
 
 @pytest.fixture(autouse=True)
 def _signal_handlers() -> Iterator[None]:
@@ -71,7 +43,7 @@ class Fake:
 
     def __init__(self, folder: Path, tiny: Path, empty_database: Path) -> None:
         self.folder, self.out, self.empty_database = folder, folder / "out", empty_database
-        (folder / "run.py").write_text(FAKE_RUN)
+        shutil.copyfile(ROOT / "tests" / "cases" / "fake_run.py", folder / "run.py")
         self.fixed = ["--model", str(tiny), "--epochs", "5"]
         self.plan()
 

@@ -11,49 +11,14 @@ from pathlib import Path
 
 import pytest
 
-SET_UP = Path(__file__).parent.parent / "set_up.sh"
+from helpers import ROOT
+
+SET_UP, CASES = ROOT / "set_up.sh", ROOT / "tests" / "cases"  # there, stand-ins for python and conda
 Done = subprocess.CompletedProcess[str]
 SHELLS = [
     "bash",
     pytest.param("zsh", marks=pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")),
 ]
-
-# Makes environments that hold itself; its pip, its nltk and its venv only note that they were called.
-FAKE_PYTHON = r"""#!/bin/bash
-case "$1 ${2-}" in
-    "--version ") echo "Python ${FAKE_VERSION:-3.11.7}" ;;
-    "-c import sys, ensurepip"*) [ "${FAKE_VERSION:-3.11.7}" != 3.8.1 ] ;;
-    "-c import pip"*) ;;
-    "-c import nltk; nltk.data.find"*) [ -d "$HOME/nltk_data/corpora/wordnet" ] ;;
-    "-c import nltk, socket"*) echo nltk >>"$FAKE_LOG" ;;
-    "-m venv")
-        [ "$3" = --clear ] || exit 1 # else what was half-made or moved stays
-        echo venv >>"$FAKE_LOG"
-        mkdir -p "$4/bin" && cp "$FAKE_BIN/python3.11" "$4/bin/python"
-        [ -z "${FAKE_VENV_STOPS-}" ] || exit 1
-        printf 'VIRTUAL_ENV="%s"\nexport VIRTUAL_ENV\nPATH="$VIRTUAL_ENV/bin:$PATH"\ndeactivate () { :; }\n' "$4" \
-            >"$4/bin/activate"
-        ;;
-    "-m pip")
-        echo "pip for $0" >>"$FAKE_LOG"
-        [ -z "${FAKE_PIP_WAITS-}" ] || sleep 20
-        [ -z "${FAKE_PIP_FAILS-}" ] || { echo "ERROR: no such package" >&2; exit 1; }
-        ;;
-    *) echo "unexpected: $*" >>"$FAKE_LOG"; exit 1 ;;
-esac
-"""
-
-# Its environment is the folder $FAKE_CONDA/cs224n_dfp; `hook` prints the function that activates it.
-FAKE_CONDA = r"""#!/bin/bash
-prefix=$FAKE_CONDA/cs224n_dfp
-[ "$1" = --version ] || echo "conda $*" >>"$FAKE_LOG"
-case $1 in
-    --version) echo "conda 25.1" ;;
-    run) [ -d "$prefix" ] && echo "$prefix" ;;
-    create | install) mkdir -p "$prefix"/{bin,conda-meta} && cp "$FAKE_BIN/python3.11" "$prefix/bin/python" ;;
-    shell.bash | shell.zsh) echo 'conda() { [ $1 = activate ] && export CONDA_DEFAULT_ENV=$2; }' ;;
-esac
-"""
 
 
 class Project:
@@ -70,7 +35,7 @@ class Project:
         (self.folder / "requirements.txt").write_text("torch==2.13.0\n")
         (self.folder / "requirements-dev.txt").write_text("pytest\n")
         self.log.touch()
-        self.program("python3.11", FAKE_PYTHON)
+        self.program("python3.11", (CASES / "python.sh").read_text())
         # These and no others: neither this machine's conda, nor its apt-get, nor its Pythons.
         for tool in ["bash", "zsh", "sh", "cat", "cksum", "cp", "dirname", "env", "mkdir", "rm", "sleep"]:
             if path := shutil.which(tool):
@@ -128,7 +93,7 @@ def test_without_conda_a_venv_beside_the_script_is_made_and_active_and_made_once
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_conda_is_used_where_it_is_installed(project: Project, shell: str) -> None:
-    project.program("conda", FAKE_CONDA)
+    project.program("conda", (CASES / "conda.sh").read_text())
     script = 'source "$SET_UP"; echo "status $? $CONDA_DEFAULT_ENV"'
     assert project.run(script, shell).stdout.endswith("status 0 cs224n_dfp\n")
     assert not project.prefix.exists()
@@ -142,7 +107,7 @@ def test_conda_is_used_where_it_is_installed(project: Project, shell: str) -> No
 def test_a_conda_environment_without_a_python_is_completed_and_one_of_an_older_python_is_named(
     project: Project,
 ) -> None:
-    project.program("conda", FAKE_CONDA)
+    project.program("conda", (CASES / "conda.sh").read_text())
     project.conda_prefix.mkdir(parents=True)
     assert project.run().returncode == 0
     assert "conda install -n cs224n_dfp python=3.11 pip -y -q" in project.calls()
