@@ -1,0 +1,36 @@
+"""A run: a mean an epoch, then its end. What run number n does stands in plan.json under n, else under "*"."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+resumed = "--resume" in sys.argv
+folder = Path(sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1])
+plans = json.loads(Path(__file__).with_name("plan.json").read_text())
+plan = plans.get(folder.name.rsplit("-", 1)[1], plans.get("*", {}))
+
+
+def stop(*_: object) -> None:
+    print("stopped", flush=True)
+    sys.exit(143)
+
+
+signal.signal(signal.SIGTERM, stop)
+if not resumed:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"argv": sys.argv[1:]}))
+log = folder / "metrics.jsonl"
+done = log.read_text().count("dev") if log.exists() else 0
+with log.open("a") as file:
+    for epoch, mean in enumerate(plan.get("means", [0.5]), 1):
+        if epoch > done:
+            record = {"stage": "finetune", "epoch": epoch, "step": epoch, "dev": {"mean": mean}}
+            print(json.dumps(record), file=file, flush=True)
+        time.sleep(plan.get("pause", 0))
+if "error" in plan:
+    print("error: " + plan["error"], file=sys.stderr)
+    sys.exit(plan["status"])
+results = {"dev": {"mean": max(plan.get("means", [0.5]))}, "argv": sys.argv[1:]}
+(folder / "results.json").write_text(json.dumps(results))
