@@ -21,18 +21,18 @@ import run as running
 from bert import BertConfig, initialize
 from config import FlagError, make_parser, parse
 from datasets import Batch
-from heads import HEADS
-from helpers import Capture, Patch, write_data
+from heads import HEADS, LinearHead
+from helpers import ROOT, Capture, Patch, write_data
 from model import MultitaskBert
 from ops import DropoutMasks, Linear, Packing
 from pal import ADAPTERS
-from parameters import parameter
+from parameters import NoParameters, parameter
 from pcgrad import TREATMENTS
 from schedulers import SCHEDULERS, Draws, Plan, Setting, sampled_counts
 from smart import REGULARIZERS
 from tasks import TASKS, Classes, Task
 
-TESTS = Path(__file__).resolve().parent
+Command = Callable[..., list[str]]
 
 
 class Favorite:
@@ -87,7 +87,7 @@ class Calm:
         self.state["mean"].lerp_(self.found, 0.1)
 
 
-class ScaledHead(nn.Module):
+class ScaledHead(LinearHead):
     """A linear layer, scaled."""
 
     @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class ScaledHead(nn.Module):
         factor: float = parameter(2.0, "factor on the logits", "> 0")
 
     def __init__(self, parameters: Parameters, encoder: BertConfig, num_outputs: int) -> None:
-        super().__init__()
-        self.factor, self.output = parameters.factor, nn.Linear(encoder.hidden_size, num_outputs)
+        super().__init__(NoParameters(), encoder, num_outputs)
+        self.factor = parameters.factor
 
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
-        return self.factor * self.output(pooled)  # type: ignore[no-any-return]
+        return self.factor * super().forward(pooled, masks)
 
 
 class Bottleneck(nn.Module):
@@ -171,7 +171,7 @@ def moods(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(monkeypatch: Patch, tiny: Path, moods: Path) -> Callable[..., list[str]]:
+def command(monkeypatch: Patch, tiny: Path, moods: Path) -> Command:
     """Everything is in its table; gives the arguments of a short run."""
     for table, name, entry in ADDED:
         monkeypatch.setitem(table, name, entry)
@@ -218,34 +218,27 @@ def test_a_parameter_without_its_method_or_outside_its_limits_is_one_line(way: s
 
 @pytest.mark.parametrize(("way", "flag", "value"), ENTRIES)
 def test_it_and_its_parameter_change_a_training_step(
-    way: str, flag: str, value: str, command: Callable[..., list[str]], tmp_path: Path
+    way: str, flag: str, value: str, command: Command, tmp_path: Path
 ) -> None:
     """With the treatment only the second step has averages that depend on the rate."""
-    found = []
+    found, base = [], "--pretrain_epochs 0 --epochs 1 --steps_per_epoch 2 --batch_size 8 --draws_per_step 8"
     for number, flags in enumerate(("", way, f"{way} {flag} {value}")):
-        out = tmp_path / str(number)
-        run(
-            command(
-                out, f"--pretrain_epochs 0 --epochs 1 --steps_per_epoch 2 --batch_size 8 --draws_per_step 8 {flags}"
-            )
-        )
-        found.append({name: value for name, value in tensors(out).items() if name.startswith("bert.")})
+        run(command(tmp_path / str(number), f"{base} {flags}"))
+        weights = tensors(tmp_path / str(number))
+        found.append({name: value for name, value in weights.items() if name.startswith("bert.")})
     assert not same(found[0], found[1]) and not same(found[1], found[2])
 
 
-def test_killed_in_both_stages_and_resumed_it_equals_the_undisturbed_run(
-    command: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_killed_in_both_stages_and_resumed_it_equals_the_undisturbed_run(command: Command, tmp_path: Path) -> None:
     flags = f"{EVERYTHING} --epochs 2 --pretrain_epochs 2 --steps_per_epoch 3 --batch_size 8 --save_every 2 --lr 1e-3"
     whole, out = tmp_path / "whole", tmp_path / "run"
     run(command(whole, flags))
     script = "import sys, test_extension; test_extension.main_killed_at(int(sys.argv[1]), sys.argv[2:])"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     for number, arguments in ((4, command(out, flags)), (3 + 4, ["--resume", str(out)])):  # the fourth step of a stage
         line = [sys.executable, "-c", script, str(number), *arguments]
         process = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
         assert process.returncode == -signal.SIGKILL, process.stderr
-    assert not (out / "results.json").exists()
     run(["--resume", str(out)])
     for name in ("last/model.safetensors", "best/model.safetensors", "last/trainer.safetensors"):
         assert same(tensors(out, name), tensors(whole, name)), name
@@ -254,7 +247,7 @@ def test_killed_in_both_stages_and_resumed_it_equals_the_undisturbed_run(
 
 
 def test_its_checkpoint_is_tested_and_predicts_and_is_refused_with_other_parameters(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: Capture
+    command: Command, tmp_path: Path, capsys: Capture
 ) -> None:
     out, start = tmp_path / "run", f"--checkpoint {tmp_path / 'run'}"
     run(command(out, f"{EVERYTHING} --epochs 1 --pretrain_epochs 0 --steps_per_epoch 2"))

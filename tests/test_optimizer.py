@@ -28,14 +28,6 @@ def set_gradients(named: dict[str, nn.Parameter], seed: int) -> None:
         parameter.grad = gradient if parameter.grad is None else parameter.grad.copy_(gradient)
 
 
-def vectors(named: dict[str, nn.Parameter]) -> list[str]:
-    """Biases and LayerNorms by name, not by dimension."""
-    return [name for name in named if name.endswith(".bias") or "norm" in name]
-
-
-# -------------------------------------------------------------------------------------------------------- AdamW
-
-
 @pytest.mark.parametrize("num_decayed", [0, 4, 7])
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_a_step_is_that_of_the_definition(num_decayed: int, factor: float) -> None:
@@ -53,39 +45,6 @@ def test_a_step_is_that_of_the_definition(num_decayed: int, factor: float) -> No
         torch.testing.assert_close(value, vars(exact)[name].float(), rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_steps_are_those_of_torch_with_decay_for_matrices_only(weight_decay: float) -> None:
-    ours, theirs = model_parameters(), model_parameters()
-    flat = FlatParameters(ours)
-    groups = [{"params": [theirs[name] for name in vectors(theirs)], "weight_decay": 0.0}]
-    groups += [{"params": [p for name, p in theirs.items() if name not in vectors(theirs)]}]
-    expected = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=False, foreach=False)
-    for step in range(5):
-        for named in (ours, theirs):
-            set_gradients(named, step)
-        for group in expected.param_groups:
-            group["lr"] = 1e-3 * (step + 1)
-        flat.step(flat.gradients[0], 1e-3 * (step + 1), weight_decay, 1.0)
-        expected.step()
-        for name, parameter in ours.items():
-            torch.testing.assert_close(parameter, theirs[name], rtol=1e-5, atol=1e-7)
-
-
-def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
-    whole, stopped = model_parameters(), model_parameters()
-    first, second = FlatParameters(whole), FlatParameters(stopped)
-    for flat, named in ((first, whole), (second, stopped)):
-        set_gradients(named, 0)
-        flat.step(flat.gradients[0], 1e-2, 0.1, 1.0)
-    restored = FlatParameters(stopped)
-    restored.load_state({name: value.clone() for name, value in second.state().items()})
-    for flat, named in ((first, whole), (restored, stopped)):
-        set_gradients(named, 1)
-        flat.step(flat.gradients[0], 1e-2, 0.1, 1.0)
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert restored.moments.step.item() == 2
-
-
 def test_the_state_of_other_parameters_is_refused() -> None:
     flat = FlatParameters({"a": nn.Parameter(torch.ones(3))})
     for changes in ({"exp_avg": torch.zeros(4)}, {"step": torch.zeros(1)}):
@@ -93,9 +52,6 @@ def test_the_state_of_other_parameters_is_refused() -> None:
             flat.load_state({**flat.state(), **changes})
     with pytest.raises(ValueError, match="exp_avg_sq is missing"):
         flat.load_state({name: value for name, value in flat.state().items() if name != "exp_avg_sq"})
-
-
-# ------------------------------------------------------------------------------------------------ flat parameters
 
 
 def small() -> dict[str, nn.Parameter]:
@@ -137,9 +93,6 @@ def test_there_may_be_no_matrices_no_biases_and_nothing_at_all(names: str, num_d
     flat.step(flat.gradients[0], 0.1, 0.5, 1.0)
     for name, value in before.items():  # the first step of AdamW is of length lr
         torch.testing.assert_close(named[name].detach(), value * (0.95 if value.dim() > 1 else 1) - 0.1)
-
-
-# -------------------------------------------------------------------------------------------------------- norms
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])

@@ -45,9 +45,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# ------------------------------------------------------------------------------------------------ run directory
-
-
 def test_a_new_run_directory_holds_its_configuration(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs" / "deep" / "one", {"seed": 3})
     assert run.config() == {"seed": 3} and contents(run.path).keys() == {CONFIG, LOCK}
@@ -94,18 +91,15 @@ def test_resuming_takes_up_checkpoints_whose_replacement_was_cut_off(tmp_path: P
         (run.path / f"{name}.new" / "weights").write_text(name)
     run.close()
     again = RunDirectory.existing(run.path)
-    assert contents(again.best) == {"weights": b"best"} and contents(again.last) == {"weights": b"last"}
-
-
-# ------------------------------------------------------------------------------------------- replacing a folder
+    assert [contents(folder) for folder in (again.best, again.last)] == [{"weights": b"best"}, {"weights": b"last"}]
 
 
 def version(number: int) -> Callable[[Path], None]:
     """Writes a folder of two files that must belong together."""
 
     def write(folder: Path) -> None:
-        (folder / "first").write_text(str(number))
-        (folder / "second").write_text(str(number))
+        for name in ("first", "second"):
+            (folder / name).write_text(str(number))
 
     return write
 
@@ -114,7 +108,7 @@ def kill_at(place: int, monkeypatch: Patch) -> list[str]:
     """The process ends before call number `place` that moves or removes a folder; returns the calls made so far."""
     calls: list[str] = []
 
-    def wrap(module: Any, name: str) -> None:
+    def watch(module: Any, name: str) -> None:
         real = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -125,8 +119,8 @@ def kill_at(place: int, monkeypatch: Patch) -> list[str]:
 
         monkeypatch.setattr(module, name, call)
 
-    wrap(os, "rename")
-    wrap(shutil, "rmtree")
+    watch(os, "rename")
+    watch(shutil, "rmtree")
     return calls
 
 
@@ -197,9 +191,6 @@ def test_recovery_leaves_a_whole_folder_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-# -------------------------------------------------------------------------------------------------- metrics log
-
-
 def test_what_a_killed_run_logged_after_its_checkpoint_is_logged_again_once(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     log = MetricsLog(path, 0, None)
@@ -235,9 +226,6 @@ def test_nan_and_infinities_become_null_and_everything_else_stays() -> None:
 def test_flattened_numbers_have_paths_and_are_finite() -> None:
     values = {"loss": 1, "dev": {"sst": {"accuracy": 0.5}, "mean": math.nan}, "name": "x", "none": None}
     assert list(flatten(values)) == [("loss", 1.0), ("dev/sst/accuracy", 0.5)]
-
-
-# ------------------------------------------------------------------------------------------------ files of state
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -284,9 +272,6 @@ def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):
             read_trainer(tmp_path, 2)
         weights.unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------------------------------------------- lock
 
 
 def start_resuming(run: Path, then: str = "") -> subprocess.Popen[str]:

@@ -41,9 +41,6 @@ def shares(name: str, epoch: int, sizes: Sequence[int] = SIZES, epochs: int = 5,
     return [size**power / sum(size**power for size in sizes) for size in sizes]
 
 
-# ------------------------------------------------------------------------------------------------------- shares
-
-
 @pytest.mark.parametrize("epochs", [1, 2, 3, 10])
 def test_pal_shares_are_proportional_to_the_sizes_to_the_power_alpha(epochs: int) -> None:
     scheduler = make("pal", epochs=epochs)
@@ -83,9 +80,6 @@ def test_certain_draws_of_a_small_task_leave_the_proportions_of_the_others() -> 
     assert [found[task] / 32000 for task in TASKS] == pytest.approx([0.75 * 35 / 95, 0.75 * 60 / 95, 0.25], abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------- shares with a floor
-
-
 def closest_shares(probabilities: Sequence[float], floor: float, reverse: bool) -> np.ndarray:
     """The minimum of the divergence between shares and probabilities over shares >= floor, found numerically."""
     p = np.array(probabilities)
@@ -122,9 +116,6 @@ def test_a_floor_that_cannot_be_met_is_refused() -> None:
         shares_with_floor([0.5, 0.3, 0.2], 0.34)
 
 
-# ------------------------------------------------------------------------------------------------------- plans
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize(
     ("draws", "every_task"), [(1, False), (2, False), (5, False), (3, True), (4, True), (16, True)]
@@ -157,9 +148,6 @@ def test_a_plan_is_a_function_of_epoch_step_and_its_own_generator(name: str, eve
     for step in reversed(range(12)):  # as a resumed run begins: what came before leaves no trace
         assert other.plan(4, step, random.Random(step)) == expected[step]
     assert (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()) == state
-
-
-# ------------------------------------------------------------------------------------------- weights of the draws
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])

@@ -87,9 +87,6 @@ def fake(tmp_path: Path, tiny: Path, empty_database: Path, monkeypatch: Patch) -
     return made
 
 
-# ------------------------------------------------------------------------------------------------- search space
-
-
 def space_of(line: str, tiny: Path) -> Space:
     return Space.under([*(() if "--checkpoint" in line else ("--model", str(tiny))), *line.split()])
 
@@ -147,9 +144,6 @@ def test_fixed_flags_and_values_that_contradict_them_leave_the_search(tiny: Path
         assert set(space_of(line, tiny).distributions) == set(SPACE) - set(gone.split()), line
     epochs = space_of("--pretrain_lr 0.1", tiny).distributions["pretrain_epochs"]
     assert isinstance(epochs, CategoricalDistribution) and epochs.choices == (3, 10), "0 contradicts --pretrain_lr"
-
-
-# ------------------------------------------------------------------------------------------------------- trials
 
 
 def flags_of(out: Path, number: int) -> str:

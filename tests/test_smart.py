@@ -54,9 +54,6 @@ class Spy:
         return smoothness(self, self.logits, self.divergence, self.row_of_token, 32, config, generator())
 
 
-# --------------------------------------------------------------------------------------------------- divergences
-
-
 def naive_divergence(task: str) -> Callable[[Tensor, Tensor], Tensor]:
     def kl_both_ways(first: Tensor, second: Tensor) -> Tensor:
         p, q = torch.softmax(first, -1), torch.softmax(second, -1)
@@ -84,9 +81,6 @@ def test_divergences_are_those_of_the_paper_and_keep_their_digits_for_close_pred
     assert found.shape == (50,) and float((found - exact).norm() / exact.norm()) < 1e-2
     assert torch.allclose(found.float(), output.divergence(second.float(), first.float()))
     assert (exact > 0).all() and not output.divergence(first, first.clone()).any()
-
-
-# ---------------------------------------------------------------------------------------------- the perturbation
 
 
 @pytest.mark.parametrize("config", [PAPER, WIDE, replace(PAPER, steps=3), replace(PAPER, sigma=1e-3)])
@@ -122,9 +116,6 @@ def test_a_step_goes_along_the_gradient_over_its_largest_entry_in_the_row_and_is
     found = ascend(start, gradient, torch.tensor([0, 0, 1, 2]), 3, config)
     expected = torch.tensor([[0.5, -0.4], [0.2, 0.1], [0.4, -0.5], [0.5, 0.1]])  # 0.7 and -0.85 are cut off
     assert torch.allclose(found, expected)
-
-
-# ------------------------------------------------------------------------------------------------------- the term
 
 
 def test_the_search_for_the_perturbation_needs_no_gradient_of_the_parameters_and_gives_them_back() -> None:
@@ -187,9 +178,6 @@ def test_the_term_depends_on_the_seed_of_the_masks_and_on_no_global_generator() 
     torch.manual_seed(1)
     assert torch.equal(term(1), first)
     assert not torch.equal(term(2), first)
-
-
-# ------------------------------------------------------------------------------------------------ proximal point
 
 
 @pytest.mark.parametrize(("num_steps", "first"), [(100, 10), (50, 5), (25, 3), (9, 1)])
