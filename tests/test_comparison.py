@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,23 +42,23 @@ def names(setting: Setting) -> list[str]:
     return [run.path.name for run in setting.runs]
 
 
+def run_on_other_data(folder: Path, **flags: Any) -> FinishedRun:
+    (folder / "b").mkdir()
+    return made_run(write_dev_files(folder / "b" / "data", 300, seed=1), "other", **flags)
+
+
 def test_runs_that_differ_in_nothing_that_is_learned_but_the_seed_are_one_setting(files: Path) -> None:
-    """A treatment is named once, and places and speed are not."""
+    """A treatment is named once, and places and speed are not; the same run again is a setting of its own."""
     others = {"threads": 7, "out": "elsewhere", "resume": "x", "save_every": 5, "cache": "off", "commit": "f00"}
     kinds = ({"treatment": "pcgrad", "pcgrad": True, "smart": True}, {"treatment": "sum", "smart": False})
-    runs = [
-        made_run(files, f"r{i}{s}", seed=s, **kind, **(others if s else {}))
-        for s in (2, 0, 1)
-        for i, kind in enumerate(kinds)
-    ]
-    settings = settings_of(runs)
+    seeds = [(seed, i, kind) for seed in (2, 0, 1) for i, kind in enumerate(kinds)]
+    settings = settings_of(
+        [made_run(files, f"r{i}{s}", seed=s, **kind, **(others if s else {})) for s, i, kind in seeds]
+    )
     assert sorted(map(names, settings)) == [[f"r{i}{seed}" for seed in (0, 1, 2)] for i in range(2)]
     shown = {names(setting)[0]: setting.flags for setting in settings}
     assert shown["r00"] == {"treatment": "pcgrad", "smart": "yes"}
     assert shown["r10"] == {"treatment": "sum", "smart": "no"}
-
-
-def test_the_same_run_again_is_a_setting_of_its_own(files: Path) -> None:
     settings = settings_of([made_run(files, "a"), made_run(files, "b"), made_run(files, "c", seed=1)])
     assert sorted(map(names, settings)) == [["a", "c"], ["b"]]
     assert sorted(setting.name for setting in settings) == ["a, c", "b"]
@@ -96,10 +97,8 @@ def test_of_paths_the_last_part_is_shown_where_that_tells_them_apart(files: Path
 
 def test_data_are_told_apart_by_their_content(files: Path, tmp_path: Path) -> None:
     first, fewer = made_run(files, "first"), made_run(files, "fewer", tasks=("sst",))
-    copy = write_dev_files(tmp_path / "copy", 300)
-    elsewhere = made_run(copy, "elsewhere")
-    (tmp_path / "b").mkdir()
-    other = made_run(write_dev_files(tmp_path / "b" / "data", 300, seed=1), "other")
+    elsewhere = made_run(write_dev_files(tmp_path / "copy", 300), "elsewhere")
+    other = run_on_other_data(tmp_path)
     assert data_names([first, fewer, elsewhere, first]) == ["data"] * 4
     assert data_names([first, fewer, other]) == ["data #1", "data #1", "data #2"]
     settings = settings_of([first, elsewhere, other])
@@ -111,9 +110,7 @@ def test_the_best_mean_comes_first_and_more_tasks_before_fewer(files: Path) -> N
     single = made_run(files, "single", 0.01, tasks=("sst",), lr=3.0)
     settings = settings_of([single, bad, good])
     assert [names(setting)[0] for setting in settings] == ["good", "bad", "single"]
-    assert best_of(settings, "mean") == {0}
-    assert best_of(settings, "sst") == {2}
-    assert best_of(settings, "sts") == {0}
+    assert [best_of(settings, name) for name in ("mean", "sst", "sts")] == [{0}, {2}, {0}]
     assert best_of(settings[:1], "sts") == set()
     twins = settings_of([good, made_run(files, "twin", 0.1, lr=9.0), bad])
     assert best_of(twins, "mean") == {0, 1} and best_of(twins[:2], "mean") == set()
@@ -166,6 +163,14 @@ def test_scores_of_the_same_seeds_are_paired_and_others_tested_by_welch(is_paire
     expected = stats.ttest_rel(a, b) if is_paired else stats.ttest_ind(a, b, equal_var=False)
     assert (found.value, found.p) == pytest.approx((float(np.mean(a - b)), expected.pvalue))
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_p_is_twice_the_share_of_resamples_on_the_rarer_side_of_zero() -> None:
+    differences = np.repeat([0.1, 0.0, -0.1], [1950, 20, 29])
+    found = row_difference(0.1, differences, np.zeros(1999))
+    assert found.p == pytest.approx(2 * (49 + 1) / 2000)
+    assert row_difference(-0.1, -differences, np.zeros(1999)).p == found.p
+    assert row_difference(0.0, np.zeros(99), np.zeros(99)).p == 1
 
 
 @pytest.mark.parametrize(
@@ -237,14 +242,6 @@ def test_the_interval_of_a_score_is_the_middle_of_its_resamples(files: Path) -> 
     assert list(row_intervals([FinishedRun.read(runs[0].path)])) == ["sst", "sts"]
 
 
-def test_p_is_twice_the_share_of_resamples_on_the_rarer_side_of_zero() -> None:
-    differences = np.concatenate([np.full(1950, 0.1), np.full(20, 0.0), np.full(29, -0.1)])
-    found = row_difference(0.1, differences, np.zeros(1999))
-    assert found.p == pytest.approx(2 * (49 + 1) / 2000)
-    assert row_difference(-0.1, -differences, np.zeros(1999)).p == found.p
-    assert row_difference(0.0, np.zeros(99), np.zeros(99)).p == 1
-
-
 def test_a_planted_difference_is_found(files: Path) -> None:
     good = [made_run(files, f"good{s}", 0.1, seed=s, lr=1.0) for s in range(3)]
     bad = [made_run(files, f"bad{s}", 0.35, seed=s, lr=2.0) for s in range(3)]
@@ -271,8 +268,7 @@ def test_tasks_in_common_are_compared_and_means_of_equal_tasks_only(files: Path,
     both = made_run(files, "all", lr=1.0)
     pair = made_run(files, "pair", tasks=("sst", "sts"), lr=2.0)
     single = made_run(files, "single", tasks=("para",), lr=3.0)
-    (tmp_path / "b").mkdir()
-    other = made_run(write_dev_files(tmp_path / "b" / "data", 300, seed=1), "other", lr=4.0)
+    other = run_on_other_data(tmp_path, lr=4.0)
     comparisons, _ = compare(settings_of([both, pair, single, other]))
     assert [(names(c.other)[0], c.name) for c in comparisons] == [("pair", "sst"), ("pair", "sts"), ("single", "para")]
     assert all(names(c.best) == ["all"] for c in comparisons)
