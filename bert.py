@@ -120,11 +120,13 @@ class BertLayer(nn.Module):
             context = ops.first_token_attention(query, key_value, packing, num_heads, attention_prob, masks)  # (B, D)
             hidden_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
             task_term = None if task_term is None else task_term.index_select(0, first_tokens)  # (N, D) -> (B, D)
-        update = self.attention_output(context)
-        attended = ops.residual_norm(update, hidden_states, self.attention_norm, prob, masks, None)
+        attended = ops.linear_residual_norm(
+            context, self.attention_output, hidden_states, self.attention_norm, prob, masks
+        )
         activated = ops.activated_linear(attended, self.intermediate, config.hidden_act)  # (N, D) -> (N, I)
-        update = self.output(activated)  # (N, I) -> (N, D)
-        return ops.residual_norm(update, attended, self.output_norm, prob, masks, task_term)
+        return ops.linear_residual_norm(
+            activated, self.output, attended, self.output_norm, prob, masks, task_term
+        )  # (N, I) -> (N, D)
 
     def _queries_of(self, first_tokens: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, D) of the first tokens, keys and values (N, 2 D) of all."""

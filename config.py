@@ -120,7 +120,7 @@ class Config:
         32, "rows of an optimizer step, times --accumulation_steps; a forward pass takes no more of them", ">= 1"
     )
     accumulation_steps: int = parameter(1, "how many times --batch_size rows make up an optimizer step", ">= 1")
-    eval_batch_size: int = parameter(64, "rows of one forward pass in evaluation", ">= 1")
+    eval_batch_size: int = parameter(0, "rows of one forward pass in evaluation; 0: 64, on a GPU 1024", ">= 0")
     eval_every: int = parameter(1, "epochs between evaluations; 0: after the last only", ">= 0")
     save_every: int = parameter(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
     lr: float = parameter(0.0, "peak learning rate of fine-tuning; 0: by the model's width", ">= 0")
@@ -132,6 +132,7 @@ class Config:
     seed: int = parameter(0, "seed of everything that is random", "0 <= x < 2**63")
     threads: int = parameter(0, "CPU threads; 0: torch's default", "0 <= x <= 1024")
     device: str = parameter("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
+    cuda_graphs: bool = parameter(True, "record training steps on a GPU as CUDA graphs; the results are the same")
     amp: str = parameter("off", "mixed precision: bf16 (also the bare flag) or fp16", choices=("off", "bf16", "fp16"))
     tensorboard: bool = parameter(True, "write TensorBoard files too")
 

@@ -33,6 +33,7 @@ from smart import Regularizer
 from tasks import TASKS
 
 Record = dict[str, Any]  # a line of metrics.jsonl
+PassKey = tuple[tuple[str, ...], int, int]  # tasks, rows and tokens of a replayed pass
 
 
 class TrainingError(ValueError):
@@ -136,11 +137,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward and a backward pass. numbers: (B,) of its rows; weights: (T, B) of each task the factor of a row's loss."""
+    """A forward and a backward pass. numbers: (B,) of its rows; weights: (T, B) of each task the factor of a row's loss;
+    seed: of its dropout."""
 
     tasks: tuple[str, ...]
     numbers: np.ndarray
     weights: np.ndarray
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -203,9 +206,9 @@ class Trainer:
         self._joined = self._join()
         self._halted = torch.zeros((), dtype=torch.bool, device=precision.device)  # after a step that cannot be taken
         self._launched: deque[Launched] = deque()
-        self._masks = DropoutMasks(0, precision.device)
+        self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         is_replayed = cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers
-        self._replayed = Replayed(self._replay) if is_replayed else None
+        self._replayed = (Replayed(self._pass_on_device), Replayed(self._step_on_device)) if is_replayed else None
 
     def _join(self) -> tuple[TokenizedRows, dict[str, int]] | None:
         """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
@@ -310,13 +313,21 @@ class Trainer:
             "lr": stage.learning_rate(step),
         }
 
-        losses = self._backward_within_memory(rows, weights, step, note)  # (T,) times their weights
-        found = self._treat(rows, losses, step) if self.is_treated else {}
-        numbers = self._move(tasks, losses, step, is_overflow=found is None)
+        lr = torch.full((), stage.learning_rate(step), dtype=torch.float64, device=self.precision.device)
+        found: Record | None = {}
+        numbers = self._replayed_step(list(self._passes(rows, weights, step)), lr)
+        if numbers is None:
+            losses = self._backward_within_memory(rows, weights, step, note)  # (T,) times their weights
+            found = self._treat(rows, losses, step) if self.is_treated else {}
+            numbers = self._move(tasks, losses, lr, is_overflow=found is None)
+        reading = Reading(numbers)
+        if self.methods.regularizers and found is not None and self._is_taken(reading):
+            for regularizer in self.methods.regularizers:
+                regularizer.after_step(step)
         drawn = dict(progress.rows)
         for task in tasks:
             progress.rows[task] += counts[task]
-        return Launched(step, record | (found or {}), Reading(numbers), weights, rows, drawn)
+        return Launched(step, record | (found or {}), reading, weights, rows, drawn)
 
     def _record(self, launched: Launched) -> Record:
         """The line for the log, when the device has come that far. Raises TrainingError for a step that could not be
@@ -359,7 +370,7 @@ class Trainer:
                     raise TrainingError(
                         f"{self.stage.name} step {step + 1}: the device is out of memory with one row a forward pass"
                     ) from None
-            progress.micro_batch = -(-progress.micro_batch // 2)
+            progress.micro_batch, self._replayed = -(-progress.micro_batch // 2), None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             note(
@@ -369,47 +380,78 @@ class Trainer:
 
     def _backward(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int) -> Tensor:
         """Each task's gradient, of its mean loss times its weight; returns those losses (T,)."""
-        for vector in self._vectors().values():
-            vector.gradients.zero_()
+        self._forget_gradients()
         tasks = list(rows)
         losses = torch.zeros(len(tasks), device=self.precision.device)
-        for group in [tuple(tasks)] if self._joined else [(task,) for task in tasks]:
-            self.shared.point_to(self._gradient_row(group[0]))
-            places = slice(tasks.index(group[0]), tasks.index(group[-1]) + 1)
-            whole = self._pass_of(group, rows, weights)
-            for first in range(0, len(whole.numbers), self.progress.micro_batch):
-                part = slice(first, first + self.progress.micro_batch)
-                self._masks = DropoutMasks(self._seed("dropout", step, "+".join(group), first), self.precision.device)
-                losses[places] += self._take(Pass(group, whole.numbers[part], whole.weights[:, part]))
+        for part in self._passes(rows, weights, step):
+            places = slice(tasks.index(part.tasks[0]), tasks.index(part.tasks[-1]) + 1)
+            losses[places] += self._take(part)
         return losses
 
-    def _pass_of(
-        self, tasks: tuple[str, ...], rows: Mapping[str, np.ndarray], weights: Mapping[str, float]
-    ) -> Pass:
-        """These tasks' rows, the one's behind the other's."""
+    def _forget_gradients(self) -> None:
+        for vector in self._vectors().values():
+            vector.gradients.zero_()
+
+    def _passes(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int) -> Iterator[Pass]:
+        """The forward passes of a step: of all tasks' rows together or of each task's, so many rows at a time as go."""
+        tasks = tuple(rows)
         starts = self._joined[1] if self._joined else dict.fromkeys(tasks, 0)
-        numbers = np.concatenate([rows[task] + starts[task] for task in tasks])
-        of_task = np.repeat(range(len(tasks)), [len(rows[task]) for task in tasks])  # (B,)
-        factors = np.array([[weights[task] / len(rows[task])] for task in tasks])  # (T, 1)
-        return Pass(tasks, numbers, np.where(of_task == np.arange(len(tasks))[:, None], factors, 0))
+        for group in [tasks] if self._joined else [(task,) for task in tasks]:
+            numbers = np.concatenate([rows[task] + starts[task] for task in group])  # (B,)
+            of_task = np.repeat(range(len(group)), [len(rows[task]) for task in group])  # (B,)
+            factors = np.array([[weights[task] / len(rows[task])] for task in group])  # (T, 1)
+            factors = np.where(of_task == np.arange(len(group))[:, None], factors, 0)  # (T, B)
+            for first in range(0, len(numbers), self.progress.micro_batch):
+                part = slice(first, first + self.progress.micro_batch)
+                seed = self._seed("dropout", step, "+".join(group), first)
+                yield Pass(group, numbers[part], factors[:, part], seed)
 
     def _rows_of(self, tasks: Sequence[str]) -> Rows:
         return self._joined[0] if self._joined else self.data.train[tasks[0]]
 
     def _take(self, part: Pass) -> Tensor:
         """A forward and a backward pass; returns each task's weighted loss (T,)."""
-        device, rows = self.precision.device, self._rows_of(part.tasks)
-        weights = to_device(part.weights, device).to(torch.get_default_dtype())
-        if self._replayed is None or not isinstance(rows, TokenizedRows):
-            return self._forward_backward(part.tasks, rows.batch(part.numbers), weights)
-        key = (part.tasks, len(part.numbers), rows.num_places(part.numbers))
-        return self._replayed(key, to_device(part.numbers, device), weights)
+        if self._replayed:
+            return self._replayed[0](*self._seeded(part))
+        self._masks = DropoutMasks(part.seed, self.precision.device)
+        self.shared.point_to(self._gradient_row(part.tasks[0]))
+        batch = self._rows_of(part.tasks).batch(part.numbers)
+        return self._forward_backward(part.tasks, batch, self._on_device(part.weights))
 
-    def _replay(self, key: tuple[tuple[str, ...], int, int], numbers: Tensor, weights: Tensor) -> Tensor:
+    def _on_device(self, weights: np.ndarray) -> Tensor:
+        return to_device(weights, self.precision.device).to(torch.get_default_dtype())
+
+    # What CUDA graphs record: all that depends on the step's rows comes in tensors, the rest from the key.
+
+    def _seeded(self, part: Pass) -> tuple[PassKey, Tensor, Tensor]:
+        """The arguments of a replayed pass, whose dropout is ready."""
+        rows = self._rows_of(part.tasks)
+        assert isinstance(rows, TokenizedRows)
+        self._masks = DropoutMasks(part.seed, self.precision.device)
+        key = (part.tasks, len(part.numbers), rows.num_places(part.numbers))
+        return key, to_device(part.numbers, self.precision.device), self._on_device(part.weights)
+
+    def _replayed_step(self, passes: Sequence[Pass], lr: Tensor) -> Tensor | None:
+        """A whole step of a single pass, as a graph; None where there can be none."""
+        if self._replayed is None or self._joined is None or len(passes) > 1:
+            return None
+        try:
+            return self._replayed[1](*self._seeded(passes[0]), lr)
+        except torch.OutOfMemoryError:
+            self._replayed = None  # and the memory that it holds
+            return None
+
+    def _pass_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor) -> Tensor:
         tasks, _, num_places = key
         rows = self._rows_of(tasks)
         assert isinstance(rows, TokenizedRows)
+        self.shared.point_to(self._gradient_row(tasks[0]))
         return self._forward_backward(tasks, rows.gather(numbers, num_places), weights)
+
+    def _step_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor, lr: Tensor) -> Tensor:
+        self._forget_gradients()
+        losses = self._pass_on_device(key, numbers, weights)
+        return self._move(key[0], losses, lr, is_overflow=False)
 
     def _forward_backward(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after its backward pass. weights: (T, B)."""
@@ -469,7 +511,7 @@ class Trainer:
         *on_host, of_own, scale = numbers[found.numel() :]
         return gramians / scale**2 + 0 * of_own, torch.stack(on_host)
 
-    def _move(self, tasks: Sequence[str], losses: Tensor, step: int, is_overflow: bool) -> Tensor:
+    def _move(self, tasks: Sequence[str], losses: Tensor, lr: Tensor, is_overflow: bool) -> Tensor:
         """Clips the gradients, the shared one and those of the tasks' own parameters, and moves the parameters, unless a
         gradient is not finite. is_overflow: it is known already that one is not.
 
@@ -483,19 +525,18 @@ class Trainer:
         is_skipped = (self._halted | is_bad).to(torch.float32)
         factor = clip_factor(norm, stage.max_grad_norm) / scale
         moved = [vector.moved_by(vector.gradients[0]) for vector in vectors]
-        adamw_step(moved, stage.learning_rate(step), stage.weight_decay, factor, is_skipped)
+        adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
         numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])
         self.scaler.update(is_bad.to(torch.float32))
-        if self.methods.regularizers and not is_overflow and self._is_taken(is_skipped):
-            for regularizer in self.methods.regularizers:
-                regularizer.after_step(step)
         return numbers
 
-    def _is_taken(self, is_skipped: Tensor) -> bool:
+    def _is_taken(self, numbers: Reading) -> bool:
         """Whether the step was not left out; on a GPU, where nothing overflows, that is taken for granted until its record is
         wanted."""
-        is_waited_for = is_skipped.device.type == "cpu" or (self.scaler.is_enabled and not self.is_treated)
-        return not is_waited_for or not Reading(is_skipped).wait()
+        is_cpu = self.precision.device.type == "cpu"
+        if is_cpu or (self.scaler.is_enabled and not self.is_treated):
+            return not numbers.wait()[-2]
+        return True
 
     def _error(
         self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int

@@ -19,7 +19,7 @@ from engine import TrainingError
 from evaluation import Precision
 from prediction import PredictionError, predict_lines
 from predictor import Predictor, load
-from run import AMP, Run, Stopped, StopSignals, prepare, resolve_device
+from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare, resolve_device
 from run_record import RunError
 
 USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError, PredictionError)
@@ -33,7 +33,8 @@ def predict(config: Config) -> int:
     precision = Precision(torch.device(device), AMP[config.amp])
 
     def make_predictor() -> Predictor:
-        return load(config.checkpoint, device, config.eval_batch_size, config.max_length, precision.autocast)
+        batch_size = config.eval_batch_size or default_eval_batch_size(device)
+        return load(config.checkpoint, device, batch_size, config.max_length, precision.autocast)
 
     return predict_lines(make_predictor, config.task, config.input, config.output)
 

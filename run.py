@@ -103,6 +103,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         draws_per_step=config.draws,
         max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
         threads=torch.get_num_threads(),
+        eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
     return settled, folder
 
@@ -112,6 +113,11 @@ def resolve_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise FlagError("--device cuda: no CUDA GPU found, expected cpu or auto")
     return name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_eval_batch_size(device: str) -> int:
+    """As many rows as keep a device busy."""
+    return 64 if device == "cpu" else 1024
 
 
 def default_learning_rate(width: int) -> float:
@@ -258,7 +264,7 @@ class Run:
         trained = trained_parameters(self.config, stage, model)
         trained.freeze_others(model)
         methods = make_methods(self.config, stage, model, data)
-        return Trainer(stage, stage_model, trained, data, methods, self.precision)
+        return Trainer(stage, stage_model, trained, data, methods, self.precision, self.config.cuda_graphs)
 
     def features(self, stage: Stage, rows: TokenizedRows) -> Rows:
         """Features of the frozen encoder, computed when they are first needed."""
@@ -283,14 +289,16 @@ class Run:
         stage, progress, save_every = trainer.stage, trainer.progress, self.config.save_every
         with self.console.bar(stage.name, stage.num_steps, progress.step):
             try:
-                for event in trainer.run(self.stop.check):
+                for event in trainer.run(self.stop.check, save_every):
                     self.show(stage, event)
                     if event.is_best and not stage.is_frozen:
                         self.save_best()
-                    if event.is_epoch or (save_every and progress.step % save_every == 0):
+                    if event.is_epoch or (save_every and event.record and event.record["step"] % save_every == 0):
                         self.save(number, trainer)
                     self.stop.check()
             except (Stopped, TrainingError):
+                for event in trainer.settle():
+                    self.show(stage, event)
                 self.save(number, trainer)
                 raise
         self.seconds[stage.name] = round(progress.seconds, 3)

@@ -16,7 +16,7 @@ from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
-from ops.residual_norm import residual_norm
+from ops.residual_norm import linear_residual_norm
 from ops.transfer import Reading, to_device
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "gramian",
     "is_exact",
     "linear",
-    "residual_norm",
+    "linear_residual_norm",
     "speed_report",
     "to_device",
     "weighted_sum",

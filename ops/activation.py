@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import kernels
-from ops.linear import Linear, onednn_product, uses_onednn
+from ops.linear import Linear, linear, onednn_product, sums_of_parts, triton_kernels, uses_onednn
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -29,6 +29,8 @@ def activated_linear(inputs: Tensor, layer: Linear, activation: str) -> Tensor:
     """activation(layer(inputs)): (N, I) -> (N, O). activation: one of ACTIVATIONS."""
     if activation == "gelu" and uses_onednn(inputs) and not torch.is_grad_enabled():
         return onednn_product(inputs, layer.weight, layer.bias, gelu="none")
+    if activation == "gelu" and inputs.device.type == "cuda" and triton_kernels() is not None:
+        return _TritonGelu.apply(linear(inputs, layer.weight, None), layer.bias)  # type: ignore[no-any-return]
     output = layer(inputs)  # (N, O)
     if activation == "gelu" and kernels.can_run(output):
         return _Gelu.apply(output)  # type: ignore[no-any-return]
@@ -53,3 +55,20 @@ class _Gelu(torch.autograd.Function):
         grad_inputs = torch.empty_like(inputs)
         kernels.call("gelu_backward", inputs.numel(), inputs, grad.contiguous(), grad_inputs)
         return grad_inputs
+
+
+class _TritonGelu(torch.autograd.Function):
+    """The exact GELU of a sum with a bias, on a GPU: (N, O), (O,) -> (N, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, bias: Tensor) -> Tensor:
+        inputs = inputs.contiguous()
+        ctx.save_for_backward(inputs, bias)
+        return triton_kernels().gelu_forward(inputs, bias)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        inputs, bias = ctx.saved_tensors
+        grad_inputs, parts = triton_kernels().gelu_backward(grad.contiguous(), inputs, bias)
+        return grad_inputs, sums_of_parts(parts, [bias], ctx.needs_input_grad[1:])[0]

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ops.linear import triton_kernels
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 @dataclass
 class Moments:
-    """Running averages of a vector's gradient and of its square, both (P,), and how many steps they have seen, (2,): those
-    of the parameters with weight decay, and of the others."""
+    """Running averages of a vector's gradient and of its square, both (P,), and how many steps they have seen, ()."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -21,8 +22,8 @@ class Moments:
 
     @classmethod
     def zeros_like(cls, parameters: Tensor) -> "Moments":
-        step = torch.zeros(2, device=parameters.device)
-        return cls(torch.zeros_like(parameters), torch.zeros_like(parameters), step)
+        zero = torch.zeros((), device=parameters.device)
+        return cls(torch.zeros_like(parameters), torch.zeros_like(parameters), zero)
 
 
 def adamw_by_definition(
@@ -33,8 +34,8 @@ def adamw_by_definition(
     moments.step += 1
     moments.exp_avg.lerp_(gradient, 1 - BETAS[0])
     moments.exp_avg_sq.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    corrected = moments.exp_avg / (1 - BETAS[0] ** moments.step[0])
-    root = (moments.exp_avg_sq / (1 - BETAS[1] ** moments.step[0])).sqrt()
+    corrected = moments.exp_avg / (1 - BETAS[0] ** moments.step)
+    root = (moments.exp_avg_sq / (1 - BETAS[1] ** moments.step)).sqrt()
     parameters.mul_(1 - lr * decay).sub_(lr * corrected / (root + EPSILON))
 
 
@@ -49,32 +50,39 @@ class Vector:
 
 
 @torch.no_grad()
-def adamw_step(
-    vectors: Sequence[Vector], lr: float, weight_decay: float, factor: Tensor, is_skipped: Tensor | None = None
-) -> None:
-    """`adamw_by_definition` of each vector, by torch's fused kernel.
+def adamw_step(vectors: Sequence[Vector], lr: Tensor, weight_decay: float, factor: Tensor, is_skipped: Tensor) -> None:
+    """`adamw_by_definition` of each vector; nothing moves where is_skipped is 1. lr, factor, is_skipped: (), on the device.
 
-    factor: (), on the parameters' device. is_skipped: (), where 1 nothing moves. What a gradient holds is undefined
-    afterwards. (torch.optim.AdamW calls the same kernel; its base class imports torch's compiler, the longest part of a
-    run's start.)
+    What a gradient holds is undefined afterwards.
     """
-    grad_scale = None
-    if factor.device.type == "cuda":
-        grad_scale = 1 / factor.to(torch.float32)  # what the kernel divides by
-    elif factor != 1:
-        for vector in vectors:
-            vector.gradient.mul_(factor)
-    for number, decay in enumerate((weight_decay, 0.0)):
-        parts = [slice(0, v.num_decayed) if number == 0 else slice(v.num_decayed, None) for v in vectors]
+    triton = triton_kernels() if lr.device.type == "cuda" else None
+    for vector in vectors:
+        if triton is None:
+            _fused_step(vector, float(lr), weight_decay, factor, is_skipped)
+            continue
+        vector.moments.step.add_(1 - is_skipped)
+        moments = (vector.moments.exp_avg, vector.moments.exp_avg_sq, vector.moments.step)
+        decay = (vector.num_decayed, weight_decay, BETAS, EPSILON)
+        triton.adamw(vector.parameters, vector.gradient, moments, lr, factor, is_skipped, *decay)
+
+
+def _fused_step(vector: Vector, lr: float, weight_decay: float, factor: Tensor, is_skipped: Tensor) -> None:
+    """By torch's fused kernel. (torch.optim.AdamW calls it too; its base class imports torch's compiler, the longest part
+    of a run's start.)"""
+    moments = vector.moments
+    if factor != 1:
+        vector.gradient.mul_(factor)
+    step = moments.step.clone()
+    for part, decay in ((slice(0, vector.num_decayed), weight_decay), (slice(vector.num_decayed, None), 0.0)):
+        moments.step.copy_(step)  # the kernel counts it up for each part
         adamw(
-            [v.parameters[part] for v, part in zip(vectors, parts, strict=True)],
-            [v.gradient[part] for v, part in zip(vectors, parts, strict=True)],
-            [v.moments.exp_avg[part] for v, part in zip(vectors, parts, strict=True)],
-            [v.moments.exp_avg_sq[part] for v, part in zip(vectors, parts, strict=True)],
+            [vector.parameters[part]],
+            [vector.gradient[part]],
+            [moments.exp_avg[part]],
+            [moments.exp_avg_sq[part]],
             [],
-            [v.moments.step[number] for v in vectors],
+            [moments.step],
             fused=True,
-            grad_scale=grad_scale,
             found_inf=is_skipped,
             amsgrad=False,
             beta1=BETAS[0],

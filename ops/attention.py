@@ -195,8 +195,9 @@ class _TritonAttention(torch.autograd.Function):
         keys_values = None if keys_values is None else keys_values.contiguous()
         query, key, value = _parts(queries, keys_values)
         seed = (packing.ends, 0) if masks is None or prob == 0 else masks.key()
-        longest = max(packing.longest, rows_multiple(queries.device))
-        ctx.arguments = (packing.ends, longest, num_heads, 0.0 if masks is None else prob, seed)
+        unowned = rows_multiple(key.device, len(key))
+        prob = 0.0 if masks is None else prob
+        ctx.arguments = (packing.ends, packing.longest, unowned, num_heads, prob, seed)
         context, normalizers = triton.attention_forward(query, key, value, *ctx.arguments)
         ctx.save_for_backward(queries, keys_values, context, normalizers)
         ctx.triton = triton

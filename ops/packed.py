@@ -147,7 +147,8 @@ class TokenStore:
 
     def num_places(self, rows: np.ndarray) -> int:
         """N for these rows: their tokens, filled up."""
-        num_tokens, multiple = int(self.host_lengths[rows].sum()), rows_multiple(self.ids.device)
+        num_tokens = int(self.host_lengths[rows].sum())
+        multiple = rows_multiple(self.ids.device, num_tokens)
         return -(-num_tokens // multiple) * multiple
 
     def batch(self, rows: np.ndarray) -> PackedTokens:

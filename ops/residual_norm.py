@@ -1,4 +1,4 @@
-"""LayerNorm of a residual sum."""
+"""A dense layer, and LayerNorm of its residual sum."""
 
 from typing import Any
 
@@ -8,19 +8,37 @@ from torch.autograd.function import once_differentiable
 
 from ops import kernels
 from ops.dropout import DropoutBits, DropoutMasks, dropout
-from ops.linear import triton_kernels
+from ops.linear import Linear, linear, sums_of_parts, triton_kernels
+
+
+def linear_residual_norm(
+    inputs: Tensor,
+    layer: Linear,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    prob: float,
+    masks: DropoutMasks | None,
+    term: Tensor | None = None,
+) -> Tensor:
+    """norm(residual + dropout(layer(inputs)) + term): inputs (N, I), residual and term (N, D) -> (N, D).
+
+    term: None for no term.
+    """
+    triton = triton_kernels() if inputs.device.type == "cuda" else None
+    if triton is None:
+        return residual_norm(layer(inputs), residual, norm, prob, masks, term)
+    update = linear(inputs, layer.weight, None)  # (N, D); the kernel adds the bias
+    return _TritonResidualNorm.apply(update, layer.bias, residual, term, norm.weight, norm.bias, prob, masks, norm.eps)  # type: ignore[no-any-return]
 
 
 def residual_norm(
     update: Tensor, residual: Tensor, norm: nn.LayerNorm, prob: float, masks: DropoutMasks | None, term: Tensor | None
 ) -> Tensor:
-    """norm(residual + dropout(update) + term), all (N, D). term: None for no term."""
+    """norm(residual + dropout(update) + term), all (N, D)."""
     tensors = [update, residual, norm.weight, norm.bias, *([] if term is None else [term])]
     if kernels.can_run(*tensors):
         bits = masks.bits(update.numel(), prob) if masks is not None and prob > 0 else None
         return _ResidualNorm.apply(update, residual, term, norm.weight, norm.bias, bits, norm.eps)  # type: ignore[no-any-return]
-    if update.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _FusedResidualNorm.apply(update, residual, term, norm.weight, norm.bias, prob, masks, norm.eps, triton)  # type: ignore[no-any-return]
     sums = residual + dropout(update, prob, masks)
     return norm(sums if term is None else sums + term)  # type: ignore[no-any-return]
 
@@ -63,37 +81,40 @@ class _ResidualNorm(torch.autograd.Function):
         return grad_update, grad_sums, grad_sums if ctx.has_term else None, grad_weight, grad_bias, None, None
 
 
-class _FusedResidualNorm(torch.autograd.Function):
-    """The same on a GPU. Sums and output have the type of the update, a half one under mixed precision; statistics are
-    float32. The backward pass draws dropout's mask again."""
+class _TritonResidualNorm(torch.autograd.Function):
+    """The same on a GPU, where the bias of the update's layer is added too. Sums and output have the type of the update, a
+    half one under mixed precision; statistics are float32. The backward pass draws dropout's mask again."""
 
     @staticmethod
     def forward(
         ctx: Any,
         update: Tensor,
+        bias: Tensor,
         residual: Tensor,
         term: Tensor | None,
         weight: Tensor,
-        bias: Tensor,
+        shift: Tensor,
         prob: float,
         masks: DropoutMasks | None,
         eps: float,
-        triton: Any,
     ) -> Tensor:
         update, residual = update.contiguous(), residual.contiguous()
         term = None if term is None else term.contiguous()
-        key = (weight, 0) if masks is None or prob == 0 else masks.key()
-        ctx.prob, ctx.key, ctx.triton = 0.0 if masks is None else prob, key, triton
-        sums, output, moments = triton.residual_norm_forward(update, residual, term, weight, bias, key, ctx.prob, eps)
+        ctx.prob = 0.0 if masks is None else prob
+        ctx.key = (weight, 0) if masks is None or prob == 0 else masks.key()
+        forward = triton_kernels().residual_norm_forward
+        sums, output, moments = forward(update, bias, residual, term, weight, shift, ctx.key, ctx.prob, eps)
         ctx.save_for_backward(sums, moments, weight)
-        ctx.types = residual.dtype, None if term is None else term.dtype
+        ctx.types, ctx.parameters = (residual.dtype, None if term is None else term.dtype), (weight, shift, bias)
         return output  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums, moments, weight = ctx.saved_tensors
-        found = ctx.triton.residual_norm_backward(grad.contiguous(), sums, moments, weight, ctx.key, ctx.prob)
-        grad_update, grad_sums, grad_weight, grad_bias = found
+        backward = triton_kernels().residual_norm_backward
+        grad_update, grad_sums, parts = backward(grad.contiguous(), sums, moments, weight, ctx.key, ctx.prob)
         residual, term = (None if dtype is None else grad_sums.to(dtype) for dtype in ctx.types)
-        return grad_update, residual, term, grad_weight, grad_bias, None, None, None, None
+        are_wanted = [ctx.needs_input_grad[place] for place in (4, 5, 1)]
+        grad_weight, grad_shift, grad_bias = sums_of_parts(parts, ctx.parameters, are_wanted)  # (programs, 3, D) -> (D,)
+        return grad_update, grad_bias, residual, term, grad_weight, grad_shift, None, None, None

@@ -3,6 +3,7 @@
 Their definitions are the torch forms beside the calls, in residual_norm.py, attention.py, linear.py and gradients.py.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,30 +12,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 4 * 132  # of the backward pass, each with a part of the sums over rows
+PROGRAMS = 8 * 132  # of a backward pass at most, each with a part of the sums over rows
 
 
 @triton.jit
 def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(lines, BLOCK) 1 / (1 - prob) where an element is kept, else 0. Four elements are drawn at a place: of lines (lines, 1),
-    each width places long, the places `first` and on."""
-    places = lines * width + first + tl.arange(0, BLOCK // 4)[None, :]
-    r0, r1, r2, r3 = tl.rand4x(tl.load(seed) + number, places)
-    draws = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), [places.shape[0], BLOCK])
-    return tl.where(draws >= prob, 1 / (1 - prob), 0.0)
+    """(lines, BLOCK) 1 / (1 - prob) where an element is kept, else 0, for elements `first` and on of lines (lines, 1), each
+    width elements long. Eight of 16 bits come from a call of Philox with 7 rounds, the least that passes the known tests."""
+    places = (lines * width + first) // 8 + tl.arange(0, BLOCK // 8)[None, :]
+    r0, r1, r2, r3 = tl.randint4x(tl.load(seed) + number, places, n_rounds=7)
+    words = tl.join(tl.join(r0, r1), tl.join(r2, r3)).to(tl.uint32, bitcast=True)
+    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [places.shape[0], BLOCK])
+    return tl.where(draws.to(tl.float32) >= prob * 65536, 1 / (1 - prob), 0.0)
 
 
 @triton.jit(do_not_specialize=["number"])
 def _residual_norm_forward(  # type: ignore[no-untyped-def]
-    update, residual, term, weight, bias, seed, number, prob, eps, size, sums, output, moments,
+    update, bias, residual, term, weight, shift, seed, number, prob, eps, size, sums, output, moments,
     HAS_TERM: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside, place = column < size, row.to(tl.int64) * size + column
-    x = tl.load(update + place, inside, 0.0).to(tl.float32)
+    x = tl.load(update + place, inside, 0.0).to(tl.float32) + tl.load(bias + column, inside, 0.0)
     if DROPS:
-        x *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK // 4, BLOCK), [BLOCK])
+        x *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK, BLOCK), [BLOCK])
     x += tl.load(residual + place, inside, 0.0).to(tl.float32)
     if HAS_TERM:
         x += tl.load(term + place, inside, 0.0).to(tl.float32)
@@ -44,7 +46,7 @@ def _residual_norm_forward(  # type: ignore[no-untyped-def]
     scale = tl.rsqrt(tl.sum(centered * centered) / size + eps)
     tl.store(moments + 2 * row, mean)
     tl.store(moments + 2 * row + 1, scale)
-    y = centered * scale * tl.load(weight + column, inside, 0.0) + tl.load(bias + column, inside, 0.0)
+    y = centered * scale * tl.load(weight + column, inside, 0.0) + tl.load(shift + column, inside, 0.0)
     tl.store(output + place, y.to(output.dtype.element_ty), inside)
 
 
@@ -55,7 +57,8 @@ def _residual_norm_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     of_weight = tl.load(weight + column, column < size, 0.0).to(tl.float32)
-    for_weight, for_bias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for_weight, for_shift = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for_bias = tl.zeros([BLOCK], tl.float32)
     for turn in range(turns):
         row = turn * tl.num_programs(0) + tl.program_id(0)
         inside = (column < size) & (row < num_rows)
@@ -65,24 +68,32 @@ def _residual_norm_backward(  # type: ignore[no-untyped-def]
         mean, scale = tl.load(moments + 2 * row, row < num_rows, 0.0), tl.load(moments + 2 * row + 1, row < num_rows, 0.0)
         normalized = tl.where(inside, (x - mean) * scale, 0.0)
         for_weight += g * normalized
-        for_bias += g
+        for_shift += g
         g *= of_weight
         found = (g - tl.sum(g) / size - normalized * (tl.sum(g * normalized) / size)) * scale
         tl.store(grad_sums + place, found.to(grad_sums.dtype.element_ty), inside)
         if DROPS:
-            found *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK // 4, BLOCK), [BLOCK])
+            found *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK, BLOCK), [BLOCK])
             tl.store(grad_update + place, found.to(grad_update.dtype.element_ty), inside)
-    place = tl.program_id(0) * 2 * size + column
+        for_bias += tl.where(inside, found, 0.0)
+    place = tl.program_id(0) * 3 * size + column
     tl.store(parts + place, for_weight, column < size)
-    tl.store(parts + place + size, for_bias, column < size)
+    tl.store(parts + place + size, for_shift, column < size)
+    tl.store(parts + place + 2 * size, for_bias, column < size)
+
+
+def _drawn(prob: float) -> float:
+    """The probability that 16 bits can tell."""
+    return round(prob * 2**16) / 2**16
 
 
 def residual_norm_forward(
     update: Tensor,
+    bias: Tensor,
     residual: Tensor,
     term: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    shift: Tensor,
     key: tuple[Tensor, int],
     prob: float,
     eps: float,
@@ -91,30 +102,29 @@ def residual_norm_forward(
     num_rows, size = update.shape
     sums, output = torch.empty_like(update), torch.empty_like(update)
     moments = torch.empty(num_rows, 2, dtype=torch.float32, device=update.device)
-    block = triton.next_power_of_2(size)
+    block, prob = triton.next_power_of_2(size), _drawn(prob)
     _residual_norm_forward[(num_rows,)](
-        update, residual, update if term is None else term, weight, bias, *key, prob, eps, size, sums, output, moments,
-        HAS_TERM=term is not None, DROPS=prob > 0, BLOCK=block,
+        update, bias, residual, update if term is None else term, weight, shift, *key, prob, eps, size, sums, output,
+        moments, HAS_TERM=term is not None, DROPS=prob > 0, BLOCK=block,
     )  # fmt: skip
     return sums, output, moments
 
 
 def residual_norm_backward(
     grad: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, key: tuple[Tensor, int], prob: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the update and of the sums, both (N, D), of weight and of bias, both (D,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the update and of the sums, both (N, D), and parts (programs, 3, D) of those of weight, shift and bias."""
     num_rows, size = sums.shape
     grad_sums = torch.empty_like(sums)
     grad_update = torch.empty_like(sums) if prob > 0 else grad_sums
-    programs = min(PROGRAMS, num_rows)
-    parts = torch.empty(programs, 2, size, dtype=torch.float32, device=sums.device)
-    block = triton.next_power_of_2(size)
+    programs = min(PROGRAMS, triton.cdiv(num_rows, 8))
+    parts = torch.empty(programs, 3, size, dtype=torch.float32, device=sums.device)
+    block, prob = triton.next_power_of_2(size), _drawn(prob)
     _residual_norm_backward[(programs,)](
         grad, sums, moments, weight, *key, prob, num_rows, triton.cdiv(num_rows, programs), size, grad_update, grad_sums,
         parts, DROPS=prob > 0, BLOCK=block,
     )  # fmt: skip
-    grad_weight, grad_bias = parts.sum(0)  # (programs, 2, D) -> (D,), (D,)
-    return grad_update, grad_sums, grad_weight, grad_bias
+    return grad_update, grad_sums, parts
 
 
 # ------------------------------------------------------------------------------------------------------ attention
@@ -123,13 +133,18 @@ def residual_norm_backward(
 # through the row's blocks of the others: rows of the usual two dozen tokens are one block, and nothing is padded.
 
 TILE = tl.constexpr(32)  # queries or keys of a block
+WARPS = 4
 
 
 @triton.jit
 def _row(ends, number, num_rows, num_tokens, FIRST_ONLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row's first token, its tokens, its first query and its queries. Row num_rows is of the tokens of none."""
-    start = tl.load(ends + number - 1, number > 0, 0)
-    length = tl.load(ends + number, number < num_rows, num_tokens) - start
+    """A row's first token, its tokens, its first query and its queries. Behind the rows the tokens of none make more of them,
+    a block each."""
+    start = tl.load(ends + tl.minimum(number, num_rows) - 1, number > 0, 0)
+    length = tl.load(ends + number, number < num_rows, 0) - start
+    if number >= num_rows:
+        start += (number - num_rows) * TILE
+        length = tl.maximum(tl.minimum(num_tokens - start, TILE), 0)
     if FIRST_ONLY:
         return start, length, number + 0 * start, tl.where(number < num_rows, 1, 0) + 0 * length
     return start, length, start, length
@@ -154,7 +169,7 @@ def _put(pointer, values, stride, start, first, length, head, size, E: tl.conste
 def _mask(seed, number, first, head, first_key, prob, num_heads, width):  # type: ignore[no-untyped-def]
     """(TILE, TILE) dropout of the probabilities of queries `first` and on of the batch, keys `first_key` and on of a row."""
     lines = ((first + tl.arange(0, TILE)) * num_heads + head).to(tl.int32)[:, None]
-    return _keep(seed, number, lines, first_key // 4, prob, width // 4, TILE)
+    return _keep(seed, number, lines, first_key, prob, width, TILE)
 
 
 @triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
@@ -264,26 +279,28 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
 
 
 def _attention_arguments(
-    query: Tensor, key: Tensor, ends: Tensor, longest: int, num_heads: int, prob: float, seed: tuple[Tensor, int]
-) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    query: Tensor, key: Tensor, ends: Tensor, longest: int, unowned: int, num_heads: int, prob: float,
+    seed: tuple[Tensor, int],
+) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """The grid over blocks of keys, what the kernels share behind the three tensors, and what they are compiled for."""
     size, first_only = query.shape[1] // num_heads, len(query) != len(key)
-    num_blocks = triton.cdiv(longest, TILE.value)
+    num_blocks, num_more = (triton.cdiv(length, TILE.value) for length in (longest, unowned))
     numbers = (len(ends), len(key), num_heads, size, num_blocks * TILE.value, query.stride(0), key.stride(0))
-    constants = {"FIRST_ONLY": first_only, "DROPS": prob > 0, "E": max(16, triton.next_power_of_2(size))}
-    return (num_blocks, num_heads, len(ends) + 1), (ends, *seed, prob, size**-0.5, *numbers), constants
+    block = max(16, triton.next_power_of_2(size))
+    constants = {"FIRST_ONLY": first_only, "DROPS": prob > 0, "E": block, "num_warps": WARPS}
+    return (num_blocks, num_heads, len(ends) + num_more), (ends, *seed, _drawn(prob), size**-0.5, *numbers), constants
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, num_heads: int, prob: float,
-    seed: tuple[Tensor, int],
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, unowned: int, num_heads: int,
+    prob: float, seed: tuple[Tensor, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Context, as query, and each query's and head's logarithm of the softmax's sum.
 
     query: (N, D), or (B, D) of the first tokens; key, value: (N, D); all may be columns of wider tensors. ends: (B,) behind
-    each row's last token. longest: no row, and not the tokens of none, has more tokens. prob: 0 for no dropout.
+    each row's last token. longest: no row has more tokens; unowned: so many at most belong to none. prob: 0 for no dropout.
     """
-    grid, arguments, constants = _attention_arguments(query, key, ends, longest, num_heads, prob, seed)
+    grid, arguments, constants = _attention_arguments(query, key, ends, longest, unowned, num_heads, prob, seed)
     context = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     normalizers = torch.empty(len(query), num_heads, dtype=torch.float32, device=query.device)
     grid = (1, *grid[1:]) if constants["FIRST_ONLY"] else grid
@@ -293,10 +310,10 @@ def attention_forward(
 
 def attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor, normalizers: Tensor, into: Sequence[Tensor],
-    ends: Tensor, longest: int, num_heads: int, prob: float, seed: tuple[Tensor, int],
+    ends: Tensor, longest: int, unowned: int, num_heads: int, prob: float, seed: tuple[Tensor, int],
 ) -> None:  # fmt: skip
     """Writes the gradients of query, key and value into tensors that lie as they do."""
-    grid, arguments, constants = _attention_arguments(query, key, ends, longest, num_heads, prob, seed)
+    grid, arguments, constants = _attention_arguments(query, key, ends, longest, unowned, num_heads, prob, seed)
     removed = torch.empty_like(normalizers)
     given = (query, key, value, *arguments)
     of_queries = (1, *grid[1:]) if constants["FIRST_ONLY"] else grid
@@ -319,16 +336,127 @@ def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOC
     tl.store(parts + place, tl.sum(total, 0)[None, :], column < size)
 
 
-def column_sums(values: Tensor) -> Tensor:
-    """(O,) float32 sums over the rows of (N, O)."""
+@triton.jit(do_not_specialize=["num_parts", "turns"])
+def _add_parts(parts, num_parts, size, turns, into0, into1, into2, K: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    column, vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.program_id(1)
+    total = tl.zeros([LINES, BLOCK], tl.float32)
+    for turn in range(turns):
+        row = (turn * LINES + tl.arange(0, LINES))[:, None]
+        total += tl.load(parts + (row * K + vector) * size + column, (row < num_parts) & (column < size), 0.0)
+    into = into0
+    if vector == 1:
+        into = into1
+    if vector == 2:
+        into = into2
+    sums = tl.load(into + column, column < size, 0.0) + tl.sum(total, 0)[None, :]
+    tl.store(into + column, sums, column < size)
+
+
+def column_parts(values: Tensor) -> Tensor:
+    """(programs, 1, O) float32 parts of the sums over the rows of (N, O)."""
     num_rows, size = values.shape
     lines, block = 16, 256
-    programs = min(64, triton.cdiv(num_rows, lines))
-    parts = torch.empty(programs, size, dtype=torch.float32, device=values.device)
+    num_blocks = triton.cdiv(size, block)
+    programs = min(triton.cdiv(1024, num_blocks), triton.cdiv(num_rows, lines))
+    parts = torch.empty(programs, 1, size, dtype=torch.float32, device=values.device)
     turns = triton.cdiv(num_rows, programs * lines)
-    grid = (programs, triton.cdiv(size, block))
-    _column_sums[grid](values, num_rows, size, turns, parts, LINES=lines, BLOCK=block)
-    return parts.sum(0)
+    _column_sums[(programs, num_blocks)](values, num_rows, size, turns, parts, LINES=lines, BLOCK=block)
+    return parts
+
+
+def add_parts(parts: Tensor, into: Sequence[Tensor]) -> None:
+    """Adds the sums of (programs, K, D) over the programs to K vectors (D,) of float32, at most three."""
+    programs, count, size = parts.shape
+    targets = (*into, *[into[0]] * (3 - count))
+    grid = (triton.cdiv(size, 32), count)
+    _add_parts[grid](parts, programs, size, triton.cdiv(programs, 32), *targets, K=count, LINES=32, BLOCK=32)
+
+
+# ----------------------------------------------------------------------------------------------------------- GELU
+
+
+@triton.jit
+def _gelu_forward(inputs, bias, count, size, output, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(inputs + place, place < count, 0.0).to(tl.float32) + tl.load(bias + place % size, place < count, 0.0)
+    y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    tl.store(output + place, y.to(output.dtype.element_ty), place < count)
+
+
+@triton.jit(do_not_specialize=["num_rows", "turns"])
+def _gelu_backward(  # type: ignore[no-untyped-def]
+    grad, inputs, bias, num_rows, size, turns, grad_inputs, parts, LINES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    shift = tl.load(bias + column, column < size, 0.0)
+    total = tl.zeros([LINES, BLOCK], tl.float32)
+    for turn in range(turns):
+        row = ((turn * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES))[:, None]
+        place, inside = row.to(tl.int64) * size + column, (row < num_rows) & (column < size)
+        x = tl.load(inputs + place, inside, 0.0).to(tl.float32) + shift
+        slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        found = tl.load(grad + place, inside, 0.0).to(tl.float32) * slope
+        tl.store(grad_inputs + place, found.to(grad_inputs.dtype.element_ty), inside)
+        total += found
+    tl.store(parts + tl.program_id(0) * size + column, tl.sum(total, 0)[None, :], column < size)
+
+
+def gelu_forward(inputs: Tensor, bias: Tensor) -> Tensor:
+    """GELU(inputs + bias), (N, O)."""
+    output = torch.empty_like(inputs)
+    grid = (triton.cdiv(inputs.numel(), 2048),)
+    _gelu_forward[grid](inputs, bias, inputs.numel(), inputs.shape[1], output, BLOCK=2048)
+    return output
+
+
+def gelu_backward(grad: Tensor, inputs: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the inputs (N, O), and parts (programs, 1, O) of that of the bias."""
+    num_rows, size = inputs.shape
+    lines, block = 8, 256
+    num_blocks = triton.cdiv(size, block)
+    programs = min(triton.cdiv(2048, num_blocks), triton.cdiv(num_rows, lines))
+    parts = torch.empty(programs, 1, size, dtype=torch.float32, device=grad.device)
+    grad_inputs, turns = torch.empty_like(inputs), triton.cdiv(num_rows, programs * lines)
+    grid = (programs, num_blocks)
+    _gelu_backward[grid](grad, inputs, bias, num_rows, size, turns, grad_inputs, parts, LINES=lines, BLOCK=block)
+    return grad_inputs, parts
+
+
+# ---------------------------------------------------------------------------------------------------------- AdamW
+
+
+@triton.jit
+def _adamw(  # type: ignore[no-untyped-def]
+    values, gradient, mean, square, step, lr, factor, is_skipped, count, num_decayed, decay, beta1, beta2, log1, log2, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(is_skipped) == 0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < count
+        g = tl.load(gradient + place, inside, 0.0) * tl.load(factor)
+        m = tl.load(mean + place, inside, 0.0)
+        v = tl.load(square + place, inside, 0.0)
+        m += (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        tl.store(mean + place, m, inside)
+        tl.store(square + place, v, inside)
+        num_steps = tl.load(step).to(tl.float64)
+        rate = tl.load(lr).to(tl.float32)
+        of_mean = (1 / (1 - tl.exp(num_steps * log1))).to(tl.float32)
+        of_square = (1 / (1 - tl.exp(num_steps * log2))).to(tl.float32)
+        x = tl.load(values + place, inside, 0.0) * (1 - tl.where(place < num_decayed, rate * decay, 0.0))
+        tl.store(values + place, x - rate * m * of_mean / (tl.sqrt(v * of_square) + eps), inside)
+
+
+def adamw(
+    values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor, Tensor], lr: Tensor, factor: Tensor, is_skipped: Tensor,
+    num_decayed: int, decay: float, betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """One step of (P,) float32; moments: of the gradient, of its square, and the number of steps, this one included."""
+    logarithms = tuple(math.log(beta) for beta in betas)
+    scalars = (len(values), num_decayed, decay, *betas, *logarithms, eps)
+    grid = (triton.cdiv(len(values), 1024),)
+    _adamw[grid](values, gradient, *moments, lr, factor, is_skipped, *scalars, BLOCK=1024)
 
 
 # -------------------------------------------------------------------------------------------- gradient treatments

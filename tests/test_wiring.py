@@ -69,7 +69,7 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
 
 
 BASE = """--batch_size 7 --accumulation_steps 2 --pretrain_epochs 8 --pretrain_lr 0.02 --warmup 0.3
---weight_decay 0.1 --max_grad_norm 0.3 --eval_every 0 --seed 3 --device cpu"""
+--weight_decay 0.1 --max_grad_norm 0.3 --eval_every 0 --eval_batch_size 9 --seed 3 --device cpu"""
 ROWS = 14  # of a step
 
 
