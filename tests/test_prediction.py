@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,13 @@ import prediction
 from bert import initialize
 from checkpoints import load_model, save_checkpoint
 from datasets import Batch, Tokenizer, read_examples
-from helpers import LINEAR, WORDS, Capture, Patch, generator, pack
+from helpers import LINEAR, ROOT, WORDS, Capture, Patch, generator, pack
 from model import Layout
 from prediction import LINE_BYTES, PredictionError, chunks_of_lines, texts_of_line
 from predictor import Predictor, load
 from tasks import TASKS
 
-ROOT = Path(__file__).resolve().parent.parent
 Lines, Line = Callable[..., list[str]], Callable[..., str]
-
-
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    """A run takes over Ctrl-C and SIGTERM; pytest gets them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +67,9 @@ def dev_rows(data: Path, task: str) -> list[tuple[str, ...]]:
 
 def random_rows(task: str, num_rows: int) -> list[tuple[str, ...]]:
     """Texts of very different lengths."""
-    draw = np.random.default_rng(7)
-    num_texts = len(TASKS[task].text_columns)
-    return [
-        tuple(" ".join(draw.choice(WORDS, draw.integers(1, 25))) for _ in range(num_texts)) for _ in range(num_rows)
-    ]
+    draw, num_texts = np.random.default_rng(7), len(TASKS[task].text_columns)
+    texts = [" ".join(draw.choice(WORDS, draw.integers(1, 25))) for _ in range(num_rows * num_texts)]
+    return [tuple(texts[i : i + num_texts]) for i in range(0, len(texts), num_texts)]
 
 
 def content(rows: Sequence[tuple[str, ...]]) -> bytes:
@@ -129,9 +117,6 @@ def error_line(trained: Path, capsys: Capture) -> Line:
     return error_line
 
 
-# ------------------------------------------------------------------------------------------------- predictions
-
-
 def values_of_file(run: Path, task: str) -> list[str]:
     lines = (run / "predictions" / f"{task}-dev-output.csv").read_text().splitlines()[1:]
     return [line.rsplit(" , ", 1)[1].removesuffix(" ") for line in lines]
@@ -171,29 +156,26 @@ def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) 
         for row in rows:
             tokens = predictor.tokenizer.encode([row])
             packed = pack([tokens.ids], [np.arange(len(tokens.ids)) >= tokens.firsts[0]])
-            parts.append(predictor.model(task, Batch([0], torch.zeros(1), tokens=packed)))
+            parts.append(predictor.model(task, Batch(torch.zeros(1), tokens=packed)))
     return np.asarray(torch.cat(parts))
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_predictions_come_in_the_order_of_the_input_whatever_the_chunks(
-    task: str, predicted: Lines, monkeypatch: Patch
+    task: str, predicted: Lines, trained: Path, monkeypatch: Patch
 ) -> None:
-    text = content(random_rows(task, 30))
-    whole = predicted(task, text)
+    rows = random_rows(task, 30)
+    whole = predicted(task, content(rows))
     assert len(set(whole)) > 5
     for at_a_time in (1, 7):
         monkeypatch.setattr(prediction, "TEXTS_AT_A_TIME", at_a_time)
-        np.testing.assert_allclose(numbers(whole), numbers(predicted(task, text, eval_batch_size=4)), atol=5e-6)
-
-
-def test_forward_passes_have_the_given_size(trained: Path, monkeypatch: Patch) -> None:
+        np.testing.assert_allclose(
+            numbers(whole), numbers(predicted(task, content(rows), eval_batch_size=4)), atol=5e-6
+        )
     sizes, predictor = list[int](), load(trained, "cpu", batch_size=8)
-    original = predictor.model.forward
-    monkeypatch.setattr(
-        predictor.model, "forward", lambda task, batch: sizes.append(len(batch)) or original(task, batch)
-    )
-    predictor.predict("sst", [text for (text,) in random_rows("sst", 30)])
+    forward = predictor.model.forward
+    monkeypatch.setattr(predictor.model, "forward", lambda task, of: sizes.append(len(of)) or forward(task, of))
+    predictor.predict(task, [row[0] for row in rows] if task == "sst" else rows)
     assert sizes == [8, 8, 8, 6]
 
 
@@ -205,9 +187,6 @@ def test_rows_are_cut_as_in_the_run(predicted: Lines, start_point: Path, data: P
     assert predicted("sts", text, run, max_length=64) != expected
     (run / "config.json").write_text('{"max_length": 20}')  # no run's
     assert load(run / "best").tokenizer.max_length == 64
-
-
-# ---------------------------------------------------------------------------------------------------- in Python
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -240,9 +219,6 @@ def test_the_python_form_needs_texts_of_the_tasks_form(trained: Path) -> None:
             predictor.predict(task, texts)
     with pytest.raises(ValueError, match="task 'sts': a score has no probability"):
         predictor.predict("sts", [("a", "b")], probabilities=True)
-
-
-# ------------------------------------------------------------------------------------------------- broken lines
 
 
 def test_texts_of_a_line_and_what_is_wrong_with_one() -> None:
@@ -279,18 +255,13 @@ def test_broken_lines_are_named_and_left_empty_and_the_others_predicted(
     np.testing.assert_allclose(numbers(found), numbers(alone), atol=5e-6)
 
 
-def test_line_ends_of_windows_a_byte_order_mark_and_a_missing_last_line_feed_change_nothing(
-    predicted: Lines,
-) -> None:
+def test_line_ends_of_windows_a_byte_order_mark_and_a_missing_last_line_feed_change_nothing(predicted: Lines) -> None:
     text = content(random_rows("sst", 5))
     expected = predicted("sst", text)
     assert predicted("sst", b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n")) == expected
     assert predicted("sst", text.removesuffix(b"\n")) == expected
     assert predicted("sst", b"\xef\xbb\xbf\n" + text, status=1)[0] == "\t"  # a mark is no text
     assert predicted("sst", b"") == []
-
-
-# -------------------------------------------------------------------------------------------------------- input
 
 
 def lines_of(text: bytes, folder: Path) -> list[list[bytes]]:
@@ -339,11 +310,14 @@ def test_a_line_from_a_pipe_does_not_wait_for_the_next_and_lines_that_come_toget
 def test_an_input_or_output_that_cannot_be_used_is_one_line(
     error_line: Line, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    absent, out = tmp_path / "absent", tmp_path / "absent" / "out"
-    none = "No such file or directory"
+    absent, out, none = tmp_path / "absent", tmp_path / "absent" / "out", "No such file or directory"
     assert error_line(input=absent) == f"--input {absent}: {none}, expected a file with a text a line"
     assert error_line(input=__file__, output=out) == f"--output {out}: {none}"
     assert "Is a directory" in error_line(input=tmp_path)
+    monkeypatch.setattr(multitask_classifier, "load", lambda *_: pytest.fail("the model was loaded"))
+    (out := tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert error_line(input=__file__, output=out) == f"--output {out}: exists already, expected a new file"
+    assert not (tmp_path / "nowhere").exists()
     monkeypatch.setattr(os, "read", lambda *_: os.stat(absent))  # fails later
     with pytest.raises(PredictionError, match=f"input: {none}"):
         lines_of(b"a\n", tmp_path)
@@ -357,18 +331,6 @@ def test_a_checkpoint_without_the_head_is_refused(
     for run, reason in refused.items():
         assert reason in error_line("para", run, input=__file__, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------------------- output
-
-
-def test_an_existing_output_is_refused_before_the_model_is_loaded(
-    error_line: Line, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    monkeypatch.setattr(multitask_classifier, "load", lambda *_: pytest.fail("the model was loaded"))
-    (out := tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    assert error_line(input=__file__, output=out) == f"--output {out}: exists already, expected a new file"
-    assert not (tmp_path / "nowhere").exists()
 
 
 def test_an_interrupted_command_leaves_no_output(
