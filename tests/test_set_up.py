@@ -125,11 +125,6 @@ def test_a_conda_that_makes_no_environment_is_one_line(project: Project) -> None
     assert done.stderr.splitlines()[1:] == expected
 
 
-def test_a_shim_without_a_conda_behind_it_is_no_conda(project: Project) -> None:
-    project.program("conda", "#!/bin/sh\nexit 127\n")
-    assert project.run(WHICH).stdout.endswith(f"{project.prefix}/bin/python\n")
-
-
 @pytest.mark.parametrize("shell", SHELLS)
 def test_sourcing_leaves_nothing_but_the_activation(project: Project, shell: str) -> None:
     functions = "declare -F" if shell == "bash" else "print -l ${(k)functions}"
@@ -182,28 +177,30 @@ def test_changed_requirements_are_installed(made: Project, name: str) -> None:
     assert made.calls() == [f"pip for {made.prefix}/bin/python"]
 
 
-def test_a_half_made_environment_is_made_again(project: Project) -> None:
-    assert project.run(FAKE_VENV_STOPS="1").returncode == 1
-    assert project.calls() == ["venv"]
-    assert project.run().returncode == 0
-    assert project.calls() == ["venv", f"pip for {project.prefix}/bin/python"]
-
-
 def test_an_environment_moved_with_its_folder_is_made_again(made: Project) -> None:
     made.folder = made.folder.rename(made.folder.parent / "moved")
     assert made.run(WHICH).stdout.endswith(f"{made.folder.resolve()}/.venv/cs224n_dfp/bin/python\n")
     assert made.calls()[0] == "venv"
 
 
-def test_a_relative_path_is_found_whatever_cdpath_says(project: Project) -> None:
-    done = project.run('cd ..; CDPATH=.:/; source "the project/set_up.sh" && command -v python')
-    assert done.stdout.endswith(f"{project.prefix}/bin/python\n")
-
-
 def test_a_python_that_is_too_old_is_one_line(project: Project) -> None:
     done = project.run(STATUS, FAKE_VERSION="3.8.1")
     assert done.stdout == "status 1\n"
     assert done.stderr.startswith("set_up.sh: no Python 3.11 or later with venv found") and done.stderr.count("\n") == 1
+
+
+def test_a_half_made_environment_is_made_again(project: Project) -> None:
+    assert project.run(FAKE_VENV_STOPS="1").returncode == 1
+    assert project.calls() == ["venv"]
+    assert project.run().returncode == 0 and project.calls() == ["venv", f"pip for {project.prefix}/bin/python"]
+
+
+def test_a_relative_path_is_found_whatever_cdpath_says_and_a_shim_without_a_conda_behind_it_is_none(
+    project: Project,
+) -> None:
+    project.program("conda", "#!/bin/sh\nexit 127\n")
+    done = project.run('cd ..; CDPATH=.:/; source "the project/set_up.sh" && command -v python')
+    assert done.stdout.endswith(f"{project.prefix}/bin/python\n")
 
 
 def test_executed_it_says_how_to_activate(project: Project) -> None:
