@@ -156,20 +156,6 @@ def test_a_perturbation_is_added_before_the_first_layer_norm() -> None:
 # --------------------------------------------------------------------------------------------- rows and batches
 
 
-@torch.no_grad()
-def test_a_row_does_not_depend_on_the_batch_that_it_stands_in() -> None:
-    encoder, tokens = tiny_encoder(), tokens_of(LENGTHS, tiny_config())
-    rows = list(zip(*(by_row(tokens, part) for part in (tokens.input_ids, tokens.token_type_ids)), strict=True))
-    alone = [packed_outputs(encoder, pack([ids.tolist()], [types.tolist()])) for ids, types in rows]
-    for size in (2, 5, len(rows)):
-        order = np.random.default_rng(size).permutation(len(rows))
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            batch = pack([rows[r][0].tolist() for r in chosen], [rows[r][1].tolist() for r in chosen])
-            expected = [torch.cat([alone[r][part] for r in chosen]) for part in (0, 1)]
-            assert_close(packed_outputs(encoder, batch), expected, 3e-6)
-
-
 @pytest.mark.parametrize("first_only", [False, True])
 def test_nothing_depends_on_the_number_of_tokens_that_belong_to_no_row(first_only: bool, monkeypatch: Patch) -> None:
     found = []
@@ -268,12 +254,6 @@ def test_each_dropout_rate_of_the_configuration_counts_by_itself() -> None:
     for hidden, attention in ((0.5, 0.0), (0.0, 0.5), (0.0, 0.0)):
         encoder = tiny_encoder(hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
         assert torch.equal(encoder(tokens, DropoutMasks(1)), plain) == (hidden + attention == 0)
-
-
-def test_dropout_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    tiny_encoder()(random_tokens(3), DropoutMasks(5))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ------------------------------------------------------------------------------- configuration, initialization

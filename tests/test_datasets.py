@@ -63,9 +63,6 @@ def sentences(file: DataFile) -> list[str]:
     return [example.texts[0] for example in file.examples]
 
 
-# ------------------------------------------------------------------------------------------------ reading files
-
-
 def read(folder: Path, content: str | bytes, task: Task = SST) -> DataFile:
     return read_examples(written(folder, content), task, labelled=True)
 
@@ -174,9 +171,6 @@ def test_every_row_of_the_sample_is_read(task: str, split: str) -> None:
     assert len(file.examples) + len(file.skipped) == path.read_bytes().count(b"\n") - 1
     assert all(text.strip() for example in file.examples for text in example.texts)
     assert all(np.isnan(e.label) == (split == "test") for e in file.examples)
-
-
-# --------------------------------------------------------------------------------------------------- tokenizing
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +287,6 @@ def test_a_folder_without_a_usable_tokenizer_is_one_line(files: dict[str, str], 
         Tokenizer(tmp_path, 16)
 
 
-# ---------------------------------------------------------------------------------------------- rows and batches
-
-
 @pytest.fixture
 def pairs(tmp_path: Path) -> TokenizedRows:
     """Three rows of 6, 7 and 5 tokens."""
@@ -363,9 +354,6 @@ def test_rows_with_the_same_texts_have_the_same_hash() -> None:
     rows = [("A  film", "good"), ("good", "a Film"), ("a film good", ""), ("a", "film good"), ("a film", "bad")]
     hashes = text_hashes([Example("", texts, 0, 0) for texts in rows]).tolist()
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4
-
-
-# ------------------------------------------------------------------------------------------------ order of rows
 
 
 @pytest.mark.parametrize(("num_rows", "count"), [(10, 3), (12, 4), (5, 8), (1, 1), (7, 21)])

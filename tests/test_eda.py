@@ -30,8 +30,6 @@ def fake_synonyms(word: str) -> list[str]:
     return [f"{word}ish", "not", f"very {word}", "the"]
 
 
-# -------------------------------------------------------------------------------------------------------- edits
-
 TEXT = 'The 39 Steps : a wickedly funny , 98 % stylish farce - isn\'t it ? "Bravo!" (twice) at NASA'
 WORDS = TEXT.split()
 
@@ -166,9 +164,6 @@ def test_a_bad_setting_is_one_line_with_its_flag() -> None:
             EdaConfig(**{name: value})
 
 
-# ---------------------------------------------------------------------------------------------------- balancing
-
-
 def test_balance_fills_every_class_and_uses_every_row_equally_often_before_any_again() -> None:
     for labels in ([], [3], [0, 1], [2, 2, 2]):
         assert balance(labels, random.Random(0)) == []
@@ -232,8 +227,6 @@ print(eda.augment_rows(rows, [0] * 5 + [1] * 35, eda.EdaConfig(), 7, lambda word
     assert shown[0] == shown[1] and shown[0].count("hours") > 9
 
 
-# ------------------------------------------------------------------------------------------------- any unicode
-
 NASTY = st.text(
     alphabet=" \t\n\r\"'\x00\x07\x1c\x85\u00a0\u0301\u200b\u200f\u2028\u202e\ufeff\ufffdaZ9א😀é,-", max_size=30
 )
@@ -254,9 +247,6 @@ def test_no_edit_raises_or_empties_a_text(text: str, name: str, seed: int, amoun
     assert what_bert_sees(edited) or not what_bert_sees(text)
     if name in ("swap", "deletion"):
         assert Counter(edited.split()) <= Counter(text.split())
-
-
-# ------------------------------------------------------------------------------------------------------ WordNet
 
 
 def write_wordnet(folder: Path) -> Path:
@@ -350,8 +340,6 @@ def test_the_installed_wordnet_knows_everyday_words() -> None:
         pytest.skip(str(error))
     assert "movie" in synonyms("film") and "motion picture" in synonyms("films") and "film" not in synonyms("films")
 
-
-# ------------------------------------------------------------------------------------------------------ command
 
 HEADER = "\tid\tsentence\tsentiment\n"
 SENTENCES = f"""\

@@ -68,9 +68,6 @@ def adapted_model() -> MultitaskBert:
     return model
 
 
-# -------------------------------------------------------------------------------------------------- predictions
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 25, 100])
 def test_logits_come_in_the_order_of_the_rows(batch_size: int) -> None:
     logits, rows = table(25, 5), token_rows("sst", 25)
@@ -135,9 +132,6 @@ def test_autocast_is_on_for_the_dtype_asked_for(dtype: torch.dtype | None, expec
     assert predict_logits(Watch(sst=table(4, 5)), "sst", token_rows("sst", 4), 4, precision).dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------ metrics
-
-
 def test_metrics_are_the_scores_of_the_decoded_predictions() -> None:
     labels = {name: np.arange(60) % 2 for name in TASKS}
     logits = {name: table(60, task.output.num_outputs, 3) * 3 for name, task in TASKS.items()}
@@ -181,9 +175,6 @@ def test_a_confusion_matrix_has_true_classes_in_rows_and_predicted_ones_in_colum
     np.add.at(expected, (labels, predicted.numpy()), 1)
     found = confusion_matrices(predict_all(LogitsOf(**logits), rows, 4, CPU), rows)
     assert found == {"sst": expected.tolist(), "para": [[2, 1], [2, 1]]}
-
-
-# ------------------------------------------------------------------------------------------- files and the table
 
 
 PREDICTION_FILES = {

@@ -13,7 +13,6 @@ import ops
 from bert import Bert, BertConfig, Uninitialized, initialize
 from helpers import (
     generator,
-    pack,
     random_batch,
     random_tokens,
     randomize_vectors,
@@ -104,38 +103,6 @@ def test_the_task_term_enters_at_the_final_norm_of_each_adapted_layer(
             assert not torch.allclose(row, without, atol=1e-2)
 
 
-def test_the_attention_of_an_adapter_is_torch_s_without_its_output_matrix() -> None:
-    adapter: Any = trained(ProjectedAttention(ATTENTION, tiny_config(num_hidden_layers=3)))
-    tokens = pack([[1] * 7], [[0] * 7])
-    states = torch.randn(len(tokens.input_ids), 32, generator=generator())
-    for layer in range(3):
-        attention = nn.MultiheadAttention(12, 3)
-        with torch.no_grad():
-            attention.in_proj_weight.copy_(adapter.qkv[layer].weight)
-            attention.in_proj_bias.copy_(adapter.qkv[layer].bias)
-            attention.out_proj.weight.copy_(torch.eye(12))
-        projected = adapter.down[0](states[:7])
-        expected = adapter.up[0](attention(projected, projected, projected)[0])
-        assert torch.allclose(adapter(layer, states, tokens.packing, None)[:7], expected, atol=1e-5)
-
-
-def test_projections_are_shared_by_the_layers_and_attention_is_each_layer_s_own() -> None:
-    """Below the adapted layers there is no term."""
-    config, tokens = tiny_config(num_hidden_layers=3), random_tokens(4)
-    states = torch.randn(len(tokens.input_ids), 32, generator=generator())
-    for parameters, names in (
-        (ATTENTION, "down.0 up.0 qkv.0 qkv.1 qkv.2"),
-        (LOW_RANK, "down.0 down.1 down.2 up.0 up.1 up.2"),
-        (TOP, "down.0 up.0 qkv.0"),
-        (TOP_LOW_RANK, "down.0 down.1 up.0 up.1"),
-    ):
-        adapter = trained(ProjectedAttention(parameters, config))
-        matrices = {name.removesuffix(".weight") for name, p in adapter.named_parameters() if p.dim() == 2}
-        assert matrices == set(names.split())
-        is_there = [adapter(layer, states, tokens.packing, None) is not None for layer in range(3)]
-        assert is_there == [False] * (3 - parameters.layers) + [True] * parameters.layers
-
-
 # --------------------------------------------------------------------------------------------- fresh and trained
 
 
@@ -150,8 +117,10 @@ def test_a_fresh_pal_leaves_the_encoder_output_unchanged(parameters: ProjectedAt
 
 @KINDS
 def test_only_the_up_projection_of_a_fresh_pal_is_zero(parameters: ProjectedAttention.Parameters) -> None:
-    """The tasks start different."""
+    """The tasks start different; projections are shared by the layers, attention is each layer's own."""
     model = pal_model(parameters)
+    num_matrices = 2 + parameters.layers if parameters.kind == "attention" else 2 * parameters.layers
+    assert sum(parameter.dim() == 2 for parameter in adapter_of(model, "sst").parameters()) == num_matrices
     for name, parameter in model.adapters.named_parameters():
         is_zero = ".up." in name or name.endswith("bias")
         assert bool(parameter.any()) != is_zero, name

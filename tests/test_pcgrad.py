@@ -32,9 +32,6 @@ KINDS = ("random", "conflicting", "nearly parallel", "nearly opposite", "opposit
 P = 158
 
 
-# ----------------------------------------------------------------------------------------- methods in vector form
-
-
 def vector_pcgrad(gradients: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
     """Algorithm 1 of Yu et al. (2020), (T, P) -> (T, P)."""
     treated = []
@@ -119,9 +116,6 @@ def assert_same_update(found: Tensor, expected: Tensor, gradients: Tensor) -> No
     assert float((found - expected).norm()) < 3e-6 * scale * len(gradients)
 
 
-# --------------------------------------------------------------------------------------------------------- PCGrad
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_tasks", [2, 3, 5, 8])
 def test_pcgrad_equals_the_vector_form(kind: str, num_tasks: int) -> None:
@@ -165,9 +159,6 @@ def test_a_gramian_that_is_not_square_is_refused(shape: tuple[int, ...]) -> None
         pcgrad_coefficients(torch.zeros(shape), [[1], [0]])
     with pytest.raises(ValueError, match="expected \\(T, T\\)"):
         gradvac_coefficients(torch.zeros(shape), torch.zeros(2, 2), 0.01, [[1], [0]])
-
-
-# ----------------------------------------------------------------------------------------------- Gradient Vaccine
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,9 +220,6 @@ def test_tasks_that_are_absent_keep_their_targets() -> None:
     assert torch.allclose(targets[0][present][:, present], expected)
 
 
-# -------------------------------------------------------------------------------------------- subsets, segments
-
-
 @pytest.mark.parametrize("present", [[0], [2], [0, 2], [3, 1], [0, 1, 2, 3]])
 @pytest.mark.parametrize("name", TREATMENTS)
 def test_any_subset_of_the_tasks_is_treated_as_if_it_were_all(name: str, present: list[int]) -> None:
@@ -266,9 +254,6 @@ def test_each_segment_is_treated_on_its_own(name: str) -> None:
         expected[columns] = treated.sum(0)
     assert_same_update(found, expected, rows)
     assert float((expected - vector_pcgrad(rows, orders).sum(0)).norm()) > 1e-2
-
-
-# ------------------------------------------------------------------------------------------------ the long vectors
 
 
 def test_gramians_are_inner_products_over_each_segment() -> None:
@@ -307,9 +292,6 @@ def test_combining_weighs_the_gradients_by_segment_in_the_first_of_them() -> Non
     for parts, of_segment in zip(SEGMENTS, weights, strict=True):
         for part in parts:
             assert torch.allclose(found[part], of_segment @ rows[:, part], atol=1e-5)
-
-
-# -------------------------------------------------------------------------------------------------------- torchjd
 
 
 class RecordedOrders:
@@ -411,9 +393,6 @@ def test_without_torchjd_a_weighting_of_its_is_refused_in_a_line(monkeypatch: Pa
         make("UPGrad", 3)
     assert gramian_weightings() == []
     make("pcgrad", 3)
-
-
-# ---------------------------------------------------------------------------------------------------- diagnostics
 
 
 def test_cosines_stay_within_1_and_are_nan_for_a_zero_gradient() -> None:
