@@ -207,13 +207,20 @@ class Trainer:
         self._halted = torch.zeros((), dtype=torch.bool, device=precision.device)  # after a step that cannot be taken
         self._launched: deque[Launched] = deque()
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
-        is_replayed = cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers
+        is_replayed = (
+            cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers
+        )
         self._replayed = (Replayed(self._pass_on_device), Replayed(self._step_on_device)) if is_replayed else None
 
     def _join(self) -> tuple[TokenizedRows, dict[str, int]] | None:
         """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
         rows = [rows for rows in self.data.train.values() if isinstance(rows, TokenizedRows)]
-        if self.is_treated or self.methods.regularizers or not self.model.shares_passes or len(rows) < len(self.data.train):
+        if (
+            self.is_treated
+            or self.methods.regularizers
+            or not self.model.shares_passes
+            or len(rows) < len(self.data.train)
+        ):
             return None
         starts = np.cumsum([0, *map(len, rows)]).tolist()
         return reduce(TokenizedRows.followed_by, rows), dict(zip(self.data.train, starts, strict=False))
@@ -248,7 +255,9 @@ class Trainer:
             started, notes = time.perf_counter(), list[str]()
             self._launched.append(self._launch(epoch + 1, progress.step, notes.append))
             progress.step += 1
-            is_settled = progress.step % stage.steps_per_epoch == 0 or (settle_every and progress.step % settle_every == 0)
+            is_settled = progress.step % stage.steps_per_epoch == 0 or (
+                settle_every and progress.step % settle_every == 0
+            )
             finished = list(self.settle(0 if is_settled else num_waiting))
             seconds = time.perf_counter() - started
             progress.seconds += seconds
@@ -538,9 +547,7 @@ class Trainer:
             return not numbers.wait()[-2]
         return True
 
-    def _error(
-        self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int
-    ) -> TrainingError:
+    def _error(self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int) -> TrainingError:
         for task, loss in zip(rows, losses, strict=True):
             if not math.isfinite(loss):
                 return self._loss_error(task, loss, rows[task], step)

@@ -5,11 +5,13 @@
 It needs no checkpoint, no tokenizer and no data: weights and token ids are random, the lengths of the rows are those of
 CS224N's training files (row_lengths.json, written by python -m benchmarks.gpu --save_lengths DIR).
 
-Checked first: pooled outputs and gradients of the encoder on packed rows against transformers' on padded ones in
-float32, and our predictions in bfloat16 against those in float32. Then timed, ours and transformers alternately:
-optimizer steps on the same random batches of 32 and of 128 rows, and predictions in batches of 128. AdamW is torch's
-fused kernel in both. The matmul limit is measured in every round with bfloat16 matrices of the same shapes. Last, what
-a step of each method costs over a plain one.
+Checked first: pooled outputs and gradients of the encoder against transformers' on padded rows, and against our own on the
+CPU; bfloat16 against float32; replayed steps against launched ones, bit for bit; that a step waits for nothing. (Whether
+each kernel is its formula, and a killed run goes on to the same bits: python -m pytest -m cuda.) Then timed, alternately, on
+the same rows: mixed steps of all tasks, ours, ours with PCGrad and transformers' on one padded batch that lies ready on the
+device; predictions; AdamW is torch's fused kernel in theirs. The matmul limit is measured in every round with bfloat16
+matrices of the same shapes. Then what a step of each method costs over a plain one, and a profile of a step, which goes
+beside the result file.
 
 --tiny with --device cpu goes through all of it in seconds, on a tiny encoder.
 """
@@ -17,9 +19,11 @@ a step of each method costs over a plain one.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,34 +36,39 @@ from benchmarks.reference import OrdinaryLoop, PaddedBert
 from bert import BertConfig, empty_bert, initialize
 from checkpoints import EMBEDDED_MODEL
 from datasets import TokenizedRows
+from engine import Trainer
 from evaluation import Precision, predict_logits
 from model import Layout, MultitaskBert
 from parameters import Choice
 from tasks import TASKS
 
 LENGTHS = Path(__file__).resolve().parent / "row_lengths.json"
-EVAL_BATCH_SIZE = 128
+QUERIES = "layers.0.qkv.weight"
 PARITY_STD = 1.2  # of the weights' product with a vector of unit variance; BERT-base begins with 0.55
-OURS, PADDED, LIMIT = "ours", "transformers", "matrix products alone"
+OURS, PCGRAD, PADDED, LIMIT = "ours", "ours with PCGrad", "transformers", "matrix products alone"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is run. num_rows: of each task; steps: optimizer steps of a round."""
+    """What is run. num_rows: of each task; steps: of each number of rows a step, the steps of a round."""
 
     config: BertConfig
     num_rows: int
-    steps: int
-    batch_sizes: tuple[int, ...]
+    steps: Mapping[int, int]
+    eval_batch_size: int
 
 
-BASE = Size(BertConfig(), 4096, 10, (32, 128))
+BASE = Size(BertConfig(), 4096, {32: 20, 128: 12, 512: 5, 1024: 3}, 1024)
 TINY = Size(
     BertConfig(vocab_size=2000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
     48,
-    2,
-    (4, 8),
+    {6: 2, 9: 2},
+    16,
 )
+# What was aimed at on an H200: rows a second by rows a step, and of predictions.
+GOALS = {32: 10_000, 128: 20_000, 512: 28_000, 1024: 28_000}
+EVALUATION_GOAL = 70_000
+OVER_TRANSFORMERS, PCGRAD_OVER_PLAIN = 2.5, 1.05
 
 
 # ------------------------------------------------------------------------------------------------------- inputs
@@ -123,7 +132,7 @@ class Setup:
         size = self.size.config.hidden_size
         ours = random_model(self.size.config, self.device, std=PARITY_STD / size**0.5)
         theirs = PaddedBert(ours).to(self.device).eval()
-        our_query = ours.encoder.get_parameter("layers.0.qkv.weight")  # (3 D, D)
+        our_query = ours.encoder.get_parameter(QUERIES)  # (3 D, D)
         their_query = theirs.encoder.get_parameter("encoder.layer.0.attention.self.query.weight")  # (D, D)
         plain, precisions = self.model(), (self.half, Precision(self.device))
         numbers = np.arange(min(64, self.size.num_rows))
@@ -131,7 +140,9 @@ class Setup:
         for task, of in self.rows.items():
             pooled, gradient = _gradient(ours.pooled(task, of.batch(numbers)), our_query)
             wanted, wanted_gradient = _gradient(theirs.pooled(reference.pad(of, numbers, self.device)), their_query)
-            half, whole = (predict_logits(plain, task, of, EVAL_BATCH_SIZE, precision) for precision in precisions)
+            half, whole = (
+                predict_logits(plain, task, of, self.size.eval_batch_size, precision) for precision in precisions
+            )
             query_difference = difference(gradient[:size], wanted_gradient)
             checks += [
                 Check(f"{task}: pooled output, float32", difference(pooled, wanted), 1e-4, True),
@@ -140,46 +151,130 @@ class Setup:
             ]
         return checks
 
+    def agreement_with_cpu(self) -> list[Check]:
+        """Relative differences of pooled outputs and gradients from those on the CPU in float32, without dropout."""
+        numbers, cpu = np.arange(min(32, self.size.num_rows)), torch.device("cpu")
+        std = PARITY_STD / self.size.config.hidden_size**0.5
+        ours, there = (random_model(self.size.config, device, std=std) for device in (self.device, cpu))
+        checks = []
+        for task, of in self.rows.items():
+            on_cpu = replace(of, device=cpu)
+            expected, wanted = _gradient(there.pooled(task, on_cpu.batch(numbers)), there.encoder.get_parameter(QUERIES))
+            found, gradient = _gradient(ours.pooled(task, of.batch(numbers)), ours.encoder.get_parameter(QUERIES))
+            with self.half.autocast():
+                half = ours.pooled(task, of.batch(numbers)).detach()
+            checks += [
+                Check(f"{task}: pooled output in float32, from the CPU's", difference(found, expected), 1e-5, True),
+                Check(f"{task}: gradient in float32, from the CPU's", difference(gradient, wanted), 1e-5, True),
+                Check(f"{task}: pooled output in bfloat16, from the CPU's", difference(half, expected), 2e-2, True),
+            ]
+        return checks
+
+    def replayed(self) -> list[Check]:
+        """Whether steps as CUDA graphs move the parameters to the same bits; and whether one waits for the device."""
+        num_rows = min(self.size.steps)
+        kinds = {"launched": False, "replayed": True}
+        trainers = {name: self.trainer(num_rows, cuda_graphs=is_replayed) for name, is_replayed in kinds.items()}
+        for trainer in trainers.values():
+            for step in range(8):
+                trainer.take_step(1, step)
+        values = [trainer.shared.values for trainer in trainers.values()]
+        checks = [Check("differing parameters after replayed steps", float((values[0] != values[1]).sum()), 0, True)]
+        treated = self.trainer(num_rows, treatment="pcgrad")
+        treated.take_step(1, 0)
+        for name, trainer in {**trainers, "PCGrad": treated}.items():
+            checks.append(Check(f"waits of a step, {name}", self.waits(trainer), 0, True))
+        return checks
+
+    def waits(self, trainer: Trainer) -> int:
+        """1 if a step waits for the device elsewhere than where it reads what it has ordered, else 0."""
+        if self.device.type != "cuda":
+            return 0
+        trainer.take_step(1, 8)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.take_step(1, 8)
+        except RuntimeError as error:
+            print(f"waited: {error}")
+            return 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return 0
+
     # --------------------------------------------------------------------------------------------------- timing
 
-    def training(self, batch_size: int) -> list[Line]:
-        """Rows per second of optimizer steps, ours and transformers', on the same rows."""
-        draws = workload.Draws(self.rows, batch_size=batch_size)
-        trainer = workload.full_trainer(self.model(), self.rows, precision=self.half, batch_size=batch_size)
-        is_fused = self.device.type == "cuda"
-        loop = OrdinaryLoop(PaddedBert(self.model()), self.rows, self.half, is_fused)
-        steps = self.size.steps
-        lengths = [workload.lengths_of(self.rows, draws(step)) for step in range((WARM_UP + self.rounds) * steps)]
-        limit = self._limit(lengths, training=True)
-        kinds: dict[str, Step] = {
-            OURS: workload.step_of(trainer),
-            PADDED: lambda step: [loop.take_step(*draw) for draw in draws(step)],
-            LIMIT: lambda step: limit.run(lengths[step]),
-        }
-        passes = [lengths[first : first + steps] for first in range(WARM_UP * steps, len(lengths), steps)]
-        what = f"training step, {batch_size} random rows"
-        return self._lines(what, {name: self._several(step) for name, step in kinds.items()}, passes, limit)
+    def trainer(self, num_rows: int, **options: Any) -> Trainer:
+        """Mixed steps of that many rows: a draw of each task."""
+        shared = {"draws_per_step": len(self.rows), "rows_per_step": num_rows, "precision": self.half}
+        return workload.full_trainer(self.model(), self.rows, **{"cuda_graphs": True, **shared, **options})
 
-    def evaluation(self) -> list[Line]:
+    def training(self, num_rows: int) -> tuple[list[Line], list[Check]]:
+        """Rows per second of mixed steps, ours and transformers', on the same rows."""
+        count = self.size.steps[num_rows]
+        plan = workload.Draws(self.rows, len(self.rows), rows_per_step=num_rows)
+        draws = [plan(step) for step in range((WARM_UP + self.rounds) * count)]
+        lengths = [workload.lengths_of(self.rows, of) for of in draws]
+        loop = MixedLoop(self, draws)
+        limit = self._limit(lengths, training=True)
+
+        def several(take_step: Callable[[int], Any]) -> Step:
+            return lambda number: [take_step(step) for step in range(number * count, (number + 1) * count)]
+
+        kinds: dict[str, Step] = {
+            OURS: workload.steps_of(self.trainer(num_rows), count),
+            PCGRAD: workload.steps_of(self.trainer(num_rows, treatment="pcgrad"), count),
+            PADDED: several(loop.take_step),
+            LIMIT: several(lambda step: limit.run(lengths[step])),
+        }
+        passes = [lengths[first : first + count] for first in range(WARM_UP * count, len(lengths), count)]
+        lines = self._lines(f"mixed step, {num_rows} rows", kinds, passes, limit)
+        rate = Summary.of(lines[0].values).median
+        over = {line.what.split(", ")[-1]: line.ratio.median for line in lines if line.ratio}
+        checks = [
+            Check(f"{num_rows} rows a step: over transformers' time", 1 / over[PADDED], 1 / OVER_TRANSFORMERS),
+            Check(f"{num_rows} rows a step: PCGrad over plain", over[PCGRAD], PCGRAD_OVER_PLAIN),
+        ]
+        if num_rows in GOALS:
+            checks.append(Check(f"{num_rows} rows a step: the goal over the rows/s", GOALS[num_rows] / rate, 1.0))
+        return lines, checks
+
+    def evaluation(self) -> tuple[list[Line], list[Check]]:
         """Rows per second of predictions, without dropout and gradients."""
-        model, other = self.model(), PaddedBert(self.model()).to(self.device).eval()
+        model, other, batch_size = (
+            self.model(),
+            PaddedBert(self.model()).to(self.device).eval(),
+            self.size.eval_batch_size,
+        )
         task, rows = "para", self.rows["para"]
-        lengths = workload.batch_lengths(rows, EVAL_BATCH_SIZE)
+        lengths = workload.batch_lengths(rows, batch_size)
         limit = self._limit(lengths, training=False)
         kinds: dict[str, Step] = {
-            OURS: lambda number: predict_logits(model, task, rows, EVAL_BATCH_SIZE, self.half),
-            PADDED: lambda number: reference.predict_logits(other, task, rows, EVAL_BATCH_SIZE, self.half),
+            OURS: lambda number: predict_logits(model, task, rows, batch_size, self.half),
+            PADDED: lambda number: reference.predict_logits(other, task, rows, batch_size, self.half),
             LIMIT: lambda number: limit.run(*lengths),
         }
-        return self._lines(f"prediction, batches of {EVAL_BATCH_SIZE}", kinds, [lengths] * self.rounds, limit)
+        lines = self._lines(f"prediction, batches of {batch_size}", kinds, [lengths] * self.rounds, limit)
+        rate = Summary.of(lines[0].values).median
+        return lines, [Check("prediction: the goal over the rows/s", EVALUATION_GOAL / rate, 1.0)]
+
+    def profile(self, num_rows: int, treatment: str = "") -> str:
+        """A table of where the time of a few steps goes, by torch.profiler."""
+        from torch.profiler import ProfilerActivity, profile
+
+        take_steps = workload.steps_of(self.trainer(num_rows, treatment=treatment), 4)
+        for number in range(8):
+            take_steps(number)
+        self.synchronize()
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
+        with profile(activities=kinds, acc_events=True) as found:
+            take_steps(8)
+            self.synchronize()
+        key = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80)
+        return f"4 steps of {num_rows} rows {treatment}\n{table}\n"
 
     def _limit(self, lengths: Sequence[np.ndarray], training: bool) -> MatmulLimit:
         return MatmulLimit(self.size.config, lengths, training, self.device, torch.bfloat16)
-
-    def _several(self, step: Step) -> Step:
-        """A round of as many steps as make launches and waiting for the device small."""
-        steps = self.size.steps
-        return lambda number: [step(number * steps + i) for i in range(steps)]
 
     def _lines(
         self, what: str, kinds: Mapping[str, Step], passes: Sequence[Sequence[np.ndarray]], limit: MatmulLimit
@@ -188,9 +283,9 @@ class Setup:
         seconds, memory = self._alternate(kinds)
         least = [limit.seconds(of, took) for of, took in zip(passes, seconds[LIMIT], strict=True)]
         num_rows = [sum(map(len, of)) for of in passes]
-        names = (OURS, PADDED)
+        names = [name for name in kinds if name != LIMIT]
         rates = {name: [n / took for n, took in zip(num_rows, seconds[name], strict=True)] for name in names}
-        ratios = {PADDED: Summary.of_ratios(rates[PADDED], rates[OURS])}
+        ratios = {name: Summary.of_ratios(seconds[name], seconds[OURS]) for name in names if name != OURS}
         shares = {name: Summary.of_ratios(least, seconds[name]).median for name in names}
         return [
             Line(f"{what}, {name}", rates[name], "rows/s", ratios.get(name), shares[name], memory.get(name))
@@ -217,12 +312,37 @@ class Setup:
 
     def method_costs(self) -> Report:
         """What a step of each method takes."""
-        makers = step_cost.makers_of(self.model, self.rows, self.half, min(self.size.batch_sizes))
+        num_rows, count = min(self.size.steps), 5
+        makers = step_cost.makers_of(self.model, self.rows, self.half, num_rows)
         trainers = {name: make() for name, make in makers.items()}
-        kinds = {name: self._several(workload.step_of(trainer)) for name, trainer in trainers.items()}
-        seconds, memory = self._alternate(kinds)
-        each = {name: [took / self.size.steps for took in seconds[name]] for name in seconds}
+        seconds, memory = self._alternate({name: workload.steps_of(of, count) for name, of in trainers.items()})
+        each = {name: [took / count for took in seconds[name]] for name in seconds}
         return step_cost.report("", trainers, each, memory, {})
+
+
+class MixedLoop(OrdinaryLoop):
+    """transformers' encoder on one padded batch of all tasks' rows a step; every batch lies on the device before it
+    begins, and no step waits for its loss."""
+
+    def __init__(self, setup: Setup, draws: Sequence[Sequence[workload.Draw]]) -> None:
+        super().__init__(PaddedBert(setup.model()), setup.rows, setup.half, fused=setup.device.type == "cuda")
+        starts = dict(zip(setup.rows, np.cumsum([0, *map(len, setup.rows.values())]).tolist(), strict=False))
+        rows, device = reduce(TokenizedRows.followed_by, setup.rows.values()), setup.device
+        numbers = [np.concatenate([starts[task] + of for task, of in step]) for step in draws]
+        self.batches = [reference.pad(rows, of_step, device) for of_step in numbers]
+        self.sizes = [[(task, len(of)) for task, of in step] for step in draws]
+
+    def take_step(self, step: int) -> None:  # type: ignore[override]
+        batch, first = self.batches[step], 0
+        with self.precision.autocast():
+            pooled = self.model.dropout(self.model.pooled(batch))  # (B, D)
+            losses = []
+            for task, count in self.sizes[step]:
+                place = slice(first, first := first + count)
+                losses.append(
+                    TASKS[task].output.losses(self.model.heads[task](pooled[place]), batch.labels[place]).sum()
+                )
+        self.move(torch.stack(losses).sum() / len(batch.labels))
 
 
 def _gradient(pooled: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,15 +354,21 @@ def _gradient(pooled: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
 
 def difference(found: Tensor, expected: Tensor) -> float:
     """In norms of what was expected; infinite where anything is not a number."""
-    value = float((found.double() - expected.double()).norm() / expected.double().norm())
+    found, expected = (of.detach().cpu().double() for of in (found, expected))
+    value = float((found - expected).norm() / expected.norm())
     return value if np.isfinite(value) else float("inf")
 
 
 def measure(setup: Setup) -> Report:
-    checks, size = setup.parity(), setup.size
-    lines = [line for batch_size in size.batch_sizes for line in setup.training(batch_size)]
-    lines += setup.evaluation()
-    methods, smallest = setup.method_costs(), min(size.batch_sizes)
+    size = setup.size
+    checks = [*setup.parity(), *setup.agreement_with_cpu(), *setup.replayed()]
+    print(*checks, sep="\n", flush=True)
+    lines = []
+    for found, judged in [*map(setup.training, size.steps), setup.evaluation()]:
+        lines += found
+        checks += judged
+        print(*(" | ".join(line.cells()) for line in found), sep="\n", flush=True)
+    methods, smallest = setup.method_costs(), min(size.steps)
     lines += [replace(line, what=f"step of {smallest} rows a task, {line.what}") for line in methods.lines]
     tokens = np.concatenate([of.tokens.lengths for of in setup.rows.values()])
     notes = [
@@ -250,8 +376,8 @@ def measure(setup: Setup) -> Report:
         "memory on the GPU holds the models and optimizers of all that is compared: the difference is a step's own",
         *methods.notes,
     ]
-    settings = {"rounds": setup.rounds, "steps_per_round": size.steps, "encoder": size.config.to_dict()}
-    title = "BERT on random weights, bfloat16; ratios to ours, of the methods to plain"
+    settings = {"rounds": setup.rounds, "steps_per_round": dict(size.steps), "encoder": size.config.to_dict()}
+    title = "BERT on random weights, bfloat16; ratios are times of ours, of the methods to plain"
     return Report(title, lines, [*checks, *methods.checks], notes, settings)
 
 
@@ -276,8 +402,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: no CUDA GPU found, expected cpu (with --tiny)")
     device, size = torch.device(given.device), TINY if given.tiny else BASE
     rows = workload.random_rows(row_lengths(), size.num_rows, size.config, device)
-    report = measure(Setup(size, device, rows, given.rounds or 10))
-    return harness.publish("gpu", report, harness.environment_of(device), None if given.tiny else given.out)
+    setup = Setup(size, device, rows, given.rounds or 10)
+    report = measure(setup)
+    environment, out = harness.environment_of(device), None if given.tiny else given.out
+    profiles = [setup.profile(num_rows) for num_rows in size.steps] + [setup.profile(max(size.steps), "pcgrad")]
+    status = harness.publish("gpu", report, environment, out)
+    if out is not None:
+        path = out / harness.file_name(environment["device"])
+        path.with_suffix(".profile.txt").write_text("\n".join(profiles), "utf-8")
+    return status
 
 
 if __name__ == "__main__":

@@ -84,8 +84,9 @@ class MatmulLimit:
 
     def _places(self, lengths: np.ndarray) -> int:
         """Rows of the encoder's matrices: the tokens of these rows, and those that belong to no row."""
-        multiple = rows_multiple(self.device)
-        return -(-int(lengths.sum()) // multiple) * multiple
+        num_tokens = int(lengths.sum())
+        multiple = rows_multiple(self.device, num_tokens)
+        return -(-num_tokens // multiple) * multiple
 
     def _products(self, weight: Tensor, num_places: int) -> None:
         """Of one layer; no transposed first factor, which the library would have to copy."""

@@ -86,12 +86,15 @@ class OrdinaryLoop:
     def take_step(self, task: str, numbers: np.ndarray) -> float:
         """One optimizer step on rows of a task; returns the loss."""
         loss = self.loss(task, numbers)
+        self.move(loss)
+        return float(loss.detach())
+
+    def move(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
-        return float(loss.detach())
 
     def loss(self, task: str, numbers: np.ndarray) -> Tensor:
         """Mean loss of rows of a task, a scalar."""

@@ -1,5 +1,6 @@
 """What the benchmarks run: the rows, ours as the program runs it, and which rows each step sees."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from bert import BertConfig
 from checkpoints import find_checkpoint, load_model, read_bert_config
 from datasets import Rows, RowStream, TokenizedRows, Tokenizer, TokenRows, data_folder, read_examples
-from engine import Methods, Stage, StageData, Trainer
+from engine import Methods, Stage, StageData, Trainer, rows_of_plan
 from evaluation import Precision
 from model import Layout, MultitaskBert, TaskModel, Trained
 from parameters import Choice, NoParameters
@@ -103,6 +104,12 @@ def full_trainer(model: MultitaskBert, rows: Mapping[str, Rows], **options: Any)
     return make_trainer(model, model.trained(), rows, **options)
 
 
+def steps_of(trainer: Trainer, count: int) -> Callable[[int], Any]:
+    """That many steps at a time, as a run takes them: on a GPU the host does not wait for each."""
+    events = trainer.run()
+    return lambda number: [next(events) for _ in range(count)]
+
+
 def step_of(trainer: Trainer) -> Callable[[int], Any]:
     """Its steps by their numbers."""
     return lambda number: trainer.take_step(1, number)
@@ -111,22 +118,29 @@ def step_of(trainer: Trainer) -> Callable[[int], Any]:
 class Draws:
     """Which rows each step of such a trainer sees, so that a reference can be given the same."""
 
-    def __init__(self, rows: Mapping[str, Rows], draws_per_step: int = 1, batch_size: int = BATCH_SIZE) -> None:
+    def __init__(
+        self, rows: Mapping[str, Rows], draws_per_step: int = 1, batch_size: int = BATCH_SIZE, rows_per_step: int = 0
+    ) -> None:
         self.tasks = tuple(rows)
-        self.draws_per_step = draws_per_step
         self._streams = {
             task: RowStream(len(of_task), derive_seed(SEED, STAGE, "rows", task)) for task, of_task in rows.items()
         }
-        self.batch_size = batch_size
+        self._drawn = dict.fromkeys(rows, 0)
+        self._rows_per_step, self._steps = rows_per_step or batch_size * draws_per_step, list[list[Draw]]()
+        sizes = tuple(map(len, rows.values()))
+        self._scheduler = RoundRobinScheduler(NoParameters(), Setting(self.tasks, sizes, 1, draws_per_step))
 
     def __call__(self, step: int) -> list[Draw]:
-        """The draws of a step, counted from 0."""
-        numbers = range(step * self.draws_per_step, (step + 1) * self.draws_per_step)
-        return [self._draw(number) for number in numbers]
+        """The draws of a step, counted from 0: each task's rows."""
+        while len(self._steps) <= step:
+            plan = self._scheduler.plan(1, len(self._steps), random.Random())
+            counts = rows_of_plan({task: plan[task] for task in self.tasks if task in plan}, self._rows_per_step)
+            self._steps.append([(task, self._next(task, count)) for task, count in counts.items()])
+        return self._steps[step]
 
-    def _draw(self, number: int) -> Draw:
-        task = self.tasks[number % len(self.tasks)]
-        return task, self._streams[task].rows(number // len(self.tasks) * self.batch_size, self.batch_size)
+    def _next(self, task: str, count: int) -> np.ndarray:
+        self._drawn[task] += count
+        return self._streams[task].rows(self._drawn[task] - count, count)
 
 
 def lengths_of(rows: Mapping[str, TokenizedRows], draws: Sequence[Draw]) -> np.ndarray:

@@ -16,7 +16,9 @@ def gramian(rows: Tensor, dtype: torch.dtype = torch.float32, chunk: int = CHUNK
     beyond 1e19 or below 1e-19: see `is_exact`.
     """
     if dtype != rows.dtype:
-        pieces = [gramian(piece.to(dtype), dtype, chunk) for piece in rows.split(chunk * 64, dim=1)]  # for the memory's sake
+        pieces = [
+            gramian(piece.to(dtype), dtype, chunk) for piece in rows.split(chunk * 64, dim=1)
+        ]  # for the memory's sake
         return torch.stack(pieces).sum(0)
     if rows.device.type == "cuda" and dtype == torch.float32 and (triton := triton_kernels()) is not None:
         return triton.gramian(rows)  # type: ignore[no-any-return]

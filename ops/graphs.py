@@ -26,7 +26,9 @@ class Replayed:
         if key not in self._seen:  # libraries prepare at a first call what must not be recorded
             self._seen.add(key)
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # what autograd makes for a parameter stays on the stream it was made on
+            with torch.cuda.stream(
+                self._stream
+            ):  # what autograd makes for a parameter stays on the stream it was made on
                 output = self.function(key, *inputs)
             torch.cuda.current_stream().wait_stream(self._stream)
             return output

@@ -116,5 +116,7 @@ class _TritonResidualNorm(torch.autograd.Function):
         grad_update, grad_sums, parts = backward(grad.contiguous(), sums, moments, weight, ctx.key, ctx.prob)
         residual, term = (None if dtype is None else grad_sums.to(dtype) for dtype in ctx.types)
         are_wanted = [ctx.needs_input_grad[place] for place in (4, 5, 1)]
-        grad_weight, grad_shift, grad_bias = sums_of_parts(parts, ctx.parameters, are_wanted)  # (programs, 3, D) -> (D,)
+        grad_weight, grad_shift, grad_bias = sums_of_parts(
+            parts, ctx.parameters, are_wanted
+        )  # (programs, 3, D) -> (D,)
         return grad_update, grad_bias, residual, term, grad_weight, grad_shift, None, None, None

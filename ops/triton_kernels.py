@@ -65,7 +65,10 @@ def _residual_norm_backward(  # type: ignore[no-untyped-def]
         place = row.to(tl.int64) * size + column
         g = tl.load(grad + place, inside, 0.0).to(tl.float32)
         x = tl.load(sums + place, inside, 0.0).to(tl.float32)
-        mean, scale = tl.load(moments + 2 * row, row < num_rows, 0.0), tl.load(moments + 2 * row + 1, row < num_rows, 0.0)
+        mean, scale = (
+            tl.load(moments + 2 * row, row < num_rows, 0.0),
+            tl.load(moments + 2 * row + 1, row < num_rows, 0.0),
+        )
         normalized = tl.where(inside, (x - mean) * scale, 0.0)
         for_weight += g * normalized
         for_shift += g
@@ -337,7 +340,9 @@ def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOC
 
 
 @triton.jit(do_not_specialize=["num_parts", "turns"])
-def _add_parts(parts, num_parts, size, turns, into0, into1, into2, K: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_parts(
+    parts, num_parts, size, turns, into0, into1, into2, K: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
+):  # type: ignore[no-untyped-def]
     column, vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.program_id(1)
     total = tl.zeros([LINES, BLOCK], tl.float32)
     for turn in range(turns):

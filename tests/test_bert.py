@@ -161,7 +161,7 @@ def test_nothing_depends_on_the_number_of_tokens_that_belong_to_no_row(first_onl
     found = []
     for multiple in (1, 32, 7):
         encoder = tiny_encoder()
-        monkeypatch.setattr(ops.packed, "rows_multiple", lambda device, multiple=multiple: multiple)
+        monkeypatch.setattr(ops.packed, "rows_multiple", lambda *_, multiple=multiple: multiple)
         tokens = tokens_of([5, 9, 1, 3], encoder.config)
         assert len(tokens.input_ids) == {1: 18, 32: 32, 7: 21}[multiple] and tokens.num_tokens == 18
         states = encoder(tokens, first_only=first_only)

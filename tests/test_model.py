@@ -70,7 +70,7 @@ def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPat
     for task in ALL:
         expected = model(task, Batch(range(9), torch.zeros(9), tokens=together))
         for i, multiple in zip(range(9), (1, 7, 32) * 3, strict=True):
-            monkeypatch.setattr(ops.packed, "rows_multiple", lambda device, multiple=multiple: multiple)
+            monkeypatch.setattr(ops.packed, "rows_multiple", lambda *_, multiple=multiple: multiple)
             alone = Batch([i], torch.zeros(1), tokens=pack([rows[i].tolist()], [types[i].tolist()]))
             torch.testing.assert_close(model(task, alone)[0], expected[i], rtol=0, atol=1e-5)
 

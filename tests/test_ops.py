@@ -444,7 +444,7 @@ def test_a_draw_has_the_words_that_attention_may_read_beyond_it() -> None:
 @pytest.mark.parametrize(("multiple", "unowned"), [(1, 0), (4, 2), (32, 26)])
 def test_positions_count_from_zero_in_every_row(multiple: int, unowned: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the last row stand zeros, up to a multiple."""
-    monkeypatch.setattr(ops.packed, "rows_multiple", lambda device: multiple)
+    monkeypatch.setattr(ops.packed, "rows_multiple", lambda *_: multiple)
     tokens = pack([[5, 6, 7], [8], [9, 9]], [[0, 0, 1], [0], [0, 1]])
     rest = [0] * unowned
     assert tokens.input_ids.tolist() == [5, 6, 7, 8, 9, 9, *rest]

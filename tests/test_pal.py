@@ -92,7 +92,7 @@ def test_the_task_term_enters_at_the_final_norm_of_each_adapted_layer(
     encoder = tiny_encoder(num_hidden_layers=3)
     adapter = trained(ProjectedAttention(parameters, encoder.config))
     for multiple in (1, 7, 32):
-        monkeypatch.setattr(ops.packed, "rows_multiple", lambda device, multiple=multiple: multiple)
+        monkeypatch.setattr(ops.packed, "rows_multiple", lambda *_, multiple=multiple: multiple)
         tokens = random_tokens(6, 2)
         rows = [rows_of(tokens, of) for of in (encoder(tokens, adapter=adapter), encoder(tokens))]
         ids, types = (rows_of(tokens, of) for of in (tokens.input_ids, tokens.token_type_ids))
