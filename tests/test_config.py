@@ -1,6 +1,5 @@
 """Flags: that they exist, their defaults and limits, and all contradictions are found before anything is loaded."""
 
-import itertools
 import json
 
 import pytest
@@ -8,8 +7,6 @@ import pytest
 from config import DRAWS_WITH_TREATMENT, TABLES, Config, FlagError, from_dict, make_parser, parse
 from helpers import cases
 from parameters import Choice, Flag, flags_of, parameters_type
-from pcgrad import gramian_weightings
-from schedulers import SCHEDULERS
 from tasks import TASKS
 
 PUBLIC_FLAGS = """
@@ -156,11 +153,6 @@ def test_all_problems_are_reported_at_once() -> None:
 @pytest.mark.parametrize("line", cases("accepted.txt"))
 def test_combinations_that_make_sense_are_accepted(line: str) -> None:
     parse(line.split())
-
-
-def test_every_treatment_goes_with_every_scheduler() -> None:
-    for scheduler, treatment in itertools.product(SCHEDULERS, ("pcgrad", "gradvac", *gramian_weightings())):
-        assert parse(["--scheduler", scheduler, "--treatment", treatment]).treatment == treatment
 
 
 def test_a_weighting_is_refused_where_torchjd_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,6 @@ def test_the_report_holds_what_stands_in_the_files(folder: Path, tokenizer: Toke
         assert expected in text, f"{expected!r} not in\n{text}"
     assert text.count("longer than the model takes") == 1
     assert "para" not in text
-
-
-def test_no_leak_is_said_too(folder: Path, tokenizer: Tokenizer) -> None:
     write(folder / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("f", "1")])
     assert "  no dev row stands in the training file" in lines(folder, tokenizer)
 

@@ -256,15 +256,6 @@ def test_each_segment_is_treated_on_its_own(name: str) -> None:
     assert float((expected - vector_pcgrad(rows, orders).sum(0)).norm()) > 1e-2
 
 
-def test_gramians_are_inner_products_over_each_segment() -> None:
-    rows = gradients_of("random", 4)
-    found = gramians_of(rows, SEGMENTS)
-    assert found.dtype == torch.float64 and found.shape == (3, 4, 4)
-    for segment, parts in zip(found, SEGMENTS, strict=True):
-        part = torch.cat([rows[:, part] for part in parts], 1).double()
-        assert torch.allclose(segment, part @ part.T, rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 64, 100])
 @pytest.mark.parametrize("scales", [(1.0,) * 3, (1e25,) * 3, (1e-25,) * 3, (1e-20,) * 3, (1e25, 1.0, 1e-25)])
 def test_a_gramian_is_right_at_every_size_and_scale(size: int, scales: tuple[float, ...]) -> None:
@@ -379,12 +370,10 @@ def test_the_weightings_of_torchjd_that_can_be_named_all_give_finite_weights_and
 
 
 @pytest.mark.parametrize("name", ["nonsense", "Gramian", "GradVac", "CAGrad", "Random", ""])
-def test_an_unknown_treatment_is_refused(name: str) -> None:
+def test_an_unknown_treatment_is_refused_and_without_torchjd_its_weightings_are(name: str, monkeypatch: Patch) -> None:
     with pytest.raises(ValueError, match="--treatment"):
         make(name, 3)
 
-
-def test_without_torchjd_a_weighting_of_its_is_refused_in_a_line(monkeypatch: Patch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)
 

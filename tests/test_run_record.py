@@ -26,7 +26,6 @@ from run_record import (
     RunDirectory,
     RunError,
     finite,
-    flatten,
     read_json,
     read_trainer,
     recover_folder,
@@ -208,24 +207,16 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_logged_again_once(tmp_
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_record_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+def test_a_record_is_in_the_file_as_soon_as_it_is_written_and_nan_and_infinities_are_null(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     log = MetricsLog(path, 0, None)
     log.write({"stage": "pretrain", "step": 1, "loss": float("nan"), "dev": {"sts": {"pearson": float("inf")}}})
     assert path.read_text() == '{"stage": "pretrain", "step": 1, "loss": null, "dev": {"sts": {"pearson": null}}}\n'
     assert log.size == path.stat().st_size
     log.close()
-
-
-def test_nan_and_infinities_become_null_and_everything_else_stays() -> None:
     values = {"a": math.nan, "b": [1, -math.inf, "text", None], "c": {"d": (math.inf, 2.5, True)}, "e": 3}
     assert finite(values) == {"a": None, "b": [1, None, "text", None], "c": {"d": [None, 2.5, True]}, "e": 3}
     assert values["a"] is math.nan
-
-
-def test_flattened_numbers_have_paths_and_are_finite() -> None:
-    values = {"loss": 1, "dev": {"sst": {"accuracy": 0.5}, "mean": math.nan}, "name": "x", "none": None}
-    assert list(flatten(values)) == [("loss", 1.0), ("dev/sst/accuracy", 0.5)]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -274,40 +265,33 @@ def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
         weights.unlink(missing_ok=True)
 
 
-def start_resuming(run: Path, then: str = "") -> subprocess.Popen[str]:
-    script = f"import pathlib, run_record\nrun = run_record.RunDirectory.existing(pathlib.Path({str(run)!r}))\n{then}"
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-
-def test_a_run_that_is_running_is_not_resumed_by_another_process(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_while_a_process_runs_it_and_the_lock_of_a_killed_one_is_gone(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", {})
-    assert "another process is running it, expected a stopped run" in start_resuming(run.path).communicate()[1]
+    refused = r"--resume .*run: another process is running it, expected a stopped run"
+    with pytest.raises(RunError, match=refused):
+        RunDirectory.existing(run.path)
     run.close()
     again = RunDirectory.existing(run.path)
     del again  # forgotten, as by a run that failed
-    assert start_resuming(run.path).communicate()[1] == ""
-
-
-def test_the_lock_of_a_process_that_was_killed_is_gone(tmp_path: Path) -> None:
-    RunDirectory.create(tmp_path / "run", {}).close()
-    holder = start_resuming(tmp_path / "run", "print('held', flush=True); import time; time.sleep(60)")
-    with holder:
+    script = (
+        "import pathlib, run_record, sys, time; run = run_record.RunDirectory.existing(pathlib.Path(sys.argv[1]))\n"
+    )
+    script += "print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(run.path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=r"--resume .*run: another process is running it, expected a stopped run"):
-            RunDirectory.existing(tmp_path / "run")
+        with pytest.raises(RunError, match=refused):
+            RunDirectory.existing(run.path)
         holder.kill()
-    RunDirectory.existing(tmp_path / "run").close()
+    RunDirectory.existing(run.path).close()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_no_error(number: int, tmp_path: Path, monkeypatch: Patch) -> None:
-    fcntl = pytest.importorskip("fcntl")
-
     def flock(*args: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
     run = RunDirectory.create(tmp_path / "run", {})
     assert RunDirectory.existing(tmp_path / "run").config() == {}  # nothing holds it, though the first is still there
     run.close()

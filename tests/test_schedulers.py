@@ -1,4 +1,4 @@
-"""Schedulers: plans and weights of draws, against the formulas and by simulation."""
+"""Schedulers: plans, against the formulas and by simulation. (The weights of the draws: test_wiring.py.)"""
 
 import math
 import random
@@ -60,17 +60,14 @@ def test_pal_counts_examples_and_not_batches() -> None:
 @pytest.mark.parametrize(("draws", "every_task"), [(1, False), (4, False), (3, True), (4, True), (16, True)])
 def test_draws_have_the_expected_shares(name: str, epoch: int, draws: int, every_task: bool) -> None:
     """With every task at least once they are the nearest ones to the scheduler's that allow it."""
-    scheduler, generator, num_draws = make(name, draws, every_task), random.Random(0), 32000
-    found: Counter[str] = Counter()
+    scheduler, generator, num_draws, found = make(name, draws, every_task), random.Random(0), 32000, Counter[str]()
     for step in range(num_draws // draws):
         found.update(counts_of(scheduler.plan(epoch, step, generator)))
     expected = shares(name, epoch)
     if every_task:
         expected = shares_with_floor(expected, 1 / draws)
-    tolerance = [4 * math.sqrt(p * (1 - p) / num_draws) + 1e-3 for p in expected]
-    assert [found[t] / found.total() for t in TASKS] == [
-        pytest.approx(p, abs=room) for p, room in zip(expected, tolerance, strict=True)
-    ]
+    for task, p in zip(TASKS, expected, strict=True):
+        assert found[task] / found.total() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / num_draws) + 1e-3)
 
 
 def test_certain_draws_of_a_small_task_leave_the_proportions_of_the_others() -> None:
@@ -106,12 +103,9 @@ def test_shares_with_a_floor_are_the_closest_ones(seed: int) -> None:
     assert found == pytest.approx(closest_shares(p.tolist(), floor, reverse=True), abs=2e-4)
 
 
-def test_raising_one_share_can_push_another_below_the_floor() -> None:
+def test_raising_one_share_can_push_another_below_the_floor_and_one_that_cannot_be_met_is_refused() -> None:
     # Scaling down for the first raises the need of the second, which was above the floor before.
     assert shares_with_floor([0.05, 0.21, 0.74], 0.2) == pytest.approx([0.2, 0.2, 0.6])
-
-
-def test_a_floor_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(ValueError, match="exceed 1"):
         shares_with_floor([0.5, 0.3, 0.2], 0.34)
 
@@ -148,21 +142,6 @@ def test_a_plan_is_a_function_of_epoch_step_and_its_own_generator(name: str, eve
     for step in reversed(range(12)):  # as a resumed run begins: what came before leaves no trace
         assert other.plan(4, step, random.Random(step)) == expected[step]
     assert (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()) == state
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 5])
-def test_a_task_drawn_k_times_by_pal_counts_its_sum_over_k_to_the_power_b(epochs: int) -> None:
-    scheduler = make("pal", 16, every_task=True, epochs=epochs)
-    for epoch in range(1, epochs + 1):
-        b = 0.2 + 0.8 * (epoch - 1) / (epochs - 1) if epochs > 1 else 1.0
-        for task, draws in scheduler.plan(epoch, 0, random.Random(epoch)).items():
-            assert draws.weight == pytest.approx(draws.count / draws.count**b), task
-
-
-@pytest.mark.parametrize("name", ["random", "round_robin", "temperature"])
-def test_the_others_weigh_every_task_by_its_mean(name: str) -> None:
-    plan = make(name, 16, every_task=True).plan(3, 2, random.Random(0))
-    assert {draws.weight for draws in plan.values()} == {1.0} and max(counts_of(plan).values()) > 1
 
 
 @pytest.mark.parametrize(

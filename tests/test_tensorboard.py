@@ -97,15 +97,10 @@ def test_a_resumed_run_has_each_step_once_and_keeps_the_stages_before(kept: int,
     assert len(expected_points(run.path)["pretrain/lr"]) == 9 and len(expected_points(run.path)["finetune/lr"]) == 8
 
 
-def test_without_tensorboard_there_is_no_table_either(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / METRICS, 0, None)
-    log.write_hyperparameters({"lr": 1.0}, {"mean": 0.5})
-    log.close()
-    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
-
-
-def test_a_run_that_trains_nothing_has_its_table(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / METRICS, 0, tmp_path / "tensorboard")
-    log.write_hyperparameters({"option": "test"}, {"mean": 0.5, "sts": {"pearson": float("nan")}})
-    log.close()
-    assert points(tmp_path) == {"results/mean": [(0, 0.5)]}
+def test_a_run_that_trains_nothing_has_its_table_and_one_without_tensorboard_has_none(tmp_path: Path) -> None:
+    for folder in (tmp_path / "tensorboard", None):
+        log = MetricsLog(tmp_path / METRICS, 0, folder)
+        log.write_hyperparameters({"option": "test"}, {"mean": 0.5, "sts": {"pearson": float("nan")}})
+        log.close()
+    assert points(tmp_path) == {"results/mean": [(0, 0.5)]} and len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS, "tensorboard"}

@@ -37,12 +37,9 @@ def test_a_quote_that_is_never_closed_is_found_where_a_later_quote_ends_it(colum
         list(numbered_rows(PATH, content, DataError))
 
 
-def test_a_quote_that_is_open_at_the_end_is_found() -> None:
+def test_a_quote_that_is_open_at_the_end_is_found_and_a_text_with_tabs_and_line_ends_is_none() -> None:
     with pytest.raises(DataError, match=r"rows\.csv:2: .*closing quote"):
         list(numbered_rows(PATH, b'id\ttext\n0\t"open\n1\tnext\n2\tlast\n', DataError))
-
-
-def test_a_text_with_tabs_and_line_ends_is_no_open_quote() -> None:
     cells = ["0", "id", "one\ttwo\t\t\nthree\tfour\n", "1"]
     assert not has_swallowed_rows(cells)
     assert list(numbered_rows(PATH, as_csv([cells]), DataError)) == [(1, cells)]
