@@ -8,9 +8,7 @@ import pkgutil
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
@@ -336,14 +334,6 @@ def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(runs: Runs, 
     assert len(ups) == 6 and all(bool(value.any()) for value in ups)
 
 
-def test_fewer_tasks_make_a_smaller_run(runs: Runs, out: Path) -> None:
-    results = read(runs.run(out, "--tasks sts") / "results.json")
-    assert set(results["dev"]) == {"sts", "mean"}
-    assert results["parameters"]["total"] == results["parameters"]["separate_models"]
-    names = {"sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"}
-    assert {path.name for path in (out / "predictions").iterdir()} == names
-
-
 def test_what_is_odd_about_the_data_is_told(runs: Runs, out: Path, tmp_path: Path, capsys: Capture) -> None:
     """No test file, a row without a label, and dev rows that stand in the training file."""
     folder = write_data(tmp_path / "data")
@@ -416,9 +406,17 @@ def test_every_flag_is_tried() -> None:
     assert flags - tried == set(NOT_TRIED.split())
 
 
-@pytest.mark.parametrize(("width", "expected"), [(384, 8e-5), (768, 2.8e-5), (1024, 1.8e-5)])
-def test_the_default_learning_rate_follows_the_width(width: int, expected: float) -> None:
-    assert running.default_learning_rate(width) == pytest.approx(expected)
+def test_the_default_learning_rate_follows_the_width() -> None:
+    rates = [running.default_learning_rate(width) for width in (384, 768, 1024)]
+    assert rates == pytest.approx([8e-5, 2.8e-5, 1.8e-5])
+
+
+def test_fewer_tasks_make_a_smaller_run(runs: Runs, out: Path) -> None:
+    results = read(runs.run(out, "--tasks sts") / "results.json")
+    assert set(results["dev"]) == {"sts", "mean"}
+    assert results["parameters"]["total"] == results["parameters"]["separate_models"]
+    names = {"sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"}
+    assert {path.name for path in (out / "predictions").iterdir()} == names
 
 
 # ---------------------------------------------------------------------------------- stopped, killed and resumed
@@ -565,37 +563,6 @@ def test_a_second_signal_stops_at_once_but_for_one_of_a_pair(
     assert was_cut_off == at_once and stop.status == 128 + signal.SIGTERM
     with pytest.raises(running.Stopped):
         stop.check()
-
-
-def start_process(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    line, pipe = [sys.executable, str(ROOT / "multitask_classifier.py"), *arguments], subprocess.PIPE
-    return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def wait_for_steps(out: Path, number: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= number:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"the run did not come to step {number}: {process.poll()}")
-
-
-def test_a_real_process_is_killed_from_outside_and_stopped_by_ctrl_c(runs: Runs, out: Path) -> None:
-    """No hooks: whatever the process is doing when the signal comes."""
-    flags = "--steps_per_epoch 40 --save_every 7 --epochs 1 --pretrain_epochs 1 --pcgrad --scheduler pal --threads 1"
-    killed = start_process(runs.arguments(out, flags))
-    wait_for_steps(out, 52, killed)
-    killed.kill()
-    killed.communicate()
-    stopped = start_process(["--resume", str(out)])
-    wait_for_steps(out, 61, stopped)
-    stopped.send_signal(signal.SIGINT)
-    shown, errors = stopped.communicate()
-    assert stopped.returncode == 130 and errors == "" and shown.splitlines()[-1].endswith(f"--resume={out}")
-    run(["--resume", str(out)])
-    assert steps(out) == both(40, 40)
-    assert_same_run(out, runs.whole(flags))
 
 
 def test_changed_data_is_refused_on_resume(runs: Runs, out: Path, tmp_path: Path, error_line: ErrorLine) -> None:

@@ -143,10 +143,9 @@ def test_names_are_short_and_different(columns: dict[str, str], names: list[str]
 
 
 def test_names_of_any_settings_are_different() -> None:
-    draw = np.random.default_rng(0)
+    draw, answers = np.random.default_rng(0), ["yes", "no", "word", "7", "8.5"]
     for _ in range(50):
-        columns = {f"flag{'x' * 9 * k}": " ".join(draw.choice(["yes", "no", "word", "7", "8.5"], 6)) for k in range(5)}
-        settings = flags(**columns)
+        settings = flags(**{f"flag{'x' * 9 * k}": " ".join(draw.choice(answers, 6)) for k in range(5)})
         assert len(set(short_names(settings))) == len({tuple(of.values()) for of in settings})
 
 
@@ -275,15 +274,13 @@ def test_tasks_in_common_are_compared_and_means_of_equal_tasks_only(files: Path,
 
 
 def test_what_cannot_be_tested_over_dev_rows_is_named_and_tested_over_seeds(files: Path) -> None:
+    """A file that is broken, and dev rows in another order."""
     runs = [made_run(files, f"r{lr}{s}", 0.3, seed=s, lr=float(lr)) for lr in (1, 2) for s in range(2)]
     (runs[0].path / "predictions" / "sst-dev-rows.csv").write_text("broken")
     comparisons, notes = compare(settings_of(runs))
     assert len(notes) == 1 and notes[0].startswith("Not tested over dev rows: ") and "r10" in notes[0]
     tested = {c.name: (c.over_rows.verdict != "untested", c.over_seeds.verdict != "untested") for c in comparisons}
     assert tested == {"sst": (False, True), "para": (True, True), "sts": (True, True), "mean": (False, True)}
-
-
-def test_dev_rows_in_another_order_are_not_paired(files: Path) -> None:
     runs = [made_run(files, "a", lr=1.0), made_run(files, "b", lr=2.0)]
     path = runs[1].path / "predictions" / "sst-dev-rows.csv"
     header, *rows = path.read_text().splitlines()

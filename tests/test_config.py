@@ -70,12 +70,9 @@ def test_a_given_value_reaches_the_settings_with_its_type() -> None:
     assert (config.tensorboard, config.regularizers) == (False, ("smart",))
     assert config.choice("regularizer", "smart").to_dict()["parameters"]["weight"] == 5.0
     assert config.choice("scheduler", "pal") == Choice("pal")
-
-
-def test_hyphens_in_a_flag_are_underscores_and_its_value_stays() -> None:
     config = settings("--batch-size 5 --draws-per-step=4 --gradvac --gradvac-beta 0.5 --out=a--b-c --no-tensorboard")
     assert (config.batch_size, config.draws_per_step, config.out, config.tensorboard) == (5, 4, "a--b-c", False)
-    assert config.method_parameters == {"gradvac_beta": 0.5}
+    assert config.method_parameters == {"gradvac_beta": 0.5}  # hyphens in a flag are underscores, its value stays
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "gradvac"])
@@ -128,20 +125,18 @@ def test_a_value_outside_its_limits_or_unknown_is_named_with_what_is_allowed(lin
     assert found.startswith(wrong.replace("--head other=mlp", "--head other")), found
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [("9" * 30, "a whole number below 2**63"), ("9" * 400, "a whole number below 2**63"), ("two", "'two'")],
-)
-def test_a_number_that_is_none_or_too_large_is_one_line(value: str, words: str) -> None:
-    (found,) = problems(f"--epochs {value}")
-    assert found.startswith("--epochs") and found.endswith(words)
-
-
 @pytest.mark.parametrize("case", cases("refused.txt"))
 def test_flags_that_contradict_each_other_are_refused_by_name(case: str) -> None:
     line, _, words = case.partition("|")
     (found,) = problems(line)
     assert all(word in found for word in words.split()), found
+
+
+def test_a_number_that_is_none_or_too_large_is_one_line() -> None:
+    too_large = "a whole number below 2**63"
+    for value, words in (("9" * 30, too_large), ("9" * 400, too_large), ("two", "'two'")):
+        (found,) = problems(f"--epochs {value}")
+        assert found.startswith("--epochs") and found.endswith(words)
 
 
 def test_all_problems_are_reported_at_once() -> None:

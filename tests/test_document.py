@@ -48,14 +48,11 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_text_has_aligned_columns_and_a_star_at_marked_cells() -> None:
+def test_text_has_aligned_columns_a_star_at_marked_cells_and_nothing_that_a_terminal_would_obey() -> None:
     table = Table(("run", "score"), (("a", "0.5"), ("longer", "10.25")), {(1, 1)})
     assert to_text([Section("T", ("words", table))]).splitlines() == [
         "T", "=", "", "words", "", "run       score", "------  -------", "a           0.5", "longer   *10.25"
     ]  # fmt: skip
-
-
-def test_text_holds_no_character_that_a_terminal_would_obey_and_no_pictures() -> None:
     shown = to_text(SECTIONS)
     assert "\x1b" not in shown and "<b>bold</b>" in shown and "caption" not in shown
 
@@ -76,17 +73,12 @@ def test_markdown_has_one_line_a_row_and_escapes_what_would_end_a_cell() -> None
     assert r"\<b\>bold\</b\> & " in rows[0] and r"\| pipe \\ back new" in rows[0] and "| **0.50** |" in rows[0]
 
 
-def test_a_page_needs_nothing_from_elsewhere() -> None:
-    page = to_html("A & B", SECTIONS)
-    elements = Page(page).elements
-    assert not {tag for tag, *_ in elements} & {"script", "link", "iframe"}
-    assert not any(word in page for word in ("href", "url(", "@import", "http"))
-    assert "<title>A &amp; B</title>" in page and page.startswith("<!DOCTYPE html>")
-
-
-def test_texts_on_a_page_are_texts_and_pictures_have_their_words() -> None:
-    text = to_html("t", SECTIONS)
+def test_a_page_needs_nothing_from_elsewhere_its_texts_are_texts_and_its_pictures_have_their_words() -> None:
+    text = to_html("A & B", SECTIONS)
     page = Page(text)
+    assert not {tag for tag, *_ in page.elements} & {"script", "link", "iframe"}
+    assert not any(word in text for word in ("href", "url(", "@import", "http"))
+    assert "<title>A &amp; B</title>" in text and text.startswith("<!DOCTYPE html>")
     assert "b" not in [tag for tag, *_ in page.elements]
     assert NASTY in page.cells and page.cells[:4] == list(TABLE.columns)
     (picture,) = [attributes for tag, attributes, _ in page.elements if tag == "img"]

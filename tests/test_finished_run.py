@@ -132,13 +132,10 @@ def test_dev_rows_of_another_task_are_refused(row: str, made: Path) -> None:
         FinishedRun.read(made).dev_rows("para")
 
 
-def test_a_line_that_is_no_record_is_passed_over() -> None:
+def test_a_line_that_is_no_record_is_passed_over_and_a_run_without_a_log_has_none(made: Path) -> None:
     whole = b'{"stage": "finetune", "epoch": 1, "step": 1, "losses": {"sst": null}}\n'
     records = parse_records(whole + b"\n[1]\nnull\n\xff\n" + whole + b'{"stage": "finetune", "epo')
     assert [record["losses"] for record in records] == [{"sst": None}] * 2
-
-
-def test_a_run_without_a_log_has_no_records(made: Path) -> None:
     assert len(FinishedRun.read(made).records()) == 84
     (made / "metrics.jsonl").unlink()
     assert FinishedRun.read(made).records() == []
