@@ -62,9 +62,6 @@ def benchmark(name: str) -> Benchmark:
     return found
 
 
-# --------------------------------------------------------------------------------------------------- statistics
-
-
 def test_ratios_are_taken_round_by_round_or_of_all_rounds_together() -> None:
     found = Summary.of_ratios([2.0, 9.0, 4.0], [1.0, 3.0, 8.0])
     assert (found.smallest, found.median, found.largest) == (0.5, 2.0, 3.0)
@@ -101,9 +98,6 @@ def test_kinds_alternate_and_a_device_s_work_counts_for_the_step_that_asked_for_
     found = harness.alternate(kinds, rounds=3, warm_up=1, synchronize=synchronize)
     assert found == {"a": [2.0, 3.0, 4.0], "b": [20.0, 30.0, 40.0]}
     assert calls == [(name, n) for n in range(4) for name in ("ab" if n % 2 == 0 else "ba")]
-
-
-# ------------------------------------------------------------------------------------------------- matmul limit
 
 
 def test_flops_are_those_that_torch_counts_in_transformers_encoder(checkpoint: Checkpoint) -> None:
@@ -159,8 +153,6 @@ def test_the_matmul_limit_runs_the_products_of_the_dense_layers_in_as_many_place
     assert done == pytest.approx(2 * times * ((whole - attention - pooler) * places / 76 + pooler), rel=1e-12)
     assert limit.seconds([lengths, lengths], 2.0) == pytest.approx(2.0 * 2 * whole * times / done)
 
-
-# ------------------------------------------------------------------------------------------------------ results
 
 REPORT = Report(
     "seconds; ratios to ours",
@@ -223,9 +215,6 @@ def test_the_stored_results_are_in_the_format_that_is_written() -> None:
         for report in saved["benchmarks"].values():
             assert set(report) == set(new)
             assert {key for line in report["lines"] for key in line} == set(new["lines"][0])
-
-
-# --------------------------------------------------------------------------------------- the same rows for both
 
 
 @pytest.mark.parametrize(("draws_per_step", "treatment"), [(1, ""), (3, ""), (3, "pcgrad")])
@@ -317,9 +306,6 @@ def test_random_rows_are_as_long_as_the_real_ones_and_use_no_special_token() -> 
     assert set(rows["para"].labels.tolist()) == {0, 1}
 
 
-# --------------------------------------------------------------------------------------------------- the scripts
-
-
 @pytest.fixture
 def ran_alone(monkeypatch: Patch) -> list[str]:
     """Small sizes; variants run in this process instead of one of their own, and the list tells which did."""
@@ -397,9 +383,6 @@ def test_bad_input_is_one_line(given: list[str], capsys: Capture) -> None:
         assert line.startswith("error: ") and message in line
 
 
-# ------------------------------------------------------------------------------------------------- single claims
-
-
 def test_pcgrad_s_gradient_equals_torchjd_s(options: Options, monkeypatch: Patch) -> None:
     pytest.importorskip("torchjd")
     setup = pcgrad_step.Setup(options)
@@ -439,9 +422,6 @@ def test_the_methods_are_what_they_are_called(options: Options) -> None:
         record = trainer.take_step(1, 0)
         assert (record["task"], record["draws"]) == ("sst+para+sts", dict.fromkeys(rows, 1))
         assert trainer.progress.rows == dict.fromkeys(rows, 32)
-
-
-# ------------------------------------------------------------------------------------------------------ start-up
 
 
 def test_the_program_reaches_its_first_step(options: Options, tmp_path: Path) -> None:
@@ -553,9 +533,6 @@ def test_the_gpu_script_says_that_there_is_no_gpu(monkeypatch: Patch, capsys: Ca
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_packed_attention_agrees_with_transformers_on_a_gpu() -> None:
     assert all(check.holds for check in gpu_setup(device="cuda").parity())
-
-
-# ------------------------------------------------------------------------------------- all of them, two checkouts
 
 
 def test_every_script_is_run_by_the_whole() -> None:

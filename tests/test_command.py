@@ -38,9 +38,6 @@ def rows(name: str) -> list[list[str]]:
     return [[part.strip() for part in line.split("|")] for line in cases(name)]
 
 
-# ----------------------------------------------------------------------------------------------------- fixtures
-
-
 def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -162,9 +159,6 @@ def everything(folder: Path) -> dict[str, bytes]:
     """The content of all files, but for the lock."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-# ------------------------------------------------------------------------------------------------ run directory
 
 
 def test_a_run_leaves_everything_in_its_directory(runs: Runs, out: Path, capsys: Capture) -> None:
@@ -372,8 +366,6 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: 
         assert path.read_bytes() == (second / "predictions" / path.name).read_bytes()
 
 
-# -------------------------------------------------------------------------------------------------- every flag
-
 BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 4 --lr 1e-3 --batch_size 8"
 CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
@@ -418,8 +410,6 @@ def test_fewer_tasks_make_a_smaller_run(runs: Runs, out: Path) -> None:
     names = {"sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"}
     assert {path.name for path in (out / "predictions").iterdir()} == names
 
-
-# ---------------------------------------------------------------------------------- stopped, killed and resumed
 
 # Where a process can be made to send itself a signal: before the n-th call of that function.
 POINTS = {
@@ -598,9 +588,6 @@ def test_a_run_is_resumed_from_another_directory(runs: Runs, out: Path, tmp_path
     assert steps(out) == both()[:6]
 
 
-# ----------------------------------------------------------------------------- runs of the version before
-
-
 def as_before(folder: Path) -> Path:
     """Turns a run with a hidden layer in its heads and with adapters into one of the version before."""
     outputs = {task: of.output.num_outputs for task, of in TASKS.items()}
@@ -673,9 +660,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_good_checkpoint(
     assert read(out / "last" / "trainer.json")["progress"]["step"] == 4
     run(["--resume", str(out)])  # what broke the run is gone
     assert_same_run(out, runs.whole(METHODS[method]))
-
-
-# ---------------------------------------------------------------------------------------------------- bad input
 
 
 def change_config(folder: Path, **values: Any) -> None:

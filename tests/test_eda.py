@@ -34,10 +34,6 @@ TEXT = 'The 39 Steps : a wickedly funny , 98 % stylish farce - isn\'t it ? "Brav
 WORDS = TEXT.split()
 
 
-def test_number_of_edits_is_the_share_of_the_words_but_at_least_one() -> None:
-    assert [eda.num_edits(0.1, n) for n in (0, 1, 9, 19, 20, 35)] == [1, 1, 1, 1, 2, 3]
-
-
 @pytest.mark.parametrize("n", [1, 3])
 def test_replacement_changes_n_content_words_and_leaves_the_others_byte_for_byte(n: int) -> None:
     changed = set()
@@ -141,27 +137,24 @@ def test_tiny_texts_survive_every_edit_and_digits_stay_digits(name: str) -> None
                 assert name == "deletion" or sorted(edited.split()) == sorted(text.split())
 
 
-@pytest.mark.parametrize("name", ["replacement", "insertion"])
-def test_a_text_that_no_edit_changes_keeps_its_spacing(name: str) -> None:
-    text = "  the   2nd\tof\u00a0May "
-    assert edited_text(text, EDITS[name], random.Random(0), CONFIG, lambda _: []) == text
-
-
 @pytest.mark.parametrize("name", EDITS)
-def test_each_setting_governs_its_own_edit(name: str) -> None:
-    changed = EdaConfig(**{"deletion_prob" if name == "deletion" else f"alpha_{name}": 0.5})
-    text = " ".join(f"word{chr(97 + i)}" for i in range(20))
+def test_each_setting_governs_its_own_edit_and_a_bad_one_is_one_line_with_its_flag(name: str) -> None:
+    setting = "deletion_prob" if name == "deletion" else f"alpha_{name}"
+    text, changed = " ".join(f"word{chr(97 + i)}" for i in range(20)), EdaConfig(**{setting: 0.5})
     for other, edit in EDITS.items():
         results = {edited_text(text, edit, random.Random(3), config, fake_synonyms) for config in (CONFIG, changed)}
         assert len(results) == (2 if other == name else 1)
-
-
-def test_a_bad_setting_is_one_line_with_its_flag() -> None:
-    bad = {"alpha_replacement": 0.0, "alpha_insertion": 1.5, "alpha_swap": float("nan"), "deletion_prob": 1.0}
-    for name, value in bad.items():
-        flag = "--eda_deletion_prob" if name == "deletion_prob" else "--eda_alpha"
+    flag = "--eda_deletion_prob" if name == "deletion" else "--eda_alpha"
+    for value in (0.0, 1.5, float("nan"), *([1.0] if name == "deletion" else [])):
         with pytest.raises(EdaError, match=rf"^{flag} {value}: expected a number above 0[^\n]*$"):
-            EdaConfig(**{name: value})
+            EdaConfig(**{setting: value})
+
+
+def test_edits_are_a_share_of_the_words_but_at_least_one_and_a_text_that_none_changes_keeps_its_spacing() -> None:
+    assert [eda.num_edits(0.1, n) for n in (0, 1, 9, 19, 20, 35)] == [1, 1, 1, 1, 2, 3]
+    text = "  the   2nd\tof\u00a0May "
+    for name in ("replacement", "insertion"):
+        assert edited_text(text, EDITS[name], random.Random(0), CONFIG, lambda _: []) == text
 
 
 def test_balance_fills_every_class_and_uses_every_row_equally_often_before_any_again() -> None:

@@ -27,7 +27,7 @@ from optimizer import FlatParameters
 from pal import ADAPTERS
 from parameters import Choice, parameters_type
 from pcgrad import TREATMENTS, find_treatment
-from schedulers import SCHEDULERS, Draws, Plan, Setting
+from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
 from tasks import TASKS
@@ -35,9 +35,6 @@ from tasks import TASKS
 ALL = ("sst", "para", "sts")
 CPU = torch.device("cpu")
 TREATED = ("pcgrad", "gradvac", *(["UPGrad"] if find_spec("torchjd") else []))
-
-
-# ------------------------------------------------------------------------------------------------------ harness
 
 
 @dataclass
@@ -150,9 +147,6 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]
     return {name for name, value in before.items() if not torch.equal(after[name], value)}
 
 
-# -------------------------------------------------------------------------------------- plan and rows of a step
-
-
 @pytest.mark.parametrize("treatment", ["", "pcgrad"])
 def test_the_rows_of_a_task_are_one_forward_pass_of_at_most_batch_size_rows(treatment: str) -> None:
     passes: list[tuple[str, int]] = []
@@ -212,30 +206,6 @@ def test_the_plan_depends_on_its_own_generator_only() -> None:
         torch.manual_seed(7)
         assert draws_of(**options) == plain, options
     assert draws_of(seed=1) != plain
-
-
-@pytest.mark.parametrize("treatment", ["", "pcgrad", "gradvac"])
-def test_a_step_without_a_task_is_that_of_the_other_tasks_alone(treatment: str) -> None:
-    class Planned:
-        def __init__(self, *_: Any) -> None: ...
-
-        def plan(self, epoch: int, step: int, draw: random.Random) -> Plan:
-            return {"sts": Draws(2, 1.4), "para": Draws(1)}
-
-    setups = [make(tasks=tasks, treatment=treatment, weight_decay=0.1) for tasks in (ALL, ("para", "sts"))]
-    before = setups[0].parameters()
-    for setup in setups:
-        object.__setattr__(setup.trainer.methods, "scheduler", Planned())
-        for number in range(3):
-            assert setup.step(number)["task"] == "para+sts"
-    for part in ("shared", "own.para", "own.sts"):
-        found, expected = (setup.state()[f"optimizer.{part}.exp_avg"] for setup in setups)
-        assert_close(found, expected)
-    assert moved(before, setups[0].parameters()) == {name for name in before if not name.startswith("heads.sst.")}
-    assert not setups[0].state()["optimizer.own.sst.step"]
-
-
-# ---------------------------------------------------------------------------------------------- precision, order
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -346,9 +316,6 @@ def test_the_scale_doubles_after_long_without_an_overflow() -> None:
     assert progress == Progress(loss_scale=8.0)
 
 
-# ----------------------------------------------------------------------------------------------- the whole loop
-
-
 def test_evaluation_every_epoch_or_never_gives_the_same_weights() -> None:
     weights = []
     for eval_every, evaluated in ((0, [3]), (1, [1, 2, 3]), (2, [2, 3])):
@@ -413,9 +380,7 @@ def test_the_best_head_comes_back_with_all_that_was_trained_with_it(monkeypatch:
     assert (setup.trainer.progress.best_epoch, setup.trainer.progress.best_score) == (2, 0.7)
 
 
-def test_fine_tuning_ends_after_patience_epochs_without_a_gain_with_its_last_parameters(
-    monkeypatch: Patch,
-) -> None:
+def test_fine_tuning_ends_after_patience_epochs_without_a_gain_with_its_last_parameters(monkeypatch: Patch) -> None:
     setup = make(epochs=9, eval_every=1, patience=2)
     kept = score_epochs(monkeypatch, setup, [0.1, 0.3, 0.2, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9])
     last = setup.run()[-1]
@@ -478,9 +443,6 @@ def test_the_state_of_another_stage_is_refused() -> None:
             other.trainer.load_state(plain.state(), {})
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
-
-
 @pytest.mark.parametrize("treatment", ["", "gradvac"])
 def test_a_loss_that_is_not_finite_stops_with_step_task_and_rows(treatment: str) -> None:
     setup = make(treatment=treatment, num_rows=12, steps_per_epoch=5)
@@ -541,9 +503,6 @@ def test_out_of_memory_halves_the_forward_pass_and_keeps_the_gradient(treatment:
 def test_out_of_memory_with_one_row_is_an_error() -> None:
     with pytest.raises(TrainingError, match=r"finetune step 1: .*out of memory"):
         make(before=Memory(0)).step()
-
-
-# --------------------------------------------------------------------------------------------------- the matrix
 
 
 @pytest.mark.parametrize("treatment", ["", *TREATED])

@@ -95,15 +95,6 @@ def test_a_long_log_is_smoothed_and_its_noise_pale() -> None:
     assert len(pale.get_ydata()) <= plots.NUM_PALE and pale.get_alpha() < 0.5 < np.std(pale.get_ydata()) * 5
 
 
-@pytest.mark.parametrize("key", ["losses", "cosines", "dev"])
-def test_null_in_the_log_leaves_a_gap(key: str, made: FinishedRun) -> None:
-    for record in (records := made.records()):
-        if isinstance(record.get(key), dict):
-            record[key] = {**record[key], "mean": None} if key == "dev" else dict.fromkeys(record[key])
-    (made.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"stage": "finet')
-    assert len(plots.write_plots(plots.run_plots(made), made.path, "png")) == len(NAMES)
-
-
 def test_a_confusion_matrix_shows_counts_and_the_shares_of_each_true_class() -> None:
     figure = plots.draw_confusion({"para": np.array([[30, 10], [0, 0]]), "sst": np.eye(5, dtype=int)}).figure
     para, sst, bar = figure.axes
@@ -154,7 +145,13 @@ def test_a_treated_run_has_every_picture_and_nothing_else_is_left(format: str, s
     assert np.random.get_state()[1].tolist() == before and dict(matplotlib.rcParams) == state
 
 
-def test_pictures_are_told_in_words(made: FinishedRun) -> None:
+def test_pictures_are_named_and_told_in_words_and_lines_differ_in_more_than_colour(made: FinishedRun) -> None:
+    for plot in plots.run_plots(made):
+        assert plot.figure.get_supxlabel() and plot.figure.get_supylabel() and plot.caption, plot.name
+        for axis in plot.figure.axes:
+            drawn = [line for name, line in lines(axis).items() if name in METRICS]
+            assert len({to_hex(line.get_color()) for line in drawn}) == len(drawn), plot.name
+            assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == len(drawn), plot.name
     words = {plot.name: plot.alt for plot in plots.run_plots(made)}
     dev = [record["dev"] for record in TREATED if "dev" in record and record["stage"] == "finetune"]
     first, last = (of["para"]["accuracy"] for of in (dev[0], dev[-1]))
@@ -166,21 +163,19 @@ def test_pictures_are_told_in_words(made: FinishedRun) -> None:
     assert f"para majority class {majority:.3g}" in words["dev-scores"]
 
 
-def test_what_a_run_does_not_have_is_not_drawn(made: FinishedRun) -> None:
+def test_what_a_run_does_not_have_is_not_drawn_and_null_in_the_log_leaves_a_gap(made: FinishedRun) -> None:
+    for key in ("losses", "cosines", "dev"):
+        for record in (records := made.records()):
+            if isinstance(record.get(key), dict):
+                record[key] = {**record[key], "mean": None} if key == "dev" else dict.fromkeys(record[key])
+        (made.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"stage": "finet')
+        assert len(plots.write_plots(plots.run_plots(made), made.path, "png")) == len(NAMES)
+        (made.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in TREATED))
     for log, expected in ((RECORDS[:2], ["training-loss", "learning-rate"]), ([], [])):
         (made.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         assert [plot.name for plot in plots.run_plots(made)] == [*expected, "confusion", "similarity-sts"]
     (made.path / "predictions" / "sts-dev-rows.csv").write_text("broken")
     assert [plot.name for plot in plots.run_plots(made)] == ["confusion"]
-
-
-def test_every_picture_is_named_and_lines_of_tasks_differ_in_more_than_colour(made: FinishedRun) -> None:
-    for plot in plots.run_plots(made):
-        assert plot.figure.get_supxlabel() and plot.figure.get_supylabel() and plot.caption, plot.name
-        for axis in plot.figure.axes:
-            drawn = [line for name, line in lines(axis).items() if name in METRICS]
-            assert len({to_hex(line.get_color()) for line in drawn}) == len(drawn), plot.name
-            assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == len(drawn), plot.name
 
 
 def test_no_window_system_and_no_shared_figure_is_touched(made: FinishedRun) -> None:
