@@ -354,19 +354,17 @@ def test_a_run_directory_names_its_best_checkpoint_also_where_its_replacement_wa
         checkpoint_folder(tmp_path / "absent")
 
 
-def test_what_looks_like_a_directory_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
-    assert find_checkpoint(str(tmp_path)) == tmp_path
-    for name in ("./absent", "/absent/model", "a/b/c"):
-        with pytest.raises(CheckpointError, match=f"--model {name}: no such directory"):
-            find_checkpoint(name)
-
-
-def test_an_unreachable_hub_is_one_line_that_names_the_embedded_model(monkeypatch: Patch) -> None:
+def test_what_looks_like_a_directory_is_not_looked_for_on_the_hub_and_an_unreachable_hub_is_one_line(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> str:
         raise ConnectionError("[Errno -2] Name or service not known\nand a second line")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+    for name in ("./absent", "/absent/model", "a/b/c"):
+        with pytest.raises(CheckpointError, match=f"--model {name}: no such directory"):
+            find_checkpoint(name)
     with pytest.raises(CheckpointError, match=r"^--model google-bert/bert-base-uncased: .*service not known") as error:
         find_checkpoint("google-bert/bert-base-uncased")
     message = str(error.value)

@@ -60,9 +60,11 @@ def small() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(*shape, generator=noise)) for name, shape in shapes.items()}
 
 
-def test_parameters_and_gradients_are_views_of_vectors_matrices_first() -> None:
+def test_parameters_and_gradients_are_views_of_vectors_matrices_first_in_few_ranges() -> None:
     named, before = small(), {name: p.detach().clone() for name, p in small().items()}
     flat = FlatParameters(named, num_gradients=3)
+    assert flat.columns(["e", "c", "d"]) == [slice(6, 14), slice(17, 19)]  # a, c, e, b, d of 6, 4, 4, 3, 2
+    assert flat.columns(named) == [slice(0, 19)] and flat.columns([]) == []
     assert flat.names == ["a", "c", "e", "b", "d"] and flat.num_decayed == 14 and len(flat) == 19
     assert torch.equal(flat.values, torch.cat([before[name].flatten() for name in flat.names]))
     assert all(torch.equal(named[name], before[name]) for name in named)
@@ -74,13 +76,6 @@ def test_parameters_and_gradients_are_views_of_vectors_matrices_first() -> None:
     torch.testing.assert_close(flat.gradients, expected * torch.tensor([5.0, 0.0, 3.0])[:, None])
     flat.values.zero_()
     assert not any(p.any() for p in named.values())
-
-
-def test_columns_are_where_the_parameters_stand_in_as_few_ranges_as_there_are() -> None:
-    named = small()
-    flat = FlatParameters(named)  # a, c, e, b, d of 6, 4, 4, 3, 2
-    assert flat.columns(["e", "c", "d"]) == [slice(6, 14), slice(17, 19)]
-    assert flat.columns(named) == [slice(0, 19)] and flat.columns([]) == []
 
 
 @pytest.mark.parametrize(("names", "num_decayed"), [("ace", 14), ("bd", 0), ("", 0)])

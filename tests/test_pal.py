@@ -201,15 +201,12 @@ def test_eight_tasks_make_bert_base_1_13_times_as_large(kind: str, size: int, to
     ("hidden", "heads", "size", "num_heads", "low_rank"),
     [(768, 12, 204, 12, 100), (1024, 16, 272, 16, 133), (384, 6, 102, 6, 50), (100, 5, 34, 2, 13), (64, 1, 17, 1, 8)],
 )
-def test_default_sizes_follow_the_hidden_size(
+def test_default_sizes_follow_the_hidden_size_and_given_ones_are_kept(
     hidden: int, heads: int, size: int, num_heads: int, low_rank: int
 ) -> None:
     config = tiny_config(hidden_size=hidden, num_attention_heads=heads)
     assert adapter_sizes(Parameters(), config) == (size, num_heads)
     assert adapter_sizes(Parameters("low_rank"), config)[0] == low_rank
-
-
-def test_given_sizes_are_kept_and_the_others_fit_them() -> None:
     config = tiny_config(hidden_size=96, num_attention_heads=3)
     assert adapter_sizes(Parameters(size=24, heads=6), config) == (24, 6)
     assert adapter_sizes(Parameters(size=9), config) == (9, 1)  # two heads would not fit

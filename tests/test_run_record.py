@@ -16,12 +16,6 @@ import torch
 
 from helpers import ROOT, Patch
 from run_record import (
-    CONFIG,
-    LOCK,
-    METRICS,
-    RESULTS,
-    TRAINER_STATE,
-    TRAINER_TENSORS,
     MetricsLog,
     RunDirectory,
     RunError,
@@ -46,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_new_run_directory_holds_its_configuration(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs" / "deep" / "one", {"seed": 3})
-    assert run.config() == {"seed": 3} and contents(run.path).keys() == {CONFIG, LOCK}
+    assert run.config() == {"seed": 3} and contents(run.path).keys() == {"config.json", ".lock"}
     assert (run.best, run.last) == (run.path / "best", run.path / "last")
 
 
@@ -58,7 +52,7 @@ def test_an_existing_out_is_refused_and_untouched(kind: str, tmp_path: Path) -> 
     else:
         path.mkdir()
     if kind == "run":
-        (path / CONFIG).write_text("precious")
+        (path / "config.json").write_text("precious")
         (path / "best").mkdir()
     before, others = contents(tmp_path), sorted(tmp_path.rglob("*"))
     with pytest.raises(RunError, match=f"--out {path}: exists already, expected a new directory") as error:
@@ -78,7 +72,7 @@ def test_only_a_run_that_has_not_ended_can_be_resumed(tmp_path: Path) -> None:
     run.close()
     assert RunDirectory.existing(run.path).config() == {"seed": 5}
     run.write_results({"dev": {"sts": {"pearson": math.nan}}, "confusion": [[1, 2], [3, 4]]})
-    assert read_json(run.path / RESULTS) == {"dev": {"sts": {"pearson": None}}, "confusion": [[1, 2], [3, 4]]}
+    assert read_json(run.path / "results.json") == {"dev": {"sts": {"pearson": None}}, "confusion": [[1, 2], [3, 4]]}
     with pytest.raises(RunError, match=r"the run has ended, its results are in .*results\.json"):
         RunDirectory.existing(run.path)
 
@@ -191,7 +185,7 @@ def test_recovery_leaves_a_whole_folder_alone(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_logged_after_its_checkpoint_is_logged_again_once(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
+    path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0, None)
     log.write({"stage": "finetune", "step": 1, "loss": 0.5})
     size = log.size
@@ -208,7 +202,7 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_logged_again_once(tmp_
 
 
 def test_a_record_is_in_the_file_as_soon_as_it_is_written_and_nan_and_infinities_are_null(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
+    path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0, None)
     log.write({"stage": "pretrain", "step": 1, "loss": float("nan"), "dev": {"sts": {"pearson": float("inf")}}})
     assert path.read_text() == '{"stage": "pretrain", "step": 1, "loss": null, "dev": {"sts": {"pearson": null}}}\n'
@@ -254,10 +248,10 @@ def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
     found, found_state = read_trainer(tmp_path, 2)
     assert found_state == state and found.keys() == tensors.keys()
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
-    assert contents(tmp_path).keys() == {TRAINER_TENSORS, TRAINER_STATE}
+    assert contents(tmp_path).keys() == {"trainer.safetensors", "trainer.json"}
     with pytest.raises(RunError, match=r"trainer\.json: written by another version"):
         read_trainer(tmp_path, 3)
-    weights = tmp_path / TRAINER_TENSORS
+    weights = tmp_path / "trainer.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     for _ in range(2):  # cut off, then absent
         with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):

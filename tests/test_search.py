@@ -205,21 +205,14 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on_but_not_without_its_
     assert "(exit status 1: the loss of sst is nan)" in capsys.readouterr().out.split("flags\n")[1]
 
 
-def test_dev_means_are_those_of_fine_tuning_as_far_as_they_are_written(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+def test_dev_means_are_those_of_fine_tuning_as_far_as_they_are_written_and_the_last_line_of_a_log_its_error(
+    tmp_path: Path,
+) -> None:
+    path, means = tmp_path / "metrics.jsonl", [("pretrain", 0.1), *(("finetune", of) for of in (0.4, None, 0.6, 0.7))]
     assert dev_means(path) == {}
-    records: list[dict[str, Any]] = [
-        {"stage": "pretrain", "epoch": 1, "step": 1, "dev": {"mean": 0.1}},
-        {"stage": "finetune", "epoch": 1, "step": 1, "dev": {"mean": 0.4}},
-        {"stage": "finetune", "epoch": 2, "step": 2, "dev": {"mean": None}},
-        {"stage": "finetune", "epoch": 3, "step": 3, "dev": {"mean": 0.6}},
-        {"stage": "finetune", "epoch": 4, "step": 4, "dev": {"mean": 0.7}},
-    ]
+    records = [{"stage": s, "epoch": max(i, 1), "step": i, "dev": {"mean": mean}} for i, (s, mean) in enumerate(means)]
     path.write_text("\n".join(map(json.dumps, records))[:-9])
     assert dev_means(path) == {1: 0.4, 3: 0.6}
-
-
-def test_the_last_line_of_a_log_is_its_error(tmp_path: Path) -> None:
     for text, line in (("a\nerror: b\n\nc\n", "b"), ("a\nValueError: c\n", "ValueError: c"), ("", "no output")):
         (tmp_path / "log").write_text(text)
         assert last_line(tmp_path / "log") == line

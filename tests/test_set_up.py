@@ -117,14 +117,6 @@ def test_a_conda_environment_without_a_python_is_completed_and_one_of_an_older_p
     assert [call for call in project.calls() if not call.startswith("conda run")] == []
 
 
-def test_a_conda_that_makes_no_environment_is_one_line(project: Project) -> None:
-    project.program("conda", '#!/bin/sh\n[ "$1" != run ]\n')
-    done = project.run(STATUS)
-    assert done.stdout == "status 1\n" and project.calls() == []
-    expected = ["set_up.sh: conda could not make the environment cs224n_dfp, see above"]
-    assert done.stderr.splitlines()[1:] == expected
-
-
 @pytest.mark.parametrize("shell", SHELLS)
 def test_sourcing_leaves_nothing_but_the_activation(project: Project, shell: str) -> None:
     functions = "declare -F" if shell == "bash" else "print -l ${(k)functions}"
@@ -177,16 +169,26 @@ def test_changed_requirements_are_installed(made: Project, name: str) -> None:
     assert made.calls() == [f"pip for {made.prefix}/bin/python"]
 
 
-def test_an_environment_moved_with_its_folder_is_made_again(made: Project) -> None:
+def test_an_environment_moved_with_its_folder_is_made_again_and_one_that_is_not_sourced_is_told_of(
+    made: Project,
+) -> None:
     made.folder = made.folder.rename(made.folder.parent / "moved")
     assert made.run(WHICH).stdout.endswith(f"{made.folder.resolve()}/.venv/cs224n_dfp/bin/python\n")
     assert made.calls()[0] == "venv"
+    done = made.run('bash "$SET_UP"; echo "status $?"')  # executed, it says how to activate
+    assert done.stderr.endswith("to activate the environment in this shell: source set_up.sh\n")
+    assert done.stdout == "status 0\n"
 
 
-def test_a_python_that_is_too_old_is_one_line(project: Project) -> None:
+def test_a_python_that_is_too_old_and_a_conda_that_makes_no_environment_are_one_line(project: Project) -> None:
     done = project.run(STATUS, FAKE_VERSION="3.8.1")
     assert done.stdout == "status 1\n"
     assert done.stderr.startswith("set_up.sh: no Python 3.11 or later with venv found") and done.stderr.count("\n") == 1
+    project.program("conda", '#!/bin/sh\n[ "$1" != run ]\n')
+    done = project.run(STATUS)
+    assert done.stdout == "status 1\n" and project.calls() == []
+    expected = ["set_up.sh: conda could not make the environment cs224n_dfp, see above"]
+    assert done.stderr.splitlines()[1:] == expected
 
 
 def test_a_half_made_environment_is_made_again(project: Project) -> None:
@@ -201,12 +203,6 @@ def test_a_relative_path_is_found_whatever_cdpath_says_and_a_shim_without_a_cond
     project.program("conda", "#!/bin/sh\nexit 127\n")
     done = project.run('cd ..; CDPATH=.:/; source "the project/set_up.sh" && command -v python')
     assert done.stdout.endswith(f"{project.prefix}/bin/python\n")
-
-
-def test_executed_it_says_how_to_activate(project: Project) -> None:
-    done = project.run('bash "$SET_UP"; echo "status $?"')
-    assert done.stderr.endswith("to activate the environment in this shell: source set_up.sh\n")
-    assert done.stdout == "status 0\n"
 
 
 @pytest.mark.parametrize("shell", SHELLS)

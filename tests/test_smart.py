@@ -94,12 +94,9 @@ def test_the_perturbation_is_never_larger_than_eps(config: Smoothness.Parameters
     assert torch.allclose(reached, torch.full((5,), config.eps))
 
 
-def test_the_paper_s_sizes_are_the_default() -> None:
+def test_the_perturbation_starts_normal_with_deviation_sigma_and_the_paper_s_sizes_are_the_default() -> None:
     assert (PAPER.eps, PAPER.sigma, PAPER.eta, PAPER.steps, PAPER.weight) == (1e-5, 1e-5, 1e-3, 1, 1.0)
     assert BregmanProximal.Parameters().weight == 1.0
-
-
-def test_the_perturbation_starts_normal_with_deviation_sigma_for_every_input_embedding() -> None:
     spy = Spy(tiny_model(), "sst", random_batch("sst", 60), DropoutMasks(0))
     spy.term(replace(PAPER, sigma=2e-5))
     start = spy.perturbations[0]
@@ -196,15 +193,14 @@ def test_the_average_is_099_in_the_first_tenth_of_the_steps_and_0999_after(num_s
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_with_dropout_the_proximal_term_is_0_until_the_weights_move(task: str) -> None:
+def test_with_dropout_the_proximal_term_is_0_until_the_weights_move_and_its_reference_has_no_gradient(
+    task: str,
+) -> None:
     model, batch, masks = tiny_model(), random_batch(task, 6), DropoutMasks(5)
     term = bregman_of(model)
     assert float(term.term(task, batch, masks, model(task, batch, masks)).detach()) < 1e-9  # rounding
     shaken(model, 0)
     assert float(term.term(task, batch, masks, model(task, batch, masks)).detach()) > 1e-3
-
-
-def test_the_reference_has_no_gradient() -> None:
-    logits, reference = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    proximity(logits, reference, TASKS["sst"].output.divergence).backward()
+    logits, reference = (torch.randn(3, TASKS[task].output.num_outputs, requires_grad=True) for _ in range(2))
+    proximity(logits, reference, TASKS[task].output.divergence).backward()
     assert logits.grad is not None and logits.grad.any() and reference.grad is None

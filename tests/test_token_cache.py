@@ -87,34 +87,18 @@ def test_whatever_the_tokens_follow_from_makes_another_entry(
     assert_equal(found, tokenize_file(read_examples(path, task, labelled), task, words, CPU))
 
 
-def cut(entry: Path) -> None:
-    entry.write_bytes(entry.read_bytes()[:-7])
-
-
-def flip(entry: Path) -> None:
-    content = bytearray(entry.read_bytes())
-    content[-3] ^= 1
-    entry.write_bytes(bytes(content))
-
-
-def make_folder(entry: Path) -> None:
-    entry.unlink()
-    entry.mkdir()
-
-
-def of_another(entry: Path) -> None:
-    head, _, payload = entry.read_bytes().partition(b"\n")
-    entry.write_bytes(head.replace(head.split()[3], b"0" * 64) + b"\n" + payload)
+def replaced(old: bytes, new: bytes) -> Callable[[Path], object]:
+    return lambda entry: entry.write_bytes(entry.read_bytes().replace(old, new, 1))
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "cut off": cut,
-    "one bit": flip,
+    "cut off": lambda entry: os.truncate(entry, entry.stat().st_size - 7),
+    "one bit": lambda entry: entry.write_bytes((of := entry.read_bytes())[:-3] + bytes([of[-3] ^ 1]) + of[-2:]),
     "empty": lambda entry: entry.write_bytes(b""),
     "foreign": lambda entry: entry.write_text(json.dumps({"ids": [1, 2]})),
-    "another version": lambda entry: entry.write_bytes(entry.read_bytes().replace(b"tokens 1", b"tokens 0", 1)),
-    "another key": of_another,
-    "a folder": make_folder,
+    "another version": replaced(b"tokens 1", b"tokens 0"),
+    "another key": lambda entry: replaced(entry.read_bytes().split()[3], b"0" * 64)(entry),
+    "a folder": lambda entry: (entry.unlink(), entry.mkdir()),
 }
 
 
