@@ -21,7 +21,6 @@ from smart import REGULARIZERS
 from tasks import TASKS
 
 NO_TREATMENT = "sum"  # the tasks' gradients are added up
-NO_AUGMENTATION = "none"
 DRAWS_WITH_TREATMENT = 16
 OPTIONS = {
     "finetune": "train the heads on the frozen encoder, then everything",
@@ -93,19 +92,13 @@ class Config:
     )
     regularizers: tuple[str, ...] = ()
     adapter: str = ""
-    train: str = parameter(
-        "all", "what fine-tuning trains; all, or the adapters alone by their name: {}", metavar="PART"
-    )
+    train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
     head: tuple[str, ...] = parameter(
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
     )
 
-    augment: str = parameter(
-        NO_AUGMENTATION, f"augmentation of the training rows: {NO_AUGMENTATION}, {{}}", metavar="NAME"
-    )
-    drop_longest: float = parameter(
-        0.0, "share of each task's longest training rows to leave out, such as 0.02", "0 <= x < 1"
-    )
+    augment: str = parameter("none", "augmentation of the training rows: none, {}", metavar="NAME")
+    drop_longest: float = parameter(0.0, "share of each task's longest training rows to leave out", "0 <= x < 1")
     cache: str = parameter(
         "", "directory of tokenized files for later runs; off: none (default: .cache beside the run)", metavar="DIR"
     )
@@ -113,9 +106,7 @@ class Config:
 
     epochs: int = parameter(5, "epochs of fine-tuning", ">= 1")
     pretrain_epochs: int = parameter(10, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
-    steps_per_epoch: int = parameter(
-        0, "optimizer steps of an epoch; 0: as many as see as many rows as the training files hold", ">= 0"
-    )
+    steps_per_epoch: int = parameter(0, "optimizer steps of an epoch; 0: as many as there are rows for", ">= 0")
     batch_size: int = parameter(
         32, "rows of an optimizer step, times --accumulation_steps; a forward pass takes no more of them", ">= 1"
     )
@@ -160,14 +151,8 @@ class Config:
 
     def chosen(self, table: str) -> tuple[str, ...]:
         """Names of the entries of a table that this run uses."""
-        found = {
-            "scheduler": (self.scheduler,),
-            "treatment": (self.treatment,),
-            "regularizer": self.regularizers,
-            "adapter": (self.adapter,),
-            "head": tuple(self.heads.values()),
-            "augment": (self.augment,),
-        }[table]
+        several = {"regularizer": self.regularizers, "head": tuple(self.heads.values())}
+        found = several[table] if table in several else (getattr(self, table),)
         return tuple(name for name in found if name in TABLES[table][0])
 
     def choice(self, table: str, name: str) -> Choice:
@@ -187,13 +172,16 @@ class Config:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The settings that `to_dict` gave."""
-    core = {name: values[name] for name, _ in flags_of(Config) if name in values}
+    """The settings of these flags, defaults for others; `to_dict` gives all flags."""
+    core: dict[str, Any] = {name: values[name] for name, _ in flags_of(Config) if name in values}
+    core["treatment"] = next((name for name in TREATMENTS if values.get(name)), values.get("treatment", NO_TREATMENT))
     core = {name: tuple(value) if isinstance(value, list) else value for name, value in core.items()}
-    adapters = [name for name in ADAPTERS if values.get(name)]
-    parameters = {flag.name: values[flag.name] for _, _, flag in _method_flags() if flag.name in values}
-    regularizers = tuple(name for name in REGULARIZERS if values.get(name))
-    return Config(**core, regularizers=regularizers, adapter="".join(adapters), method_parameters=parameters)
+    return Config(
+        **core,
+        regularizers=tuple(name for name in REGULARIZERS if values.get(name)),
+        adapter=next((name for name in ADAPTERS if values.get(name)), ""),
+        method_parameters={flag.name: values[flag.name] for _, _, flag in _method_flags() if flag.name in values},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the flags
@@ -214,26 +202,14 @@ def _switches() -> Iterator[tuple[str, str]]:
             yield from ((table, name) for name in entries)
 
 
-GROUPS = {
+GROUPS = {  # by the first flag of each
     "option": "what to run",
     "tasks": "tasks and data",
     "scheduler": "methods",
+    "augment": "tasks and data",
     "epochs": "training",
     "seed": "machine",
-}  # by the first flag of each
-DATA_FLAGS = ("augment", "drop_longest", "cache", "max_length")
-
-
-def _shown_choices(flag: Flag) -> str:
-    """Help with the names of the table's entries in it."""
-    entries: dict[str, Mapping[str, Any]] = {
-        "scheduler": SCHEDULERS,
-        "treatment": TREATMENTS,
-        "train": ADAPTERS,
-        "head": HEADS,
-    }
-    entries["augment"] = AUGMENTATIONS
-    return flag.help.format(", ".join(entries.get(flag.name, ())))
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -257,11 +233,12 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    groups = {title: parser.add_argument_group(title) for title in GROUPS.values()}
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(GROUPS.values())}
     title = ""
     for name, flag in flags_of(Config):
         title = GROUPS.get(name, title)
-        _add(groups["tasks and data" if name in DATA_FLAGS else title], replace(flag, help=_shown_choices(flag)))
+        entries, _ = TABLES.get("adapter" if name == "train" else name, ({}, ""))
+        _add(groups[title], replace(flag, help=flag.help.format(", ".join(entries))))
     for table, name in _switches():
         summary = (inspect.getdoc(TABLES[table][0][name]) or name).split("\n")[0]
         what = f"short for --treatment {name}" if table == "treatment" else summary.split(". ")[0].rstrip(".:")
@@ -295,11 +272,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def _with_underscores(argument: str) -> str:
     """--batch-size as --batch_size; --no-tensorboard keeps its first."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    start = "--no-" if name.startswith("--no-") else "--"
-    return start + name[len(start) :].replace("-", "_") + equals + value
+    flag, equals, value = argument.partition("=")
+    start = next((start for start in ("--no-", "--") if argument.startswith(start)), flag)
+    return start + flag[len(start) :].replace("-", "_") + equals + value
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -310,23 +285,11 @@ def parse(arguments: Sequence[str]) -> Config:
         flags = list(parser._option_string_actions)
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
-    config = _config_of(given)
-    problems = [*_wrong_values(config, given), *_contradictions(config, given)]
-    if problems:
+    given = vars(parsed)
+    config = from_dict({"tasks": list(TASKS), **given})
+    if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
     return config
-
-
-def _config_of(given: Mapping[str, Any]) -> Config:
-    core = {name: given[name] for name, _ in flags_of(Config) if name in given}
-    treatments = [name for name in TREATMENTS if given.get(name)]
-    return Config(
-        **{"tasks": tuple(TASKS), **core, **({"treatment": treatments[0]} if treatments else {})},
-        regularizers=tuple(name for name in REGULARIZERS if given.get(name)),
-        adapter=next((name for name in ADAPTERS if given.get(name)), ""),
-        method_parameters={flag.name: given[flag.name] for _, _, flag in _method_flags() if flag.name in given},
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -349,7 +312,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
         ("scheduler", [config.scheduler], list(SCHEDULERS)),
-        ("augment", [config.augment], [NO_AUGMENTATION, *AUGMENTATIONS]),
+        ("augment", [config.augment], ["none", *AUGMENTATIONS]),
         ("train", [config.train], ["all", *ADAPTERS]),
         ("head", list(config.heads.values()), list(HEADS)),
         ("head", list(config.heads), list(config.tasks)),
@@ -358,98 +321,88 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         for value in values:
             if value not in names:
                 yield f"--{name} {value}: expected one of {', '.join(names)}{nearest(value, names)}"
-    if config.is_treated and config.treatment not in TREATMENTS and config.treatment not in gramian_weightings():
-        of_torchjd = gramian_weightings()
-        names = [NO_TREATMENT, *TREATMENTS, *of_torchjd]
-        more = (
-            nearest(config.treatment, names) if of_torchjd else "; with torchjd installed also its Gramian weightings"
-        )
+    treatments = [NO_TREATMENT, *TREATMENTS]
+    if config.treatment not in treatments and config.treatment not in (of_torchjd := gramian_weightings()):
+        names = [*treatments, *of_torchjd]
+        more = nearest(config.treatment, names) if of_torchjd else "; torchjd, if installed, has Gramian weightings too"
         yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{more}"
 
 
-def _contradictions(config: Config, given: Mapping[str, Any]) -> list[str]:
+def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
-        others = [name for name in given if name not in RESUME_FLAGS]
-        return [f"--{name}: --resume takes it from the run; leave it out" for name in others]
-    if config.option == "predict":
-        return _contradictions_of_predict(config, given)
-    option, is_full, num_tasks = f"--option {config.option}", config.option == "finetune", len(config.tasks)
-    problems: list[str] = []
+        others = (name for name in given if name not in RESUME_FLAGS)
+        yield from (f"--{name}: --resume takes it from the run; leave it out" for name in others)
+    elif config.option == "predict":
+        others = (name for name in given if name not in PREDICT_FLAGS)
+        yield from (f"--{name}: --option predict does not use it; leave it out" for name in others)
+        if not config.checkpoint:
+            yield "--option predict: expected --checkpoint DIR"
+        if not config.task:
+            yield f"--option predict: expected --task, one of {', '.join(TASKS)}"
+    else:
+        yield from _flags_in_vain(config, given)
+        yield from _conflicts(config, given)
 
-    def needs(condition: bool, reason: str, *names: str) -> None:
-        is_given = [name for name in names if name in given and given[name] is not False]
-        problems.extend(f"--{name}: {reason}" for name in is_given if not condition)
 
-    needs(False, "expected only with --option predict", "task", "input", "output")
+def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each flag that lacks what it needs."""
+    option, is_full = f"--option {config.option}", config.option == "finetune"
+    has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step")
+    training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
+    training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
+    with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
+    needs: list[tuple[bool, str, Sequence[str]]] = [
+        (False, "expected only with --option predict", ("task", "input", "output")),
+        (config.is_treated, with_treatment, ("granularity",)),
+        (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
+        (config.option != "test", f"{option} does not train", training),
+        (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
+        (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
+        (len(config.tasks) > 1, "there is one task, expected two --tasks or more", ("draws_per_step", "scheduler")),
+    ]
     for table, name, flag in _method_flags():
         way = TABLES[table][1].format(name)
-        if flag.name in given and name not in config.chosen(table):
-            problems.append(f"--{flag.name}: expected only with {way}")
-    treatments = {name for name in TREATMENTS if given.get(name)} | {given.get("treatment", config.treatment)}
-    if len(treatments) > 1 and ("treatment" in given or len(treatments - {NO_TREATMENT}) > 1):
-        names = ", ".join(f"--{name}" for name in (*TREATMENTS, "treatment"))
-        problems.append(f"{names}: they name different treatments, expected one")
+        needs.append((name in config.chosen(table), f"expected only with {way}", (flag.name,)))
+    for is_met, reason, names in needs:
+        yield from (f"--{name}: {reason}" for name in names if not is_met and given.get(name, False) is not False)
+
+
+def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each group of flags, and of what they stand for, that are at odds."""
+    option, treatment, draws = f"--option {config.option}", f"--treatment {config.treatment}", config.draws
+    is_full, num_tasks, num_rows = config.option == "finetune", len(config.tasks), config.rows_per_step
+    every_task = f"a treatment takes every task in every step, at least {num_tasks}"
+    named = {name for name in TREATMENTS if given.get(name)} | {given.get("treatment", config.treatment)}
+    if len(named) > 1 and ("treatment" in given or len(named - {NO_TREATMENT}) > 1):
+        yield f"{', '.join(f'--{name}' for name in (*TREATMENTS, 'treatment'))}: expected one of these treatments"
     if sum(bool(given.get(name)) for name in ADAPTERS) > 1:
-        problems.append(f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them")
-    needs(
-        config.is_treated, "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)", "granularity"
-    )
-    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step")
-    needs(is_full, f"{option} does not fine-tune, expected only with finetune", *tuning)
-    if config.is_treated and not is_full:
-        problems.append(f"--treatment {config.treatment}: {option} shares no trained parameters between tasks")
-    training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler"]
-    training += ["weight_decay", "patience", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm"]
-    training += ["eval_every"]
-    needs(config.option != "test", f"{option} does not train", *training)
-    needs(config.option != "individual_pretrain", "individual_pretrain trains one task at a time", "scheduler")
+        yield f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them"
     if config.option == "test" and not config.checkpoint:
-        problems.append(f"{option}: expected --checkpoint DIR")
+        yield f"{option}: expected --checkpoint DIR"
     if config.option in ("pretrain", "individual_pretrain") and config.pretrain_epochs == 0:
-        problems.append(f"--pretrain_epochs 0: {option} would do nothing")
+        yield f"--pretrain_epochs 0: {option} would do nothing"
     if is_full and config.checkpoint and given.get("pretrain_epochs"):
-        problems.append("--pretrain_epochs: --checkpoint has trained heads, the frozen stage is skipped")
-    has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
-    needs(has_frozen_stage, "there is no frozen stage", "pretrain_lr")
+        yield "--pretrain_epochs: --checkpoint has trained heads, the frozen stage is skipped"
     if config.checkpoint and "model" in given:
-        problems.append("--model, --checkpoint: the checkpoint holds the encoder, expected one of them")
-    if config.train in ADAPTERS and config.train != config.adapter:
-        problems.append(f"--train {config.train}: expected with --{config.train}")
-    if config.train in ADAPTERS and config.is_treated:
-        problems.append(
-            f"--train {config.train}: adapters are each task's own, --treatment {config.treatment} would do nothing"
-        )
-    if config.is_treated and num_tasks == 1:
-        problems.append(
-            f"--treatment {config.treatment}: one task has no other to conflict with, expected two --tasks or more"
-        )
-    if config.is_treated and config.rows_per_step < num_tasks:
-        problems.append(
-            f"--batch_size {config.batch_size}: a treatment takes every task in every step, at least {num_tasks} rows"
-        )
-    elif config.draws > config.rows_per_step > 0:
-        problems.append(f"--draws_per_step {config.draws}: expected at most the rows of a step, {config.rows_per_step}")
-    elif config.is_treated and config.draws < num_tasks:
-        problems.append(
-            f"--draws_per_step {config.draws}: a treatment takes every task in every step, at least {num_tasks} draws"
-        )
+        yield "--model, --checkpoint: the checkpoint holds the encoder, expected one of them"
     if config.patience and config.eval_every == 0:
-        problems.append(f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch")
-    if "scheduler" in given and num_tasks == 1:
-        problems.append(f"--scheduler {config.scheduler}: there is one task to schedule, expected two --tasks or more")
-    needs(num_tasks > 1, "there is one task to draw, expected two --tasks or more", "draws_per_step")
+        yield f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch"
+    if config.train in ADAPTERS and config.train != config.adapter:
+        yield f"--train {config.train}: expected with --{config.train}"
     if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):
-        problems.append(f"--augment {config.augment}: no task of {' '.join(config.tasks)} has classes to fill up")
-    return problems
-
-
-def _contradictions_of_predict(config: Config, given: Mapping[str, Any]) -> list[str]:
-    problems = [
-        f"--{name}: --option predict does not use it; leave it out" for name in given if name not in PREDICT_FLAGS
-    ]
-    if not config.checkpoint:
-        problems.append("--option predict: expected --checkpoint DIR")
-    if not config.task:
-        problems.append(f"--option predict: expected --task, one of {', '.join(TASKS)}")
-    return problems
+        yield f"--augment {config.augment}: no task of {' '.join(config.tasks)} has classes to fill up"
+    if config.is_treated:
+        if not is_full:
+            yield f"{treatment}: {option} shares no trained parameters between tasks"
+        if config.train in ADAPTERS:
+            yield f"--train {config.train}: adapters are each task's own, {treatment} would do nothing"
+        if num_tasks == 1:
+            yield f"{treatment}: one task has no other to conflict with, expected two --tasks or more"
+        if num_rows < num_tasks:
+            yield f"--batch_size {config.batch_size}: {every_task} rows"
+        elif draws < num_tasks:
+            yield f"--draws_per_step {draws}: {every_task} draws"
+    if draws > num_rows > 0:
+        yield f"--draws_per_step {draws}: expected at most the rows of a step, {num_rows}"
