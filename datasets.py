@@ -244,7 +244,7 @@ class TokenRows:
     @cached_property
     def starts(self) -> np.ndarray:
         """(R,) where each row begins."""
-        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        return np.array(np.cumsum(self.lengths, dtype=np.int64) - self.lengths)
 
     @classmethod
     def concatenate(cls, parts: Sequence["TokenRows"]) -> "TokenRows":

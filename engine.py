@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -137,8 +137,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward and a backward pass. numbers: (B,) of its rows; weights: (T, B) of each task the factor of a row's loss;
-    seed: of its dropout."""
+    """A forward and a backward pass. numbers: (B,) of its rows; weights: (T, B) of each task the factor of a row's
+    loss; seed: of its dropout."""
 
     tasks: tuple[str, ...]
     numbers: np.ndarray
@@ -148,8 +148,9 @@ class Pass:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step that has been ordered of the device. numbers: each task's weighted loss, then the gradient's norm, whether the
-    step was left out, and the loss scale. rows: of each task, its training rows; drawn: how many before the step."""
+    """A step that has been ordered of the device. numbers: each task's weighted loss, then the gradient's norm, whether
+    the step was left out, and the loss scale. rows: of each task, its training rows; drawn: how many before the
+    step."""
 
     step: int
     record: Record
@@ -162,8 +163,8 @@ class Launched:
 class LossScaler:
     """Dynamic loss scaling for float16 gradients, on the device: halved after an overflow, doubled after long without.
 
-    torch's GradScaler unscales the gradients that an optimizer holds, and waits for the device; here the scale goes into the
-    factor that the clipped gradient is multiplied by.
+    torch's GradScaler unscales the gradients that an optimizer holds, and waits for the device; here the scale goes
+    into the factor that the clipped gradient is multiplied by.
     """
 
     GROWTH_INTERVAL = 2000
@@ -192,8 +193,8 @@ class Trainer:
         precision: Precision,
         cuda_graphs: bool = False,
     ) -> None:
-        """trained: the parameters that move; they become views into this trainer's vectors. cuda_graphs: passes on a GPU are
-        recorded and replayed."""
+        """trained: the parameters that move; they become views into this trainer's vectors. cuda_graphs: passes on a
+        GPU are recorded and replayed."""
         self.stage, self.model, self.data, self.methods, self.precision = stage, model, data, methods, precision
         self.is_treated = methods.treatment is not None and len(trained.shared) > 0
         self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1)
@@ -203,16 +204,17 @@ class Trainer:
         self.progress = Progress(rows=dict.fromkeys(stage.tasks, 0), micro_batch=stage.batch_size)
         self.scaler = LossScaler(precision.dtype == torch.float16, precision.device)
         self._streams = {task: RowStream(len(data.train[task]), self._seed("rows", task)) for task in stage.tasks}
-        self._joined = self._join()
         self._halted = torch.zeros((), dtype=torch.bool, device=precision.device)  # after a step that cannot be taken
         self._launched: deque[Launched] = deque()
+        self.num_waiting = 0 if precision.device.type == "cpu" else 1  # steps that have been ordered and not told of
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         is_replayed = (
             cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers
         )
         self._replayed = (Replayed(self._pass_on_device), Replayed(self._step_on_device)) if is_replayed else None
 
-    def _join(self) -> tuple[TokenizedRows, dict[str, int]] | None:
+    @cached_property
+    def _joined(self) -> tuple[TokenizedRows, dict[str, int]] | None:
         """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
         rows = [rows for rows in self.data.train.values() if isinstance(rows, TokenizedRows)]
         if (
@@ -243,7 +245,6 @@ class Trainer:
         Raises TrainingError at a step that cannot be taken; nothing of it has moved then.
         """
         stage, progress = self.stage, self.progress
-        num_waiting = 0 if self.precision.device.type == "cpu" else 1
         while True:
             epoch, place = divmod(progress.step, stage.steps_per_epoch)
             if place == 0 and progress.closed_epochs < epoch:
@@ -258,7 +259,7 @@ class Trainer:
             is_settled = progress.step % stage.steps_per_epoch == 0 or (
                 settle_every and progress.step % settle_every == 0
             )
-            finished = list(self.settle(0 if is_settled else num_waiting))
+            finished = list(self.settle(0 if is_settled else self.num_waiting))
             seconds = time.perf_counter() - started
             progress.seconds += seconds
             for event in finished:
@@ -483,8 +484,8 @@ class Trainer:
         return torch.stack(terms).sum()
 
     def _treat(self, rows: Mapping[str, np.ndarray], losses: Tensor, step: int) -> Record | None:
-        """Combines the task gradients in the first of them; returns what the treatment found and did, None where a gradient
-        overflowed. Raises TrainingError before a running average moves if anything else is not finite."""
+        """Combines the task gradients in the first of them; returns what the treatment found and did, None where a
+        gradient overflowed. Raises TrainingError before a running average moves if anything else is not finite."""
         assert self.methods.treatment is not None
         tasks, places = list(rows), [self._gradient_row(task) for task in rows]
         gramians, losses = self._gramians(losses, places)  # (S, T, T), (T,)
@@ -507,8 +508,8 @@ class Trainer:
         }
 
     def _gramians(self, losses: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient is not finite, and
-        the losses (T,)."""
+        """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient is not finite,
+        and the losses (T,)."""
         norm = gradient_norm([of.gradients for of in self.own.values()])
         others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])
         for dtype in (self.shared.values.dtype, torch.float64):
@@ -521,8 +522,8 @@ class Trainer:
         return gramians / scale**2 + 0 * of_own, torch.stack(on_host)
 
     def _move(self, tasks: Sequence[str], losses: Tensor, lr: Tensor, is_overflow: bool) -> Tensor:
-        """Clips the gradients, the shared one and those of the tasks' own parameters, and moves the parameters, unless a
-        gradient is not finite. is_overflow: it is known already that one is not.
+        """Clips the gradients, the shared one and those of the tasks' own parameters, and moves the parameters, unless
+        a gradient is not finite. is_overflow: it is known already that one is not.
 
         A task that is not in the step is left alone, its moments too. Returns the numbers of `Launched`.
         """
@@ -540,8 +541,8 @@ class Trainer:
         return numbers
 
     def _is_taken(self, numbers: Reading) -> bool:
-        """Whether the step was not left out; on a GPU, where nothing overflows, that is taken for granted until its record is
-        wanted."""
+        """Whether the step was not left out; on a GPU, where nothing overflows, that is taken for granted until its
+        record is wanted."""
         is_cpu = self.precision.device.type == "cpu"
         if is_cpu or (self.scaler.is_enabled and not self.is_treated):
             return not numbers.wait()[-2]

@@ -88,4 +88,5 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are multiplied by so that it is at most max_norm, both (); 0 for no limit."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    most = torch.full_like(norm, max_norm)
+    return (most / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)

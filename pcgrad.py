@@ -229,9 +229,7 @@ def _gramian_weighting(aggregation: Any, name: str) -> Callable[[Tensor], Tensor
 # --------------------------------------------------------------------------------------------- the long vectors
 
 
-def gramians_of(
-    gradients: Tensor, segments: Sequence[Sequence[slice]], dtype: torch.dtype = torch.float32
-) -> Tensor:
+def gramians_of(gradients: Tensor, segments: Sequence[Sequence[slice]], dtype: torch.dtype = torch.float32) -> Tensor:
     """(S, T, T) inner products of task gradients (T, P) over each segment, which is some ranges of columns; float64.
 
     dtype: in which products are summed, see ops.gramian.

@@ -28,15 +28,15 @@ NUM_ROWS = 2000
 EVAL_BATCH_SIZE = 64
 
 
-def running_encoder(model: MultitaskBert) -> TaskModel:
+class RunningEncoder(FrozenEncoder):
     """The heads of a model whose frozen encoder runs for every batch."""
 
-    def predict(task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: object = None) -> Tensor:
+    def __call__(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor:
         with torch.no_grad():
-            pooled = model.pooled(task, batch)
-        return model.predict(task, pooled, masks)
-
-    return predict
+            pooled = self.model.pooled(task, batch)
+        return self.model.predict(task, pooled, masks)
 
 
 class Setup:
@@ -65,7 +65,7 @@ class Setup:
         return self._train(FrozenEncoder(self.model), features, epochs)
 
     def without(self, epochs: int) -> list[float]:
-        return self._train(running_encoder(self.model), self.rows, epochs)
+        return self._train(RunningEncoder(self.model), self.rows, epochs)
 
     def difference(self) -> float:
         """The largest relative difference between the losses of a step of the two ways, over an epoch."""

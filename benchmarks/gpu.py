@@ -5,13 +5,13 @@
 It needs no checkpoint, no tokenizer and no data: weights and token ids are random, the lengths of the rows are those of
 CS224N's training files (row_lengths.json, written by python -m benchmarks.gpu --save_lengths DIR).
 
-Checked first: pooled outputs and gradients of the encoder against transformers' on padded rows, and against our own on the
-CPU; bfloat16 against float32; replayed steps against launched ones, bit for bit; that a step waits for nothing. (Whether
-each kernel is its formula, and a killed run goes on to the same bits: python -m pytest -m cuda.) Then timed, alternately, on
-the same rows: mixed steps of all tasks, ours, ours with PCGrad and transformers' on one padded batch that lies ready on the
-device; predictions; AdamW is torch's fused kernel in theirs. The matmul limit is measured in every round with bfloat16
-matrices of the same shapes. Then what a step of each method costs over a plain one, and a profile of a step, which goes
-beside the result file.
+Checked first: pooled outputs and gradients of the encoder against transformers' on padded rows, and against our own on
+the CPU; bfloat16 against float32; replayed steps against launched ones, bit for bit; that a step waits for nothing.
+(Whether each kernel is its formula, and a killed run goes on to the same bits: python -m pytest -m cuda.) Then timed,
+alternately, on the same rows: mixed steps of all tasks, ours, ours with PCGrad and transformers' on one padded batch
+that lies ready on the device; predictions; AdamW is torch's fused kernel in theirs. The matmul limit is measured in
+every round with bfloat16 matrices of the same shapes. Then what a step of each method costs over a plain one, and a
+profile of a step, which goes beside the result file.
 
 --tiny with --device cpu goes through all of it in seconds, on a tiny encoder.
 """
@@ -159,7 +159,9 @@ class Setup:
         checks = []
         for task, of in self.rows.items():
             on_cpu = replace(of, device=cpu)
-            expected, wanted = _gradient(there.pooled(task, on_cpu.batch(numbers)), there.encoder.get_parameter(QUERIES))
+            expected, wanted = _gradient(
+                there.pooled(task, on_cpu.batch(numbers)), there.encoder.get_parameter(QUERIES)
+            )
             found, gradient = _gradient(ours.pooled(task, of.batch(numbers)), ours.encoder.get_parameter(QUERIES))
             with self.half.autocast():
                 half = ours.pooled(task, of.batch(numbers)).detach()

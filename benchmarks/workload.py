@@ -72,8 +72,8 @@ def make_trainer(
     rows_per_step: int = 0,
     cuda_graphs: bool = False,
 ) -> Trainer:
-    """A trainer that draws the tasks in turn, `draws_per_step` of them in a step of batch_size rows for each draw, or of
-    rows_per_step rows in all."""
+    """A trainer that draws the tasks in turn, `draws_per_step` of them in a step of batch_size rows for each draw, or
+    of rows_per_step rows in all."""
     tasks = tuple(rows)
     stage = Stage(
         name=STAGE,

@@ -1,7 +1,7 @@
 """What the encoder computes with. Each operation's plain torch form stands first: it is the definition, what runs where
-nothing faster is to be had, and what tests compare with. Below it one dispatch decides who answers: torch, oneDNN, a kernel
-of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA (triton_kernels.py). Nobody
-outside this package knows which.
+nothing faster is to be had, and what tests compare with. Below it one dispatch decides who answers: torch, oneDNN, a
+kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
+(triton_kernels.py). Nobody outside this package knows which.
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """

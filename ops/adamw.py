@@ -51,7 +51,8 @@ class Vector:
 
 @torch.no_grad()
 def adamw_step(vectors: Sequence[Vector], lr: Tensor, weight_decay: float, factor: Tensor, is_skipped: Tensor) -> None:
-    """`adamw_by_definition` of each vector; nothing moves where is_skipped is 1. lr, factor, is_skipped: (), on the device.
+    """`adamw_by_definition` of each vector; nothing moves where is_skipped is 1. lr, factor, is_skipped: (), on the
+    device.
 
     What a gradient holds is undefined afterwards.
     """
@@ -67,8 +68,8 @@ def adamw_step(vectors: Sequence[Vector], lr: Tensor, weight_decay: float, facto
 
 
 def _fused_step(vector: Vector, lr: float, weight_decay: float, factor: Tensor, is_skipped: Tensor) -> None:
-    """By torch's fused kernel. (torch.optim.AdamW calls it too; its base class imports torch's compiler, the longest part
-    of a run's start.)"""
+    """By torch's fused kernel. (torch.optim.AdamW calls it too; its base class imports torch's compiler, the longest
+    part of a run's start.)"""
     moments = vector.moments
     if factor != 1:
         vector.gradient.mul_(factor)

@@ -200,13 +200,15 @@ class _TritonAttention(torch.autograd.Function):
         ctx.arguments = (packing.ends, packing.longest, unowned, num_heads, prob, seed)
         context, normalizers = triton.attention_forward(query, key, value, *ctx.arguments)
         ctx.save_for_backward(queries, keys_values, context, normalizers)
-        ctx.triton = triton
+        ctx.triton, ctx.masks = triton, None if prob == 0 else masks
         return context  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys_values, context, normalizers = ctx.saved_tensors
+        if ctx.masks is not None:
+            ctx.masks.check_seed()
         grad_queries = torch.empty_like(queries)
         grad_keys_values = None if keys_values is None else torch.empty_like(keys_values)
         given, into = _parts(queries, keys_values), _parts(grad_queries, grad_keys_values)

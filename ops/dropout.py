@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -38,13 +39,13 @@ class DropoutMasks:
     On the CPU a mask compares 16 random bits an element with the probability, several times as fast as drawing
     Bernoulli variables. The probability is met to within 1/131072; the scale is exact for the one that is met.
 
-    A GPU's fused kernels draw for themselves, from the device's default generator or from a seed in its memory. Both
-    are set when masks are made, outside of what a CUDA graph records, so that a replayed pass draws anew; of the masks of a
-    device only those made last can be drawn from.
+    A GPU's fused kernels draw for themselves, from the device's default generator or from a seed in its memory, and
+    once more in their backward pass. Both are set when masks are made, outside of what a CUDA graph records, so that a
+    replayed pass draws anew; until its backward pass is done no masks of another seed can be made for the device.
     """
 
-    _drawing: dict[torch.device, "DropoutMasks"] = {}
-    _seeds: dict[torch.device, Tensor] = {}
+    _drawing: ClassVar[dict[torch.device, "DropoutMasks"]] = {}
+    _seeds: ClassVar[dict[torch.device, Tensor]] = {}
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
         """seed: from 0 to 2**63 - 1."""
@@ -89,3 +90,7 @@ class DropoutMasks:
         self.check_drawing()
         self._num_keys += 1
         return self._seeds[self.device], self._num_keys
+
+    def check_seed(self) -> None:
+        """On a GPU, before a backward pass draws by a key again."""
+        assert self._drawing[self.device].seed == self.seed, "other masks of this device were made after these"

@@ -12,8 +12,8 @@ CHUNK = 2**14
 def gramian(rows: Tensor, dtype: torch.dtype = torch.float32, chunk: int = CHUNK) -> Tensor:
     """(T, T) inner products of rows (T, P), float64, in one pass over memory.
 
-    Products are summed in this dtype within chunks, and in float64 over them. float32 cannot hold the products of entries
-    beyond 1e19 or below 1e-19: see `is_exact`.
+    Products are summed in this dtype within chunks, and in float64 over them. float32 cannot hold the products of
+    entries beyond 1e19 or below 1e-19: see `is_exact`.
     """
     if dtype != rows.dtype:
         pieces = [

@@ -3,7 +3,7 @@
 A replay costs the host one launch, where the function itself costs it a thousand.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self._seen: set[Hashable] = set()
-        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Tensor]] = {}
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, key: Hashable, *inputs: Tensor) -> Tensor:

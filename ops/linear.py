@@ -2,8 +2,8 @@
 
 torch multiplies float32 matrices with MKL, which uses the 512-bit registers of Intel's processors only; oneDNN, which
 torch carries for other precisions, uses them wherever they are: there the product is oneDNN's. The mathematics is the
-same, sums are taken in another order. On a GPU under mixed precision the gradient of a matrix stays in float32, and is added
-to what is there by its product.
+same, sums are taken in another order. On a GPU under mixed precision the gradient of a matrix stays in float32, and is
+added to what is there by its product.
 """
 
 import importlib
@@ -151,8 +151,8 @@ def _bias_gradient(grad: Tensor, bias: Tensor) -> Tensor | None:
 
 
 def sums_of_parts(parts: Tensor, parameters: Sequence[Tensor], are_wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of K vectors (D,) from parts of sums, (programs, K, D) -> (D,) float32 each; None where none is wanted, and
-    where it has been added to what is there."""
+    """Gradients of K vectors (D,) from parts of sums, (programs, K, D) -> (D,) float32 each; None where none is wanted,
+    and where it has been added to what is there."""
     pairs = list(zip(parameters, are_wanted, strict=True))
     are_added = [is_wanted and p.is_leaf and p.grad is not None for p, is_wanted in pairs]
     into = [p.grad if is_added else torch.zeros_like(p) for p, is_added in zip(parameters, are_added, strict=True)]

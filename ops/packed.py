@@ -30,8 +30,8 @@ class Group:
 class Packing:
     """Where the B rows of a batch of N packed tokens lie; the last few tokens may belong to no row.
 
-    ends: (B,) int64 behind each row's last token. longest: no row has more tokens. On the host, for the CPU's kernels and
-    for groups, lengths: (B,) int64 tokens of each row, and starts: (B,) its first token.
+    ends: (B,) int64 behind each row's last token. longest: no row has more tokens. On the host, for the CPU's kernels
+    and for groups, lengths: (B,) int64 tokens of each row, and starts: (B,) its first token.
     """
 
     def __init__(self, ends: Tensor, longest: int) -> None:
@@ -47,7 +47,8 @@ class Packing:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.ends.cpu().numpy(), prepend=0)
+        ends = self.ends.cpu().numpy()
+        return np.array([ends[0], *ends[1:] - ends[:-1]])
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -138,8 +139,8 @@ class TokenStore:
     ) -> "TokenStore":
         lengths = np.array(lengths, np.int64)
         columns = (ids, np.cumsum(lengths) - lengths, lengths, firsts)
-        tensors = (torch.from_numpy(np.array(column, np.int64)).to(device) for column in columns)
-        return cls(*tensors, host_lengths=lengths)
+        first, second, third, fourth = (torch.from_numpy(np.array(column, np.int64)).to(device) for column in columns)
+        return cls(first, second, third, fourth, lengths)
 
     @cached_property
     def longest(self) -> int:
@@ -156,7 +157,8 @@ class TokenStore:
         return self.gather(to_device(rows, self.ids.device), self.num_places(rows))
 
     def gather(self, rows: Tensor, num_places: int) -> PackedTokens:
-        """The same for rows (B,) on the device: all that depends on them is computed there, and nothing waits for it."""
+        """The same for rows (B,) on the device: all that depends on them is computed there, and nothing waits for
+        it."""
         count, lengths = len(rows), self.lengths[rows]
         ends = lengths.cumsum(0)  # (B,)
         place = torch.arange(num_places, device=rows.device)  # (N,)

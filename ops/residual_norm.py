@@ -82,8 +82,8 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 class _TritonResidualNorm(torch.autograd.Function):
-    """The same on a GPU, where the bias of the update's layer is added too. Sums and output have the type of the update, a
-    half one under mixed precision; statistics are float32. The backward pass draws dropout's mask again."""
+    """The same on a GPU, where the bias of the update's layer is added too. Sums and output have the type of the
+    update, a half one under mixed precision; statistics are float32. The backward pass draws dropout's mask again."""
 
     @staticmethod
     def forward(
@@ -100,7 +100,7 @@ class _TritonResidualNorm(torch.autograd.Function):
     ) -> Tensor:
         update, residual = update.contiguous(), residual.contiguous()
         term = None if term is None else term.contiguous()
-        ctx.prob = 0.0 if masks is None else prob
+        ctx.prob, ctx.masks = 0.0 if masks is None else prob, None if prob == 0 else masks
         ctx.key = (weight, 0) if masks is None or prob == 0 else masks.key()
         forward = triton_kernels().residual_norm_forward
         sums, output, moments = forward(update, bias, residual, term, weight, shift, ctx.key, ctx.prob, eps)
@@ -112,6 +112,8 @@ class _TritonResidualNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums, moments, weight = ctx.saved_tensors
+        if ctx.masks is not None:
+            ctx.masks.check_seed()
         backward = triton_kernels().residual_norm_backward
         grad_update, grad_sums, parts = backward(grad.contiguous(), sums, moments, weight, ctx.key, ctx.prob)
         residual, term = (None if dtype is None else grad_sums.to(dtype) for dtype in ctx.types)

@@ -17,8 +17,9 @@ PROGRAMS = 8 * 132  # of a backward pass at most, each with a part of the sums o
 
 @triton.jit
 def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(lines, BLOCK) 1 / (1 - prob) where an element is kept, else 0, for elements `first` and on of lines (lines, 1), each
-    width elements long. Eight of 16 bits come from a call of Philox with 7 rounds, the least that passes the known tests."""
+    """(lines, BLOCK) 1 / (1 - prob) where an element is kept, else 0, for elements `first` and on of lines (lines, 1),
+    each width elements long. Eight of 16 bits come from a call of Philox with 7 rounds, the least that passes the known
+    tests."""
     places = (lines * width + first) // 8 + tl.arange(0, BLOCK // 8)[None, :]
     r0, r1, r2, r3 = tl.randint4x(tl.load(seed) + number, places, n_rounds=7)
     words = tl.join(tl.join(r0, r1), tl.join(r2, r3)).to(tl.uint32, bitcast=True)
@@ -116,7 +117,8 @@ def residual_norm_forward(
 def residual_norm_backward(
     grad: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, key: tuple[Tensor, int], prob: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the update and of the sums, both (N, D), and parts (programs, 3, D) of those of weight, shift and bias."""
+    """Gradients of the update and of the sums, both (N, D), and parts (programs, 3, D) of those of weight, shift and
+    bias."""
     num_rows, size = sums.shape
     grad_sums = torch.empty_like(sums)
     grad_update = torch.empty_like(sums) if prob > 0 else grad_sums
@@ -124,8 +126,8 @@ def residual_norm_backward(
     parts = torch.empty(programs, 3, size, dtype=torch.float32, device=sums.device)
     block, prob = triton.next_power_of_2(size), _drawn(prob)
     _residual_norm_backward[(programs,)](
-        grad, sums, moments, weight, *key, prob, num_rows, triton.cdiv(num_rows, programs), size, grad_update, grad_sums,
-        parts, DROPS=prob > 0, BLOCK=block,
+        grad, sums, moments, weight, *key, prob, num_rows, triton.cdiv(num_rows, programs), size, grad_update,
+        grad_sums, parts, DROPS=prob > 0, BLOCK=block,
     )  # fmt: skip
     return grad_update, grad_sums, parts
 
@@ -141,8 +143,8 @@ WARPS = 4
 
 @triton.jit
 def _row(ends, number, num_rows, num_tokens, FIRST_ONLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row's first token, its tokens, its first query and its queries. Behind the rows the tokens of none make more of them,
-    a block each."""
+    """A row's first token, its tokens, its first query and its queries. Behind the rows the tokens of none make more of
+    them, a block each."""
     start = tl.load(ends + tl.minimum(number, num_rows) - 1, number > 0, 0)
     length = tl.load(ends + number, number < num_rows, 0) - start
     if number >= num_rows:
@@ -170,7 +172,8 @@ def _put(pointer, values, stride, start, first, length, head, size, E: tl.conste
 
 @triton.jit
 def _mask(seed, number, first, head, first_key, prob, num_heads, width):  # type: ignore[no-untyped-def]
-    """(TILE, TILE) dropout of the probabilities of queries `first` and on of the batch, keys `first_key` and on of a row."""
+    """(TILE, TILE) dropout of the probabilities of queries `first` and on of the batch, keys `first_key` and on of a
+    row."""
     lines = ((first + tl.arange(0, TILE)) * num_heads + head).to(tl.int32)[:, None]
     return _keep(seed, number, lines, first_key, prob, width, TILE)
 
@@ -224,7 +227,8 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     query_stride, key_stride, context, normalizers, grad, removed, grad_query,
     FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries; removed (N, H): what the softmax takes off, the inner products of context and gradient."""
+    """Gradients of the queries; removed (N, H): what the softmax takes off, the inner products of context and
+    gradient."""
     first, head = tl.program_id(0) * TILE, tl.program_id(1)
     start, length, start_of_queries, num_queries = _row(ends, tl.program_id(2), num_rows, num_tokens, FIRST_ONLY)
     if first < num_queries:
@@ -300,8 +304,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Context, as query, and each query's and head's logarithm of the softmax's sum.
 
-    query: (N, D), or (B, D) of the first tokens; key, value: (N, D); all may be columns of wider tensors. ends: (B,) behind
-    each row's last token. longest: no row has more tokens; unowned: so many at most belong to none. prob: 0 for no dropout.
+    query: (N, D), or (B, D) of the first tokens; key, value: (N, D); all may be columns of wider tensors. ends: (B,)
+    behind each row's last token. longest: no row has more tokens; unowned: so many at most belong to none. prob: 0 for
+    no dropout.
     """
     grid, arguments, constants = _attention_arguments(query, key, ends, longest, unowned, num_heads, prob, seed)
     context = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -312,8 +317,8 @@ def attention_forward(
 
 
 def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor, normalizers: Tensor, into: Sequence[Tensor],
-    ends: Tensor, longest: int, unowned: int, num_heads: int, prob: float, seed: tuple[Tensor, int],
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, context: Tensor, normalizers: Tensor, into:
+    Sequence[Tensor], ends: Tensor, longest: int, unowned: int, num_heads: int, prob: float, seed: tuple[Tensor, int],
 ) -> None:  # fmt: skip
     """Writes the gradients of query, key and value into tensors that lie as they do."""
     grid, arguments, constants = _attention_arguments(query, key, ends, longest, unowned, num_heads, prob, seed)
@@ -432,8 +437,8 @@ def gelu_backward(grad: Tensor, inputs: Tensor, bias: Tensor) -> tuple[Tensor, T
 
 @triton.jit
 def _adamw(  # type: ignore[no-untyped-def]
-    values, gradient, mean, square, step, lr, factor, is_skipped, count, num_decayed, decay, beta1, beta2, log1, log2, eps,
-    BLOCK: tl.constexpr,
+    values, gradient, mean, square, step, lr, factor, is_skipped, count, num_decayed, decay, beta1, beta2, log1, log2,
+    eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(is_skipped) == 0:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -454,8 +459,8 @@ def _adamw(  # type: ignore[no-untyped-def]
 
 
 def adamw(
-    values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor, Tensor], lr: Tensor, factor: Tensor, is_skipped: Tensor,
-    num_decayed: int, decay: float, betas: tuple[float, float], eps: float,
+    values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor, Tensor], lr: Tensor, factor: Tensor, is_skipped:
+    Tensor, num_decayed: int, decay: float, betas: tuple[float, float], eps: float,
 ) -> None:  # fmt: skip
     """One step of (P,) float32; moments: of the gradient, of its square, and the number of steps, this one included."""
     logarithms = tuple(math.log(beta) for beta in betas)
@@ -501,7 +506,8 @@ def gramian(rows: Tensor) -> Tensor:
 
 
 def weighted_sum(rows: Tensor, weights: Tensor) -> None:
-    """The sum of weights[t] * rows[t], in place of the first row. rows: (T, P), weights: (T,) float32, both on the GPU."""
+    """The sum of weights[t] * rows[t], in place of the first row. rows: (T, P), weights: (T,) float32, both on the
+    GPU."""
     count, size = rows.shape
     block = 4096
     _weighted_sum[(triton.cdiv(size, block),)](rows, size, rows.stride(0), weights, T=count, BLOCK=block)

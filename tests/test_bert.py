@@ -1,5 +1,6 @@
 """The encoder against transformers: values, gradients, dropout; and that a row is alone in its batch."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_a_perturbation_is_added_before_the_first_layer_norm() -> None:
     shift = torch.randn(len(tokens.input_ids), 32, generator=generator(5))
     moved.word_embeddings = nn.Embedding.from_pretrained(encoder.word_embeddings(tokens.input_ids) + shift)
     ids = torch.arange(len(shift))
-    moved_tokens = PackedTokens(ids, tokens.token_type_ids, tokens.position_ids, tokens.first_tokens, tokens.packing)
+    moved_tokens = dataclasses.replace(tokens, input_ids=ids)
     assert_close([encoder(tokens, perturbation=shift)], [moved(moved_tokens)])
     assert not torch.allclose(encoder(tokens, perturbation=shift), encoder(tokens), atol=1e-2)
 

@@ -32,7 +32,7 @@ CPU = Precision(torch.device("cpu"))
 
 
 class LogitsOf:
-    """A model whose logits are given: those of row r of a data set stand in row r of its table."""
+    """A model whose logits are given: those of a row that begins with token r stand in row r of its table."""
 
     def __init__(self, **tables: Tensor) -> None:
         self.tables = tables
@@ -43,14 +43,16 @@ class LogitsOf:
     ) -> Tensor:
         assert masks is None and perturbation is None and not torch.is_grad_enabled()
         self.batch_sizes.append(len(batch))
-        return self.tables[task][list(batch.rows)]
+        assert batch.tokens is not None
+        return self.tables[task][batch.tokens.input_ids[batch.tokens.first_tokens]]
 
 
 def token_rows(task: str, num_rows: int, seed: int = 0, labels: np.ndarray | None = None) -> TokenizedRows:
-    """Random rows of very different lengths."""
+    """Random rows of very different lengths; each begins with its number."""
     random = np.random.default_rng(seed)
     lengths = random.integers(2, 40, num_rows).astype(np.int32)
     ids = random.integers(0, tiny_config().vocab_size, int(lengths.sum())).astype(np.int32)
+    ids[np.cumsum(lengths) - lengths] = np.arange(num_rows)
     firsts = np.array([random.integers(1, length + 1) for length in lengths], np.int32)
     labels = np.zeros(num_rows, np.float32) if labels is None else labels.astype(np.float32)
     names = [f"row{i}" for i in range(num_rows)]

@@ -146,15 +146,15 @@ def main_killed_at(number: int, arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for table, name, entry in ADDED:
         table[name] = entry
-    original, calls = engine.Trainer.take_step, iter(range(1, 1000))
+    original, calls = engine.Trainer._launch, iter(range(1, 1000))
 
-    def take_step(trainer: engine.Trainer, *given: Any) -> dict[str, Any]:
+    def launch(trainer: engine.Trainer, *given: Any) -> engine.Launched:
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(trainer, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Trainer, "take_step", take_step)
+        patch.setattr(engine.Trainer, "_launch", launch)
         sys.exit(multitask_classifier.main(arguments))
 
 

@@ -1,5 +1,5 @@
-"""On a CUDA GPU: each operation against its torch form in float64 on the CPU, and whole runs. Where there is none, all of
-it is skipped; what can be shown without one (which rows a step sees, what it waits for) is in the other files."""
+"""On a CUDA GPU: each operation against its torch form in float64 on the CPU, and whole runs. Where there is none, all
+of it is skipped; what can be shown without one (which rows a step sees, what it waits for) is in the other files."""
 
 import multiprocessing
 import os
@@ -87,11 +87,13 @@ def test_attention_drops_probabilities_at_the_rate_and_the_same_ones_in_its_back
     assert {round(value, 3) for value in mask[is_key].tolist()} == {0.0, 1.333}
     if not first_only:
         assert abs(float((mask[is_key] > 0).float().mean()) - 0.75) < 0.02
+    weights = random(*context.shape)
+    (gradient,) = torch.autograd.grad((context * weights.to(CUDA)).sum(), on_gpu[-1])
     again = operation(*on_gpu, packing, 1, prob, DropoutMasks(5, CUDA))  # type: ignore[operator]
     other = operation(*on_gpu, packing, 1, prob, DropoutMasks(6, CUDA))  # type: ignore[operator]
     assert torch.equal(again, context) and not torch.equal(other, context)
-    weights = random(*context.shape)
-    (gradient,) = torch.autograd.grad((context * weights.to(CUDA)).sum(), on_gpu[-1])
+    with pytest.raises(AssertionError, match="other masks"):
+        torch.autograd.grad(again.sum(), on_gpu[-1])
     rows = torch.arange(3).repeat_interleave(torch.tensor(lengths))
     of_queries = torch.arange(3) if first_only else rows
     place = value.argmax(1)
@@ -124,7 +126,9 @@ def test_linear_residual_norm_is_its_formula(dtype: torch.dtype, has_term: bool,
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             return ops.linear_residual_norm(x, own, residual, normed, prob, DropoutMasks(3, CUDA), term)
 
-    def exact(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *term: Tensor) -> Tensor:
+    def exact(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *term: Tensor
+    ) -> Tensor:
         sums = residual + mask.double() * (x @ weight.T + bias) + (term[0] if term else 0)
         return F.layer_norm(sums, (48,), scale, shift, 1e-3)
 
@@ -199,7 +203,7 @@ def test_adamw_is_its_definition_and_leaves_a_skipped_step_out() -> None:
         vector = Vector(ours, gradient.clone().to(CUDA), moments, 3000)
         ops.adamw_step([vector], torch.tensor(lr, device=CUDA, dtype=torch.float64), 0.3, factor, 0 * factor)
         adamw_by_definition(theirs, gradient.double(), exact, lr, decay, 0.25)
-        torch.testing.assert_close(ours.cpu(), theirs.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.cpu(), theirs.float(), rtol=1e-5, atol=5e-6)
     before = [ours.clone(), moments.exp_avg.clone(), moments.step.clone()]
     vector = Vector(ours, torch.full_like(ours, torch.nan), moments, 3000)
     ops.adamw_step([vector], factor, 0.3, factor, torch.ones_like(factor))
@@ -260,4 +264,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     for name in ("best/model.safetensors", "last/model.safetensors", "last/trainer.safetensors"):
         expected, found = load_file(whole / name), load_file(out / name)
         assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
-    assert np.array_equal((whole / "metrics.jsonl").read_text().count("\n"), (out / "metrics.jsonl").read_text().count("\n"))
+    assert np.array_equal(
+        (whole / "metrics.jsonl").read_text().count("\n"), (out / "metrics.jsonl").read_text().count("\n")
+    )

@@ -110,7 +110,7 @@ def test_importing_everything_touches_no_generator_and_loads_nothing_heavy() -> 
 import random, sys
 import numpy as np, torch
 before = random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
-for name in {sorted(LISTED)!r}:
+for name in {sorted(set(LISTED) - {"ops.triton_kernels"})!r}:  # which torch has no Triton for on every machine
     __import__(name)
 after = random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
 assert before == after, "a generator was touched"
@@ -125,6 +125,7 @@ def test_making_a_model_and_a_step_import_no_compiler_and_draw_no_random_numbers
 import sys, torch
 from bert import BertConfig, empty_bert
 from model import Layout, MultitaskBert
+from ops import adamw_step
 from optimizer import FlatParameters
 from pal import ProjectedAttention
 from parameters import Choice
@@ -133,7 +134,7 @@ config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attent
 layout = Layout({"sst": Choice("linear")}, Choice("pal", ProjectedAttention.Parameters(size=4, heads=2)))
 model = MultitaskBert(empty_bert(config), layout, torch.Generator())
 flat = FlatParameters(dict(model.named_parameters()))
-flat.step(flat.gradients[0], 1e-3, 0.1, 1.0)
+adamw_step([flat.moved_by(flat.gradients[0])], torch.tensor(1e-3), 0.1, torch.ones(()), torch.zeros(()))
 assert torch.random.get_rng_state().equal(before), "a generator was touched"
 assert "torch._dynamo" not in sys.modules, "torch's compiler was imported"
 """

@@ -68,10 +68,10 @@ def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPat
     rows = together.input_ids[: together.num_tokens].split(together.packing.lengths.tolist())
     types = together.token_type_ids[: together.num_tokens].split(together.packing.lengths.tolist())
     for task in ALL:
-        expected = model(task, Batch(range(9), torch.zeros(9), tokens=together))
+        expected = model(task, Batch(torch.zeros(9), tokens=together))
         for i, multiple in zip(range(9), (1, 7, 32) * 3, strict=True):
             monkeypatch.setattr(ops.packed, "rows_multiple", lambda *_, multiple=multiple: multiple)
-            alone = Batch([i], torch.zeros(1), tokens=pack([rows[i].tolist()], [types[i].tolist()]))
+            alone = Batch(torch.zeros(1), tokens=pack([rows[i].tolist()], [types[i].tolist()]))
             torch.testing.assert_close(model(task, alone)[0], expected[i], rtol=0, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_a_frozen_encoder_gives_the_logits_of_the_whole_model() -> None:
     model = tiny_model(adapter=PAL, head=MLP)
     for task in ALL:
         batch = random_batch(task, 5)
-        features = Batch(batch.rows, batch.labels, features=model.pooled(task, batch).detach())
+        features = Batch(batch.labels, features=model.pooled(task, batch).detach())
         assert torch.equal(FrozenEncoder(model)(task, features), model(task, batch))
         masked = FrozenEncoder(model)(task, features, DropoutMasks(4))
         assert torch.equal(masked, model.predict(task, model.pooled(task, batch), DropoutMasks(4)))

@@ -1,6 +1,5 @@
 """AdamW against its formula and torch's own; parameters as views of vectors; norms and clipping."""
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers import generator, tiny_model
-from ops.adamw import Moments, adamw_by_definition, adamw_step
+from ops.adamw import Moments, Vector, adamw_by_definition, adamw_step
 from optimizer import FlatParameters, clip_factor, gradient_norm
 from pal import ProjectedAttention
 from parameters import Choice
@@ -38,11 +37,16 @@ def test_a_step_is_that_of_the_definition(num_decayed: int, factor: float) -> No
     for step in range(5):
         gradient = torch.randn(7, generator=generator(step)) * 10.0 ** (step - 2)
         adamw_by_definition(theirs, gradient.double(), exact, 1e-2 * (step + 1), decay, factor)
-        adamw_step(ours, gradient, moments, 1e-2 * (step + 1), 0.3, num_decayed, factor)
+        vector, lr = Vector(ours, gradient, moments, num_decayed), torch.tensor(1e-2 * (step + 1), dtype=torch.float64)
+        adamw_step([vector], lr, 0.3, torch.tensor(factor), torch.zeros(()))
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-6)
         assert moments.step.item() == exact.step.item() == step + 1
     for name, value in vars(moments).items():
         torch.testing.assert_close(value, vars(exact)[name].float(), rtol=1e-5, atol=1e-12)
+    before = [ours.clone(), *(value.clone() for value in vars(moments).values())]
+    vector = Vector(ours, torch.full_like(ours, torch.nan), moments, num_decayed)
+    adamw_step([vector], torch.ones(()), 0.3, torch.ones(()), is_skipped=torch.ones(()))
+    assert all(torch.equal(x, y) for x, y in zip(before, (ours, *vars(moments).values()), strict=True))
 
 
 def test_the_state_of_other_parameters_is_refused() -> None:
@@ -85,7 +89,7 @@ def test_there_may_be_no_matrices_no_biases_and_nothing_at_all(names: str, num_d
     flat = FlatParameters(named)
     assert flat.num_decayed == num_decayed
     flat.gradients.fill_(1)
-    flat.step(flat.gradients[0], 0.1, 0.5, 1.0)
+    adamw_step([flat.moved_by(flat.gradients[0])], torch.tensor(0.1), 0.5, torch.ones(()), torch.zeros(()))
     for name, value in before.items():  # the first step of AdamW is of length lr
         torch.testing.assert_close(named[name].detach(), value * (0.95 if value.dim() > 1 else 1) - 0.1)
 
@@ -97,7 +101,7 @@ def test_norm_and_clipping_are_torchs(max_norm: float) -> None:
     gradients: list[Tensor] = [parameter.grad for parameter in named.values() if parameter.grad is not None]
     before = torch.cat([gradient.flatten() for gradient in gradients])
     norm = gradient_norm(gradients)
-    assert norm == pytest.approx(float(before.double().norm()), rel=1e-6)
+    assert float(norm) == pytest.approx(float(before.double().norm()), rel=1e-6)
     factor = clip_factor(norm, max_norm)
     nn.utils.clip_grad_norm_(named.values(), max_norm or float("inf"))
     torch.testing.assert_close(before * factor, torch.cat([gradient.flatten() for gradient in gradients]))
@@ -105,6 +109,6 @@ def test_norm_and_clipping_are_torchs(max_norm: float) -> None:
 
 def test_the_norm_is_finite_exactly_as_long_as_the_gradients_are() -> None:
     for wrong in (float("nan"), float("inf")):
-        assert not math.isfinite(gradient_norm([torch.ones(3), torch.tensor([[1.0, wrong]])]))
-    assert gradient_norm([torch.full((4, 4), 1e20), torch.zeros(3)]) == pytest.approx(4e20)
-    assert clip_factor(0.0, 1.0) == 1.0
+        assert not gradient_norm([torch.ones(3), torch.tensor([[1.0, wrong]])]).isfinite()
+    assert float(gradient_norm([torch.full((4, 4), 1e20), torch.zeros(3)])) == pytest.approx(4e20)
+    assert clip_factor(torch.zeros(()), 1.0) == 1.0
