@@ -83,10 +83,13 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     norms = torch.stack([torch.linalg.vector_norm(gradient).double() for gradient in gradients])
     if norms.device.type == "cpu" and not torch.isfinite(norms).all():  # float32 ends at 1e19
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
-    return torch.linalg.vector_norm(norms)
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients of this norm are multiplied by so that it is at most max_norm, both (); 0 for no limit."""
-    most = torch.full_like(norm, max_norm)
-    return (most / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    if max_norm == 0:
+        return torch.ones_like(norm)
+    factor: Tensor = max_norm / (norm + 1e-6)
+    return factor.clamp(max=1.0)

@@ -476,7 +476,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     lines = [
         f"model       {config.checkpoint or config.model}: {layers}; {config.device}{threads}, {precision}",
-        *([f"            slower than it could be, without compiled kernels: {speed}"] if is_slow else []),
+        *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),
         f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
         f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
         f"data        {config.data}",
@@ -514,7 +514,7 @@ def _methods(config: Config) -> list[str]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, machine, commit and what there is of kernels, for config.json."""
+    """Versions, machine, commit and whether operations are compiled, for config.json."""
     packages = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
@@ -525,5 +525,5 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "commit": commit or None,
-        "kernels": speed_report(device),
+        "compiled": speed_report(device),
     }

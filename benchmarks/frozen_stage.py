@@ -19,7 +19,7 @@ from benchmarks import workload
 from benchmarks.harness import Benchmark, Check, Line, Options, Report, Step, Summary, alternate
 from datasets import Batch, Rows
 from evaluation import compute_features
-from model import FrozenEncoder, MultitaskBert, TaskModel, Trained
+from model import FrozenEncoder, TaskModel, Trained
 from ops import DropoutMasks
 
 KEPT, RUNNING = "features computed once", "encoder run every epoch"

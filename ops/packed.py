@@ -47,12 +47,12 @@ class Packing:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        ends = self.ends.cpu().numpy()
-        return np.array([ends[0], *ends[1:] - ends[:-1]])
+        lengths: np.ndarray = np.diff(self.ends.cpu().numpy(), prepend=0)
+        return lengths
 
     @cached_property
     def starts(self) -> np.ndarray:
-        return self.ends.cpu().numpy() - self.lengths
+        return np.array(np.cumsum(self.lengths) - self.lengths)
 
     @property
     def num_tokens(self) -> int:

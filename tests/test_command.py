@@ -224,7 +224,7 @@ def test_a_run_says_and_records_what_it_lacks(runs: Runs, tmp_path: Path, monkey
         out = runs.run(tmp_path / str(report == problem), "--option pretrain --tasks sst --pretrain_epochs 1")
         shown = capsys.readouterr().out
         assert ("slower than it could be" in shown) == (f": {problem}" in shown) == (report == problem)
-        assert read(out / "config.json")["kernels"] == report
+        assert read(out / "config.json")["compiled"] == report
         assert "warning: no plots: " in shown.splitlines()[-1]
 
 
