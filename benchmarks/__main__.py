@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.harness import make_parser
+from benchmarks.harness import result_parser
 
 SCRIPTS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost", "start_up")
 
@@ -20,7 +20,7 @@ SCRIPTS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_ste
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if a benchmark failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    out = make_parser("benchmarks", __doc__, "as each script has it").parse_args(given).out
+    out = result_parser("benchmarks", __doc__, "as each script has it").parse_args(given).out
     commands = {**dict.fromkeys(SCRIPTS, given), **({"gpu": ["--out", str(out)]} if torch.cuda.is_available() else {})}
     failed = [
         name

@@ -6,7 +6,6 @@ Each checkout has a process of its own, which imports that checkout's modules (w
 while the other works. Printed: medians, and how many times as long the other one takes, round by round.
 """
 
-import argparse
 import contextlib
 import os
 import subprocess
@@ -15,10 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import ERRORS, ROOT, MeasurementError, Summary, alternate, count, significant, spread
-from checkpoints import EMBEDDED_MODEL
-from datasets import SAMPLE
+from benchmarks.harness import ERRORS, ROOT, MeasurementError, Summary, alternate, make_parser, significant, spread
 
+ROUNDS = 25
 WORKER = Path(__file__).resolve().with_name("worker.py")
 KINDS = {
     "training": "training step, 32 rows of one task",
@@ -68,18 +66,13 @@ def measure(other: Path, data: Path, model: str, rounds: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 for an error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.compare", __doc__, ROUNDS)
     parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT")
-    parser.add_argument("--data", type=Path, default=SAMPLE, help="directory with CS224N's files (default: the sample)")
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint of the encoder (default: %(default)s)")
-    parser.add_argument("--rounds", type=count, default=25, help="rounds that count (default: %(default)s)")
     given = parser.parse_args(arguments)
     if not (given.other / "benchmarks" / "workload.py").is_file():
         parser.error(f"{given.other}: no benchmarks/workload.py, expected another checkout of this project")
     try:
-        print(measure(given.other, given.data, given.model, given.rounds or 25))
+        print(measure(given.other, given.data, given.model, given.rounds or ROUNDS))
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,8 +10,6 @@ program does: the rows that share a batch are its own business, as no prediction
 import sys
 from collections.abc import Callable
 
-import torch
-
 from benchmarks import reference, workload
 from benchmarks.harness import Benchmark, Check, Line, Options, Report, Step, Summary, alternate
 from benchmarks.matmul_limit import MatmulLimit, left_out
@@ -22,33 +20,20 @@ BATCH_SIZE = 64
 
 
 class Setup:
-    """The checkpoint and the dev rows; predictions land in `predictions` by kind and task."""
+    """The checkpoint and the dev rows; a step returns the logits of each task."""
 
     def __init__(self, options: Options) -> None:
         self.checkpoint = workload.Checkpoint.find(options.model)
         self.rows = self.checkpoint.rows(options.data, "dev")
         self.model = self.checkpoint.model(tuple(self.rows))
-        self.predictions: dict[str, dict[str, torch.Tensor]] = {}
-
-    def ours(self) -> Step:
-        def predict(number: int) -> None:
-            self.predictions[OURS] = predict_all(self.model, self.rows, BATCH_SIZE, workload.CPU)
-
-        return predict
 
     def padded(self) -> Step:
-        model = reference.PaddedBert(self.model).eval()
-
-        def predict(number: int) -> None:
-            self.predictions[PADDED] = {
-                task: reference.predict_logits(model, task, of, BATCH_SIZE, workload.CPU)
-                for task, of in self.rows.items()
-            }
-
-        return predict
+        model, size = reference.PaddedBert(self.model).eval(), (BATCH_SIZE, workload.CPU)
+        return lambda number: {t: reference.predict_logits(model, t, of, *size) for t, of in self.rows.items()}
 
     def makers(self) -> dict[str, Callable[[], Step]]:
-        return {OURS: self.ours, PADDED: self.padded}
+        size = (BATCH_SIZE, workload.CPU)
+        return {OURS: lambda: lambda number: predict_all(self.model, self.rows, *size), PADDED: self.padded}
 
 
 def measure(options: Options) -> Report:
@@ -66,7 +51,7 @@ def measure(options: Options) -> Report:
     ratios = {PADDED: Summary.of_ratios(rates[PADDED], rates[OURS])}
     memory = {name: BENCHMARK.memory(name, options) for name in makers}
     lines = [Line(name, rates[name], "rows/s", ratios.get(name), shares[name], memory[name]) for name in makers]
-    ours, other = setup.predictions[OURS], setup.predictions[PADDED]
+    ours, other = kinds[OURS](0), kinds[PADDED](0)
     difference = max(float((ours[task] - other[task]).abs().max()) for task in ours)
     gain = Summary.of_ratios(rates[OURS], rates[PADDED])
     checks = [

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -79,8 +78,7 @@ def ratio_of_totals(values: Sequence[float], base: Sequence[float]) -> Summary:
     columns = np.array([values, base])  # (2, rounds)
     resampled = columns[:, np.random.default_rng(0).integers(0, len(values), (1000, len(values)))].sum(2)  # (2, 1000)
     spread = Summary.of((resampled[0] / resampled[1]).tolist())
-    whole = sum(values) / sum(base)
-    return Summary(whole, spread.lower, spread.upper, spread.smallest, spread.largest, len(values))
+    return replace(spread, median=sum(values) / sum(base), count=len(values))
 
 
 def alternate(
@@ -147,9 +145,7 @@ class Line:
 TABLE_HEADER = ("", "median (quartiles)", "ratio (quartiles)", "share of matmul limit", "peak memory (before step 1)")
 
 
-def lines_of(
-    seconds: Mapping[str, Sequence[float]], base: str, memory: Mapping[str, Memory] = MappingProxyType({})
-) -> list[Line]:
+def lines_of(seconds: Mapping[str, Sequence[float]], base: str, memory: Mapping[str, Memory]) -> list[Line]:
     """A line for each kind, with its ratio to one of them."""
     ratios = {name: Summary.of_ratios(of, seconds[base]) for name, of in seconds.items() if name != base}
     return [Line(name, of, "s", ratios.get(name), memory=memory.get(name)) for name, of in seconds.items()]
@@ -268,7 +264,7 @@ class Options:
 
     data: Path = SAMPLE
     model: str = EMBEDDED_MODEL
-    rounds: int = 15
+    rounds: int = 0
     threads: int = 0
     out: Path | None = None
 
@@ -281,13 +277,18 @@ def count(text: str) -> int:
 
 
 def make_parser(name: str, description: str | None, rounds: int | str) -> argparse.ArgumentParser:
-    """rounds: that count where the command line does not say."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """rounds: that count where the command line does not say, which is 0 then."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description, formatter_class=layout)
     parser.add_argument("--data", type=Path, default=SAMPLE, help="directory with CS224N's files (default: the sample)")
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint of the encoder (default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=0, help=f"rounds that count (default: {rounds})")
+    return parser
+
+
+def result_parser(name: str, description: str | None, rounds: int | str) -> argparse.ArgumentParser:
+    """That of a benchmark with a result file."""
+    parser = make_parser(name, description, rounds)
     parser.add_argument("--threads", type=count, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file (default: %(default)s)")
     return parser
@@ -311,7 +312,7 @@ class Benchmark:
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """The command. Returns its exit status: 0, 1 if a check that must hold does not, 2 for an error."""
-        parser = make_parser(f"benchmarks.{self.name}", self.description, self.rounds)
+        parser = result_parser(f"benchmarks.{self.name}", self.description, self.rounds)
         options = Options(**vars(parser.parse_args(arguments)))
         try:
             torch.set_num_threads(options.threads or torch.get_num_threads())

@@ -5,16 +5,13 @@
 Every step sees 32 rows of each task. The plain step is a forward and a backward pass for each task and one optimizer
 step. torchjd's PCGrad runs in each of the ways that its documentation offers: `backward` over the losses, with and
 without its saving of memory, and `mtl_backward`; on our encoder they differentiate one loss at a time, as its own vmap
-does not pass through our attention. LibMTL's PCGrad is measured where that package is installed. AdamW is torch's fused
-kernel in all of them, so that the gradients alone are compared.
+does not pass through our attention. AdamW is torch's fused kernel in all of them: the gradients alone are compared.
 
 The wrapper around an optimizer that most PyTorch code has copied keeps a flat clone of each task's gradient and
 projects in the full P-dimensional space: T x T passes over memory instead of the two of the Gram matrix. It is only
 described here, neither copied nor measured.
 """
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -34,7 +31,6 @@ from tasks import TASKS, task_loss
 
 PLAIN, OURS = "plain passes", "ours"
 BACKWARD, SAVING, MTL = "torchjd backward", "torchjd backward, memory saving", "torchjd mtl_backward"
-LIBMTL = "LibMTL"
 AT_MOST = 1.10
 
 
@@ -57,7 +53,7 @@ class Passes:
         return losses, features
 
 
-Differentiate = Callable[[Passes, list[Tensor], list[Tensor]], None]  # losses, features -> every parameter's gradient
+Backward = Callable[[Passes, list[Tensor], list[Tensor]], None]  # losses, features -> every parameter's gradient
 
 
 def torchjd_backward(of: Passes, losses: list[Tensor], features: list[Tensor], saving: bool = False) -> None:
@@ -80,29 +76,6 @@ def torchjd_mtl_backward(of: Passes, losses: list[Tensor], features: list[Tensor
     jac_to_grad(of.shared, PCGrad())
 
 
-def libmtl_backward(of: Passes) -> Differentiate:
-    """LibMTL's PCGrad, with what its architectures give it."""
-    treatment: Any = _libmtl_weighting().PCGrad()
-    treatment.task_num, treatment.device, treatment.rep_grad = len(of.own), torch.device("cpu"), False
-    treatment.get_share_params = lambda: of.shared
-
-    def zero() -> None:  # in place: LibMTL writes its result into the gradients that are there
-        for parameter in of.shared:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-
-    treatment.zero_grad_share_params = zero
-    return lambda of, losses, features: treatment.backward(losses)
-
-
-def _libmtl_weighting() -> Any:
-    """LibMTL's gradient treatments without its image models, which would need torchvision."""
-    spec = importlib.util.find_spec("LibMTL")
-    assert spec is not None
-    sys.modules.setdefault("LibMTL", importlib.util.module_from_spec(spec))
-    return importlib.import_module("LibMTL.weighting")
-
-
 class Setup:
     """The checkpoint, the rows, and what each step sees of them."""
 
@@ -118,16 +91,15 @@ class Setup:
         options: dict[str, Any] = {"draws_per_step": len(self.rows), "treatment": treatment}
         return workload.step_of(workload.full_trainer(self.model(), self.rows, **options))
 
-    def by(self, make: Callable[[Passes], Differentiate]) -> Step:
-        """A step with another library's treatment. make: what differentiates in its way."""
+    def by(self, backward: Backward) -> Step:
+        """A step with another library's treatment."""
         of = Passes(self.model(), self.rows)
-        differentiate = make(of)
         parameters = [*of.shared, *(parameter for own in of.own for parameter in own)]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01, fused=True)
 
         def take_step(step: int) -> None:
             optimizer.zero_grad()
-            differentiate(of, *of(self.draws(step), step))
+            backward(of, *of(self.draws(step), step))
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
@@ -135,15 +107,13 @@ class Setup:
 
     def makers(self) -> dict[str, Callable[[], Step]]:
         """By name, what makes a step."""
-        makers = {
+        return {
             PLAIN: lambda: self.ours(""),
             OURS: lambda: self.ours("pcgrad"),
-            BACKWARD: lambda: self.by(lambda of: torchjd_backward),
-            SAVING: lambda: self.by(lambda of: partial(torchjd_backward, saving=True)),
-            MTL: lambda: self.by(lambda of: torchjd_mtl_backward),
+            BACKWARD: lambda: self.by(torchjd_backward),
+            SAVING: lambda: self.by(partial(torchjd_backward, saving=True)),
+            MTL: lambda: self.by(torchjd_mtl_backward),
         }
-        libmtl = {LIBMTL: lambda: self.by(libmtl_backward)} if importlib.util.find_spec("LibMTL") else {}
-        return makers | libmtl
 
     def difference_from_torchjd(self, sign: float) -> float:
         """Of the shared gradient from torchjd's, in its norm: same rows and orders, no dropout.
@@ -192,8 +162,6 @@ def measure(options: Options) -> Report:
     ]
     times = ", ".join(f"{name} {of:.2f}" for name, of in over_ours.items())
     notes = [f"times as long as ours on the same encoder, the median of the rounds: {times}"]
-    if LIBMTL not in makers:
-        notes.append("LibMTL is not installed: not measured (pip install --no-deps LibMTL)")
     settings = {"rounds": options.rounds, "batch_size": workload.BATCH_SIZE, "rows": workload.row_counts(setup.rows)}
     title = "seconds of a step over three tasks, 32 rows each; ratios to plain"
     return Report(title, lines_of(seconds, PLAIN, memory), checks, notes, settings)

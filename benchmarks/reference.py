@@ -39,8 +39,8 @@ def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "
     is_real = place < lengths
     ids = np.where(is_real, rows.tokens.ids[rows.tokens.starts[numbers][:, None] + np.minimum(place, lengths - 1)], 0)
     types = is_real & (place >= rows.tokens.firsts[numbers][:, None])
-    first, second, third = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (ids, types, is_real))
-    return PaddedBatch(first, second, third, torch.from_numpy(rows.labels[numbers]).to(device))
+    arrays = (*(array.astype(np.int64) for array in (ids, types, is_real)), rows.labels[numbers])
+    return PaddedBatch(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 class PaddedBert(nn.Module):
@@ -64,8 +64,8 @@ class PaddedBert(nn.Module):
 
     def pooled(self, batch: PaddedBatch) -> Tensor:
         """(B, D) pooler output."""
-        names = ("input_ids", "token_type_ids", "attention_mask")
-        return self.encoder(**{name: getattr(batch, name) for name in names}).pooler_output  # type: ignore[no-any-return]
+        output = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
+        return output.pooler_output  # type: ignore[no-any-return]
 
 
 class OrdinaryLoop:

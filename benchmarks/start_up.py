@@ -66,7 +66,7 @@ def measure(options: Options) -> Report:
     notes = ["files of Python and of the model come from the system's file cache: a round went before"]
     title = f"seconds from the command to the end of the first training step; ratios to {COLD}"
     checks = [Check("seconds of the main job on the sample", Summary.of(seconds[MAIN]).median, AT_MOST)]
-    return Report(title, harness.lines_of(seconds, COLD), checks, notes, {"rounds": options.rounds})
+    return Report(title, harness.lines_of(seconds, COLD, {}), checks, notes, {"rounds": options.rounds})
 
 
 BENCHMARK = harness.Benchmark("start_up", __doc__, measure, rounds=7)
