@@ -8,23 +8,18 @@ if [ -n "${BASH_VERSION-}" ] && [ "${BASH_SOURCE[0]}" = "$0" ]; then
     say() { printf 'set_up.sh: %s\n' "$1" >&2; }
     fail() { say "$1"; exit 1; }
     trap 'fail "interrupted; source this again to go on"' INT TERM
-    is_new_enough() { "$1" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; }
     here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 1
-    prefix=$here/.venv/cs224n_dfp
-    conda=${CONDA_EXE:-conda}
-    "$conda" --version >/dev/null 2>&1 || conda= # a shim of pyenv's may stand for no conda
-
-    if [ -n "$conda" ]; then
-        find_prefix() { prefix=$("$conda" run -n cs224n_dfp printenv CONDA_PREFIX 2>/dev/null) && [ -n "$prefix" ]; }
-        verb=create
-        ! find_prefix || verb=install # half-made: an environment, no Python in it
-        if [ "$verb" = create ] || [ ! -x "$prefix/bin/python" ]; then
-            say "making the conda environment cs224n_dfp"
-            "$conda" "$verb" -n cs224n_dfp python=3.11 pip -y -q >/dev/null && find_prefix ||
-                fail "conda could not make the environment cs224n_dfp, see above"
-        fi
-    fi
+    prefix=$here/.venv/cs224n_dfp conda=${CONDA_EXE:-conda}
+    is_new_enough() { "$1" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; }
     describe() { echo "$prefix, $("$prefix/bin/python" --version), $(cat "$here"/requirements*.txt | cksum)"; }
+    find_prefix() { prefix=$("$conda" run -n cs224n_dfp printenv CONDA_PREFIX 2>/dev/null) && [ -n "$prefix" ]; }
+
+    if ! "$conda" --version >/dev/null 2>&1; then conda= # a shim of pyenv's may stand for no conda
+    elif verb=create && ! { find_prefix && verb=install && [ -x "$prefix/bin/python" ]; }; then
+        say "making the conda environment cs224n_dfp" # install: it is half-made, an environment without a Python
+        "$conda" "$verb" -n cs224n_dfp python=3.11 pip -y -q >/dev/null && find_prefix ||
+            fail "conda could not make the environment cs224n_dfp, see above"
+    fi
 
     if [ "$(cat "$prefix/set_up_stamp" 2>/dev/null)" != "$(describe 2>/dev/null)" ]; then
         if [ -n "$conda" ]; then
@@ -47,16 +42,14 @@ if [ -n "${BASH_VERSION-}" ] && [ "${BASH_SOURCE[0]}" = "$0" ]; then
 
         # WordNet for --augment eda. Not having it is no failure, and no password is ever asked for.
         has_wordnet() {
-            "$prefix/bin/python" -c "import nltk; nltk.data.find('corpora/wordnet/')" 2>/dev/null ||
-                [ -e /usr/share/wordnet/data.noun ]
+            [ -e /usr/share/wordnet/data.noun ] ||
+                "$prefix/bin/python" -c "import nltk; nltk.data.find('corpora/wordnet/')" 2>/dev/null
         }
         apt() { DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o Acquire::http::Timeout=20 "$@" >/dev/null 2>&1; }
-        if ! has_wordnet && [ "$(id -u)" = 0 ]; then
-            apt install wordnet-base || { apt update && apt install wordnet-base; }
-        fi
-        has_wordnet || "$prefix/bin/python" -c "import nltk, socket, sys; socket.setdefaulttimeout(20)
-nltk.download('wordnet', sys.prefix + '/nltk_data', quiet=True)" >/dev/null 2>&1
-        has_wordnet ||
+        install_wordnet() { [ "$(id -u)" = 0 ] && { apt install "$1" || { apt update && apt install "$1"; }; }; }
+        has_wordnet || install_wordnet wordnet-base || "$prefix/bin/python" -c "import nltk, socket, sys
+socket.setdefaulttimeout(20)
+sys.exit(not nltk.download('wordnet', sys.prefix + '/nltk_data', quiet=True))" >/dev/null 2>&1 ||
             say "no WordNet found: for --augment eda, apt-get install wordnet-base or python -m nltk.downloader wordnet"
         describe >"$prefix/set_up_stamp"
         say "installed, $SECONDS s in all"

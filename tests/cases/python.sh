@@ -5,7 +5,7 @@ case "$1 ${2-}" in
     "-c import sys, ensurepip"*) [ "${FAKE_VERSION:-3.11.7}" != 3.8.1 ] ;;
     "-c import pip"*) ;;
     "-c import nltk; nltk.data.find"*) [ -d "$HOME/nltk_data/corpora/wordnet" ] ;;
-    "-c import nltk, socket"*) echo nltk >>"$FAKE_LOG" ;;
+    "-c import nltk, socket"*) echo nltk >>"$FAKE_LOG"; exit 1 ;;
     "-m venv")
         [ "$3" = --clear ] || exit 1 # else what was half-made or moved stays
         echo venv >>"$FAKE_LOG"
