@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,37 +69,33 @@ FILES = (
 )
 
 
-@dataclass(frozen=True)
-class ResumingDownloader:
-    """pooch's transfer of a file, collected beside it: an attempt goes on where the last one stopped."""
+def transfer(file: RemoteFile, target: Path, url: str, output_file: str, fetcher: Any) -> None:
+    """pooch's way to a file, collected beside its target: an attempt goes on where the last one stopped.
 
-    file: RemoteFile
-    target: Path
+    pooch tries again after a RequestException, but not after a FileError.
+    """
+    path = target.with_name(f"{target.name}.part")
+    with path.open("ab") as part:
+        start = part.tell()
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
 
-    def __call__(self, url: str, output_file: str, fetcher: Any) -> None:
-        """Fetches what is lacking. pooch tries again after a RequestException, but not after a FileError."""
-        path = self.target.with_name(f"{self.target.name}.part")
-        with path.open("ab") as part:
-            start = part.tell()
-            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        def look_at(response: requests.Response, **_: Any) -> None:
+            code, sent = response.status_code, response.headers.get("Content-Range", "")
+            if 400 <= code < 500 and code not in RETRIED:
+                raise FileError(f"{url}: HTTP {code} {response.reason}; --base-url names another place")
+            if code in (200, 206, 416) and sent != f"bytes */{start}" and not sent.startswith(f"bytes {start}-"):
+                part.truncate(0)  # from the beginning: the server knows no ranges, or the part is another file's
 
-            def look_at(response: requests.Response, **_: Any) -> None:
-                code, sent = response.status_code, response.headers.get("Content-Range", "")
-                if 400 <= code < 500 and code not in RETRIED:
-                    raise FileError(f"{url}: HTTP {code} {response.reason}; --base-url names another place")
-                if code in (200, 206, 416) and sent != f"bytes */{start}" and not sent.startswith(f"bytes {start}-"):
-                    part.truncate(0)  # from the beginning: the server knows no ranges, or the part is another file's
-
-            asked = {"timeout": TIMEOUT, "headers": headers, "hooks": {"response": look_at}}
-            try:
-                pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), **asked)(url, part, fetcher)
-            except requests.HTTPError as error:
-                if error.response is None or error.response.headers.get("Content-Range") != f"bytes */{start}":
-                    raise  # else nothing was lacking
-        if problem := self.file.problem(path):
-            path.unlink()
-            raise FileError(f"{url}: {problem}; nothing was kept")
-        path.replace(output_file)
+        asked = {"timeout": TIMEOUT, "headers": headers, "hooks": {"response": look_at}}
+        try:
+            pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), **asked)(url, part, fetcher)
+        except requests.HTTPError as error:
+            if error.response is None or error.response.headers.get("Content-Range") != f"bytes */{start}":
+                raise  # else nothing was lacking
+    if problem := file.problem(path):
+        path.unlink()
+        raise FileError(f"{url}: {problem}; nothing was kept")
+    path.replace(output_file)
 
 
 def fetch(file: RemoteFile, folder: Path, base_url: str, retries: int) -> str:
@@ -108,25 +105,8 @@ def fetch(file: RemoteFile, folder: Path, base_url: str, retries: int) -> str:
             raise FileError(f"{target}: {problem}; left as it is, move it away to fetch the public file")
         return "already there, verified"
     fetcher = pooch.create(folder, base_url, registry={file.name: file.sha256}, retry_if_failed=retries)
-    fetcher.fetch(file.name, downloader=ResumingDownloader(file, target))
+    fetcher.fetch(file.name, downloader=partial(transfer, file, target))
     return "fetched, verified"
-
-
-def fetch_all(folder: Path, base_url: str, retries: int, files: Sequence[RemoteFile]) -> int:
-    """Fetches what is missing, one line a file. Returns the exit code: 0 all files are there, else 1."""
-    pooch.get_logger().setLevel("WARNING")
-    failed = 0
-    for file in sorted(files, key=lambda file: not os.path.lexists(folder / file.name)):  # checks need no network
-        try:
-            print(f"{file.name}: {fetch(file, folder, base_url, retries)}", flush=True)
-        except FileError as error:
-            failed = complain(str(error))
-        except (requests.RequestException, ValueError) as error:  # ValueError: a host name that is none
-            return complain(
-                f"{file.name}: {cause(error)}; try again later to go on from here, name a mirror with --base-url URL, "
-                f"or put {', '.join(file.name for file in files)} into {folder} by hand to have them verified"
-            )
-    return failed
 
 
 def cause(error: BaseException) -> str:
@@ -136,12 +116,6 @@ def cause(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def complain(message: str) -> int:
-    """Shows what failed; returns the exit code for it."""
-    print(f"download.py: {message}", file=sys.stderr, flush=True)
-    return 1
-
-
 def main(arguments: Sequence[str] | None = None, files: Sequence[RemoteFile] = FILES) -> int:
     """The command. Returns its exit code: 0 all files are there, 1 some are not, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="download.py", description=(__doc__ or "").split("\n")[0])
@@ -149,14 +123,31 @@ def main(arguments: Sequence[str] | None = None, files: Sequence[RemoteFile] = F
     parser.add_argument("--base-url", metavar="URL", default=BASE_URL, help=f"default {BASE_URL}")
     parser.add_argument("--retries", metavar="N", type=int, choices=range(11), default=3, help="of a file, default 3")
     args = parser.parse_args(arguments)
+    folder, status = args.folder, 0
+    pooch.get_logger().setLevel("WARNING")
+
+    def complain(message: str, failed: int = 1) -> None:
+        nonlocal status
+        print(f"download.py: {message}", file=sys.stderr, flush=True)
+        status = failed
+
     try:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        return fetch_all(args.folder, args.base_url, args.retries, files)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(files, key=lambda file: not os.path.lexists(folder / file.name)):  # checks need no network
+            try:
+                print(f"{file.name}: {fetch(file, folder, args.base_url, args.retries)}", flush=True)
+            except FileError as error:
+                complain(str(error))
+    except (requests.RequestException, ValueError) as error:  # ValueError: a host name that is none
+        complain(
+            f"{file.name}: {cause(error)}; try again later to go on from here, name a mirror with --base-url URL, "
+            f"or put {', '.join(file.name for file in files)} into {folder} by hand to have them verified"
+        )
     except OSError as error:
-        return complain(f"{error.filename or args.folder}: {error.strerror or error}, expected a place to write to")
+        complain(f"{error.filename or folder}: {error.strerror or error}, expected a place to write to")
     except KeyboardInterrupt:
-        complain("interrupted; what has arrived is kept, the same command goes on from there")
-        return 130
+        complain("interrupted; what has arrived is kept, the same command goes on from there", failed=130)
+    return status
 
 
 if __name__ == "__main__":
