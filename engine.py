@@ -508,8 +508,8 @@ class Trainer:
         }
 
     def _gramians(self, losses: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient is not finite,
-        and the losses (T,)."""
+        """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient or loss is not
+        finite, and the losses (T,)."""
         norm = gradient_norm([of.gradients for of in self.own.values()])
         others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])
         for dtype in (self.shared.values.dtype, torch.float64):
@@ -519,7 +519,8 @@ class Trainer:
             if ops.is_exact(gramians):
                 break
         *on_host, of_own, scale = numbers[found.numel() :]
-        return gramians / scale**2 + 0 * of_own, torch.stack(on_host)
+        losses = torch.stack(on_host)
+        return gramians / scale**2 + 0 * (of_own + losses.sum()), losses
 
     def _move(self, tasks: Sequence[str], losses: Tensor, lr: Tensor, is_overflow: bool) -> Tensor:
         """Clips the gradients, the shared one and those of the tasks' own parameters, and moves the parameters, unless

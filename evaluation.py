@@ -5,12 +5,13 @@ As a command it reports on runs that have ended, one or many: `python evaluation
 Shape letters: R rows of a data set, K outputs, D hidden.
 """
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # the command reads files only, and does not wait for torch
     from reports.report import main
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
 from model import MultitaskBert, TaskModel
-from run_record import DevRows
+from run_record import DevRows, write_atomically
 from tasks import TASKS, is_degenerate
 
 Warn = Callable[[str], None]
@@ -42,21 +43,23 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def predict_logits(
-    model: TaskModel,
-    task: str,
-    rows: Rows,
-    batch_size: int,
-    precision: Precision,
-    between: BetweenBatches = no_stop,
+def _of_all_rows(
+    forward: Callable[[Any], Tensor], rows: Rows, batch_size: int, precision: Precision, between: BetweenBatches
 ) -> Tensor:
-    """(R, K) logits of all rows of a data set, in its order, on the CPU."""
+    """What a forward pass of batches gives for each row of a data set, in its order."""
 
     def compute(index: np.ndarray) -> Tensor:
         with precision.autocast():
-            return model(task, rows.batch(index))
+            return forward(rows.batch(index))
 
-    return by_batches(compute, rows, batch_size, between).cpu()
+    return by_batches(compute, rows, batch_size, between)
+
+
+def predict_logits(
+    model: TaskModel, task: str, rows: Rows, batch_size: int, precision: Precision, between: BetweenBatches = no_stop
+) -> Tensor:
+    """(R, K) logits of all rows of a data set, in its order, on the CPU."""
+    return _of_all_rows(partial(model, task), rows, batch_size, precision, between).cpu()
 
 
 def compute_features(
@@ -68,12 +71,7 @@ def compute_features(
     between: BetweenBatches = no_stop,
 ) -> FeatureRows:
     """The pooled features of all rows, from the encoder as it is and without dropout: a frozen encoder's, for good."""
-
-    def compute(index: np.ndarray) -> Tensor:
-        with precision.autocast():
-            return model.pooled(task, rows.batch(index))
-
-    return FeatureRows(by_batches(compute, rows, batch_size, between), rows.labels)
+    return FeatureRows(_of_all_rows(partial(model.pooled, task), rows, batch_size, precision, between), rows.labels)
 
 
 def predict_all(
@@ -132,22 +130,17 @@ def confusion_matrices(logits: Mapping[str, Tensor], dev_rows: Mapping[str, Rows
 def write_predictions(task: str, rows: TokenizedRows, logits: Tensor, path: Path) -> None:
     """A prediction file in the format that CS224N grades. logits: (R, K)."""
     output = TASKS[task].output
-    predictions = output.decode(logits).tolist()
     lines = [f"id \t {TASKS[task].prediction_header} \n"]
-    lines += [f"{name} , {output.format(value)} \n" for name, value in zip(rows.ids, predictions, strict=True)]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(lines), "utf-8")
-    os.replace(beside, path)
+    for name, value in zip(rows.ids, output.decode(logits).tolist(), strict=True):
+        lines.append(f"{name} , {output.format(value)} \n")
+    write_atomically(path, "".join(lines))
 
 
 def write_dev_rows(task: str, rows: TokenizedRows, logits: Tensor, folder: Path) -> None:
     """Labels, predictions and probabilities of the dev rows, for reports and comparisons. logits: (R, K)."""
-    output = TASKS[task].output
-    probabilities = output.probabilities(logits)
-    predictions = output.decode(logits).numpy()
-    dev_rows = DevRows(
-        tuple(rows.ids), rows.labels, predictions, None if probabilities is None else probabilities.numpy()
-    )
+    output, probabilities = TASKS[task].output, TASKS[task].output.probabilities(logits)
+    shares = None if probabilities is None else probabilities.numpy()
+    dev_rows = DevRows(tuple(rows.ids), rows.labels, output.decode(logits).numpy(), shares)
     dev_rows.write(folder / DevRows.file_name(task))
 
 

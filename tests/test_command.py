@@ -369,7 +369,8 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: 
 BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 4 --lr 1e-3 --batch_size 8"
 CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
-NOT_TRIED = "option model data out resume checkpoint task input output cache device wordnet"  # where, not how
+# Where, not how.
+NOT_TRIED = "option model data out resume checkpoint task input output cache device cuda_graphs wordnet"
 
 
 def outcome(run: Path) -> dict[str, Tensor]:
@@ -413,7 +414,7 @@ def test_fewer_tasks_make_a_smaller_run(runs: Runs, out: Path) -> None:
 
 # Where a process can be made to send itself a signal: before the n-th call of that function.
 POINTS = {
-    "step": "engine:Trainer.take_step",
+    "step": "engine:Trainer._launch",
     "log": "run_record:MetricsLog.write",
     "rename": "os:rename",
     "write": "os:replace",
@@ -647,14 +648,14 @@ def test_a_run_of_the_version_before_is_not_resumed(
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_good_checkpoint(
     method: str, runs: Runs, out: Path, monkeypatch: Patch, error_line: ErrorLine
 ) -> None:
-    original = engine.Trainer._loss
+    original = engine.Trainer._forward_backward
 
     def broken(trainer: engine.Trainer, *args: Any) -> Tensor:
-        loss = original(trainer, *args)
-        return loss * float("nan") if trainer.progress.step == 4 and trainer.stage.name == "finetune" else loss
+        losses = original(trainer, *args)
+        return losses * float("nan") if trainer.progress.step == 4 and trainer.stage.name == "finetune" else losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Trainer, "_loss", broken)
+        patch.setattr(engine.Trainer, "_forward_backward", broken)
         line = error_line(runs.arguments(out, METHODS[method]), 1)
     assert "finetune step 5" in line and " is nan" in line and "training rows" in line
     assert read(out / "last" / "trainer.json")["progress"]["step"] == 4

@@ -18,6 +18,7 @@ from helpers import RecordedMasks, generator, pack, random_tokens, randomize_vec
 from ops import DropoutMasks, Linear, Packing, kernels
 from ops.dropout import SLACK
 from ops.packed import group_by_length
+from ops.residual_norm import residual_norm
 
 LINEAR: Any = importlib.import_module("ops.linear")  # the module: `ops.linear` is its function
 PROJECT = kernels.SOURCE.parent.parent
@@ -193,7 +194,7 @@ def test_residual_norm_is_layer_norm_of_the_sum(
 
     def ours(update: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, term: Tensor | None = None) -> Tensor:
         norm._parameters.update(weight=weight, bias=bias)  # type: ignore[call-overload]
-        return ops.residual_norm(update, residual, norm, prob, masks, term)
+        return residual_norm(update, residual, norm, prob, masks, term)
 
     def exact(update: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, term: Tensor | float = 0) -> Tensor:
         mask = masks.drawn[0][1].view(shape).double() if prob else 1
@@ -203,7 +204,7 @@ def test_residual_norm_is_layer_norm_of_the_sum(
 
     assert_same_function(ours, exact, inputs, 5e-6)
     assert len(masks.drawn) == (prob > 0)
-    evaluated = ops.residual_norm(inputs[0], inputs[1], nn.LayerNorm(shape[1]), prob, None, None)
+    evaluated = residual_norm(inputs[0], inputs[1], nn.LayerNorm(shape[1]), prob, None, None)
     assert_near(evaluated.detach(), F.layer_norm((inputs[0] + inputs[1]).double(), shape[1:]), 5e-6)
 
 
@@ -301,7 +302,7 @@ def test_every_operation_goes_to_its_kernel_where_kernels_can_run(monkeypatch: p
         called.clear()
         ops.attention(x, packing, 2, 0.0, None).sum().backward()
         ops.first_token_attention(x[:2], x.repeat(1, 2), packing, 2, 0.0, None).sum().backward()
-        ops.residual_norm(x, x, nn.LayerNorm(24), 0.0, None, None).sum().backward()
+        residual_norm(x, x, nn.LayerNorm(24), 0.0, None, None).sum().backward()
         ops.activated_linear(x, layer(24, 16), "gelu").sum().backward()
 
     run()
@@ -325,7 +326,7 @@ def test_inputs_and_gradients_may_lie_in_memory_in_any_way(finish: Callable[[Ten
     def normed(x: Tensor) -> Tensor:
         own = copy.deepcopy(norm).to(x.dtype)
         own.weight = nn.Parameter(strided(own.weight.detach()))
-        return ops.residual_norm(strided(x), strided(2 * x), own, 0.0, None, strided(x.square()))
+        return residual_norm(strided(x), strided(2 * x), own, 0.0, None, strided(x.square()))
 
     operations: list[Callable[[Tensor], Tensor]] = [
         normed,
@@ -347,7 +348,7 @@ def test_what_is_not_a_number_stays_so_in_its_row_and_nowhere_else(form: None) -
     found = ops.activated_linear(values, nn.Identity(), "gelu")  # type: ignore[arg-type]
     assert found.isfinite().tolist() == [[False, False, True]]
     update = random(3, 20).index_put_((torch.tensor(1), torch.tensor(4)), torch.tensor(torch.nan))
-    found = ops.residual_norm(update, random(3, 20), nn.LayerNorm(20), 0.0, None, None)
+    found = residual_norm(update, random(3, 20), nn.LayerNorm(20), 0.0, None, None)
     assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
     for wrong in (torch.nan, torch.inf):
         qkv = random(9, 3 * 8)
