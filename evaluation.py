@@ -75,14 +75,10 @@ def compute_features(
 
 
 def predict_all(
-    model: TaskModel,
-    rows_of: Mapping[str, Rows],
-    batch_size: int,
-    precision: Precision,
-    between: BetweenBatches = no_stop,
+    model: TaskModel, data: Mapping[str, Rows], batch_size: int, precision: Precision, between: BetweenBatches = no_stop
 ) -> dict[str, Tensor]:
     """Of each task the logits (R, K) of its rows, as `predict_logits` gives them."""
-    return {task: predict_logits(model, task, rows, batch_size, precision, between) for task, rows in rows_of.items()}
+    return {task: predict_logits(model, task, rows, batch_size, precision, between) for task, rows in data.items()}
 
 
 def metrics_of(logits: Mapping[str, Tensor], dev_rows: Mapping[str, Rows], warn: Warn) -> dict[str, dict[str, float]]:

@@ -111,29 +111,19 @@ def style(what: int | str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ over the steps
 
 
-def by_stage(records: Records, key: str) -> dict[str, list[Mapping[str, Any]]]:
-    """The records that hold a key, by stage."""
-    stages = dict.fromkeys(record["stage"] for record in records if record.get(key) is not None)
-    return {stage: [r for r in records if r["stage"] == stage and r.get(key) is not None] for stage in stages}
+def curves(records: Records, key: str) -> dict[str, dict[str, np.ndarray]]:
+    """By stage and entry of a key (2, points): steps and values, null as NaN; of dev scores the metric that counts.
 
-
-def names_of(records: Records, key: str) -> list[str]:
-    """Names of the entries of a key, or the key itself where it is a single number."""
-    found = [record[key] for record in records if key in record]
-    return list(dict.fromkeys(name for of in found for name in (of if isinstance(of, dict) else [key])))
-
-
-def series(records: Records, *keys: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of an entry of the records that have it, null as NaN."""
-    points = []
-    for record in records:
-        value: Any = record
-        for key in keys:
-            value = value.get(key, ...) if isinstance(value, Mapping) else value
-        if value is not ...:
-            points.append((record["step"], value))
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return steps, values
+    A key with a single number is its only entry.
+    """
+    points: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
+    for record in (record for record in records if record.get(key) is not None):
+        entries = record[key] if isinstance(record[key], Mapping) else {key: record[key]}
+        of_stage = points.setdefault(record["stage"], {})
+        for name, value in entries.items():
+            number = value.get(TASKS[name].output.selection_metric) if isinstance(value, Mapping) else value
+            of_stage.setdefault(name, []).append((record["step"], number))
+    return {stage: {name: np.array(of[name], dtype=float).T for name in of} for stage, of in points.items()}
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -149,15 +139,15 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: Mapping[str, Any]) -> Plot:
     """majority, intervals: by task the accuracy of always predicting the largest class, and ends of an interval."""
-    stages = by_stage(records, "dev")
-    last_stage = {task: stage for stage, of in stages.items() for task in names_of(of, "dev")}
+    stages = curves(records, "dev")
+    last_stage = {task: stage for stage, of_stage in stages.items() for task in of_stage}
     figure, axes = panels(list(stages), "optimizer step", "score on the dev file", sharey=True)
     for axis, (stage, of_stage) in zip(axes, stages.items(), strict=True):
-        steps, means = series(of_stage, "dev", MEAN)
+        steps, means = of_stage.get(MEAN, np.empty((2, 0)))
         best = int(np.nanargmax(means)) if np.isfinite(means).any() else None
-        for task in (task for task in TASKS if task in names_of(of_stage, "dev")):
-            metric, look = TASKS[task].output.selection_metric, style(task)
-            axis.plot(*series(of_stage, "dev", task, metric), **look, label=f"{task} {metric}")
+        for task in (task for task in TASKS if task in of_stage):
+            look = style(task)
+            axis.plot(*of_stage[task], **look, label=f"{task} {TASKS[task].output.selection_metric}")
             if best is not None and task in intervals and last_stage[task] == stage:
                 axis.vlines(steps[best], *intervals[task], **WIDE, color=look["color"])
             if task in majority:
@@ -179,13 +169,11 @@ def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: 
 
 def draw_moving_means(records: Records, key: str, name: str, caption: str) -> Plot:
     """The entries of a key over the steps of each stage, a panel each: a strong moving mean, single values pale."""
-    stages = by_stage(records, key)
-    drawn = [(stage, entry) for stage, of in stages.items() for entry in names_of(of, key)]
-    titles = [f"{stage}: {entry}" for stage, entry in drawn]
+    stages = curves(records, key)
+    drawn = {f"{stage}: {entry}": (entry, *of_stage[entry]) for stage, of_stage in stages.items() for entry in of_stage}
     xlabel = f"optimizer step (pale: single steps; line: mean over {WINDOW:.0%} of the steps)"
-    figure, axes = panels(titles, xlabel, name.replace("-", " "), rows=len(stages))
-    for axis, (stage, entry) in zip(axes, drawn, strict=True):
-        steps, values = series(stages[stage], key, entry)
+    figure, axes = panels(list(drawn), xlabel, name.replace("-", " "), rows=len(stages))
+    for axis, (entry, steps, values) in zip(axes, drawn.values(), strict=True):
         strong = moving_mean(values, round(WINDOW * len(values)))
         color, some = COLORS[list(TASKS).index(entry) if entry in TASKS else 3], -(-len(values) // NUM_PALE)
         axis.plot(steps[::some], values[::some], color=color, linewidth=0.5, alpha=0.25)
@@ -238,10 +226,10 @@ def draw_scale(task: Task, rows: DevRows) -> Plot:
 def run_plots(run: FinishedRun) -> Iterator[Plot]:
     """Every picture of the run that there is something to draw for. Raises RunError for a damaged log."""
     records = run.records()
-    if by_stage(records, "dev"):
+    if curves(records, "dev"):
         yield draw_dev_scores(records, run.majority, row_intervals([run]))
     for key, name, caption in OVER_STEPS:
-        if by_stage(records, key):
+        if curves(records, key):
             yield draw_moving_means(records, key, name, caption)
     if run.confusion:
         yield draw_confusion(run.confusion)
