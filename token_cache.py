@@ -7,8 +7,9 @@ is damaged, or of another program or version, is made anew. The folder can be de
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +38,8 @@ class TokenFile:
 
 def tokenize_file(file: DataFile, task: Task, tokenizer: Tokenizer, device: torch.device) -> TokenFile:
     """The rows of a file that was read, without any cache."""
-    return TokenFile(
-        tokenize(task, file.examples, tokenizer, device), text_hashes(file.examples), file.skipped, file.sha256
-    )
+    rows = tokenize(task, file.examples, tokenizer, device)
+    return TokenFile(rows, text_hashes(file.examples), file.skipped, file.sha256)
 
 
 class TokenCache:
@@ -74,18 +74,14 @@ class TokenCache:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write(self, entry: Path, content: bytes) -> None:
+        beside = entry.with_name(f".{uuid.uuid4().hex}.tmp")  # several runs may write the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            number, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
+            beside.write_bytes(content)
+            os.replace(beside, entry)
         except OSError as error:
-            self.warn(f"token cache: nothing can be written to {self.folder} ({error.strerror})")
-            return
-        try:
-            with os.fdopen(number, "wb") as file:
-                file.write(content)
-            os.replace(name, entry)
-        except OSError as error:
-            Path(name).unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink()
             self.warn(f"token cache: {entry} was not written ({error.strerror})")
 
 
@@ -93,19 +89,11 @@ def _packed(file: TokenFile, key: str) -> bytes:
     """An entry: a line with its key and the checksum of the rest, then the arrays as safetensors."""
     from safetensors.numpy import save
 
-    names = np.frombuffer(json.dumps(file.rows.ids).encode(), dtype=np.uint8)
-    tokens = file.rows.tokens
-    payload = save(
-        {
-            "ids": tokens.ids,
-            "lengths": tokens.lengths,
-            "firsts": tokens.firsts,
-            "labels": file.rows.labels,
-            "text_hashes": file.text_hashes,
-            "skipped": np.array(file.skipped, dtype=np.int64),
-            "names": names,
-        }
-    )
+    tokens, rows = file.rows.tokens, file.rows
+    names = np.frombuffer(json.dumps(rows.ids).encode(), dtype=np.uint8)
+    arrays = {"ids": tokens.ids, "lengths": tokens.lengths, "firsts": tokens.firsts, "labels": rows.labels}
+    arrays |= {"text_hashes": file.text_hashes, "skipped": np.array(file.skipped, dtype=np.int64), "names": names}
+    payload = save(arrays)
     return f"{MAGIC} {key} {hashlib.sha256(payload).hexdigest()}\n".encode() + payload
 
 

@@ -19,16 +19,7 @@ import torch
 
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
-from datasets import (
-    SPLITS,
-    DataError,
-    DataFile,
-    Tokenizer,
-    data_folder,
-    read_examples,
-    text_hashes,
-    tokenize,
-)
+from datasets import SPLITS, DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
 from reports.command import FORMATS, Parser, check_new_file, run_command
 from reports.plots import Plot, panels, style
 from run_record import write_atomically

@@ -118,7 +118,7 @@ def test_a_damaged_or_foreign_entry_is_told_and_made_anew(
         assert len(reading) == 2 and len(lines) == 1
 
 
-@pytest.mark.parametrize(("place", "told"), [("file/cache", "nothing can be written"), ("cache", "No space left")])
+@pytest.mark.parametrize(("place", "told"), [("file/cache", "Not a directory"), ("cache", "No space left")])
 def test_an_entry_that_cannot_be_written_is_told_and_does_no_harm(
     place: str, told: str, path: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
