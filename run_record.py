@@ -99,8 +99,7 @@ class MetricsLog:
         self._file = path.open("ab")
         self._file.truncate(size)
         self._file.seek(size)
-        self._kept = size
-        self._folder = tensorboard
+        self._kept, self._folder = size, tensorboard
         self._writer: Any = None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -108,7 +107,7 @@ class MetricsLog:
         self._file.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
         self._file.flush()
         if self._folder is not None:
-            self._board(int(record["step"]))
+            self._board()
             self._show(record)
 
     def write_hyperparameters(self, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
@@ -119,27 +118,21 @@ class MetricsLog:
 
         metrics = {f"results/{tag}": value for tag, value in flatten(scores)}
         simple = {k: v if type(v) in (int, float) else _in_words(v) for k, v in settings.items()}
-        board = self._board(None)
+        board = self._board()
         for summary in hparams(simple, metrics):
             board.file_writer.add_summary(summary)
         for tag, value in metrics.items():
             board.add_scalar(tag, value)
 
-    def _board(self, step: int | None) -> Any:
-        """TensorBoard's writer. step: the first that it is opened for.
-
-        In a resumed run TensorBoard is told to forget what it holds from that step on; as it then forgets those steps
-        of the earlier stages too, they are written again.
-        """
+    def _board(self) -> Any:
+        """TensorBoard's writer. A resumed run writes anew what it kept of its log."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
-            if step is not None and self._kept:
-                kept = parse_records(self._path.read_bytes()[: self._kept])
-                for record in kept:
-                    if record["step"] >= step:
-                        self._show(record)
+            shutil.rmtree(str(self._folder), ignore_errors=True)
+            self._writer = SummaryWriter(str(self._folder))
+            for record in parse_records(self._path.read_bytes()[: self._kept]):
+                self._show(record)
         return self._writer
 
     def _show(self, record: Mapping[str, Any]) -> None:
