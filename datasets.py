@@ -276,6 +276,14 @@ class Rows(Protocol):
         """The rows of these numbers, in this order."""
         ...
 
+    def num_places(self, rows: np.ndarray) -> int:
+        """Tokens of a batch of these rows, with those that belong to no row; 0 where there are none."""
+        ...
+
+    def gather(self, rows: Tensor, num_places: int) -> Batch:
+        """The same batch for numbers (B,) that are on the device: nothing of it is computed elsewhere."""
+        ...
+
     def by_length(self) -> np.ndarray:
         """All row numbers, the longest rows first: no later batch needs more memory than the first."""
         ...
@@ -303,7 +311,6 @@ class TokenizedRows:
         return torch.from_numpy(self.labels).to(self.device)
 
     def num_places(self, rows: np.ndarray) -> int:
-        """Tokens of a batch of these rows, with those that belong to no row."""
         return self._store.num_places(rows)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
@@ -311,7 +318,6 @@ class TokenizedRows:
         return self.gather(to_device(index, self.device), self.num_places(index))
 
     def gather(self, rows: Tensor, num_places: int) -> Batch:
-        """The rows of these numbers (B,), which are on the device: nothing of it is computed elsewhere."""
         return Batch(self._labels[rows], tokens=self._store.gather(rows, num_places))
 
     def by_length(self) -> np.ndarray:
@@ -345,8 +351,13 @@ class FeatureRows:
         return len(self.labels)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        index = to_device(np.asarray(rows, dtype=np.int64), self.features.device)
-        return Batch(self._labels[index], features=self.features[index])
+        return self.gather(to_device(np.asarray(rows, dtype=np.int64), self.features.device), 0)
+
+    def num_places(self, rows: np.ndarray) -> int:
+        return 0
+
+    def gather(self, rows: Tensor, num_places: int) -> Batch:
+        return Batch(self._labels[rows], features=self.features[rows])
 
     def by_length(self) -> np.ndarray:
         return np.arange(len(self))
@@ -368,6 +379,12 @@ class DeferredRows:
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         return self._rows.batch(rows)
+
+    def num_places(self, rows: np.ndarray) -> int:
+        return self._rows.num_places(rows)
+
+    def gather(self, rows: Tensor, num_places: int) -> Batch:
+        return self._rows.gather(rows, num_places)
 
     def by_length(self) -> np.ndarray:
         return self._rows.by_length()

@@ -33,7 +33,8 @@ from smart import Regularizer
 from tasks import TASKS
 
 Record = dict[str, Any]  # a line of metrics.jsonl
-PassKey = tuple[tuple[str, ...], int, int]  # tasks, rows and tokens of a replayed pass
+PassKey = tuple[tuple[str, ...], int, int]  # tasks, rows and tokens of a pass
+Note = Callable[[str], None]  # takes a line for the user
 
 
 class TrainingError(ValueError):
@@ -208,21 +209,17 @@ class Trainer:
         self._launched: deque[Launched] = deque()
         self.num_waiting = 0 if precision.device.type == "cpu" else 1  # steps that have been ordered and not told of
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
-        is_replayed = (
-            cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers
-        )
-        self._replayed = (Replayed(self._pass_on_device), Replayed(self._step_on_device)) if is_replayed else None
+        self._take_pass: Callable[..., Tensor] = self._pass_on_device
+        self._take_whole: Callable[..., Tensor] = self._step_on_device
+        if cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers:
+            self._take_pass, self._take_whole = Replayed(self._pass_on_device), Replayed(self._step_on_device)
 
     @cached_property
     def _joined(self) -> tuple[TokenizedRows, dict[str, int]] | None:
         """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
         rows = [rows for rows in self.data.train.values() if isinstance(rows, TokenizedRows)]
-        if (
-            self.is_treated
-            or self.methods.regularizers
-            or not self.model.shares_passes
-            or len(rows) < len(self.data.train)
-        ):
+        is_apart = self.is_treated or self.methods.regularizers or not self.model.shares_passes
+        if is_apart or len(rows) < len(self.data.train):
             return None
         starts = np.cumsum([0, *map(len, rows)]).tolist()
         return reduce(TokenizedRows.followed_by, rows), dict(zip(self.data.train, starts, strict=False))
@@ -301,12 +298,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def take_step(self, epoch: int, step: int, note: Callable[[str], None] = lambda line: None) -> Record:
+    def take_step(self, epoch: int, step: int, note: Note = lambda line: None) -> Record:
         """One optimizer step; returns its line for the log. epoch: from 1. step: counted from 0. note: takes lines for
         the user. Raises TrainingError if a loss or a gradient is not finite."""
         return self._record(self._launch(epoch, step, note))
 
-    def _launch(self, epoch: int, step: int, note: Callable[[str], None]) -> Launched:
+    def _launch(self, epoch: int, step: int, note: Note) -> Launched:
         """Orders a step of the device. Without a treatment the host waits for nothing, with one for inner products."""
         stage, progress = self.stage, self.progress
         plan = self.methods.scheduler.plan(epoch, step, random.Random(self._seed("plan", step)))
@@ -324,10 +321,9 @@ class Trainer:
         }
 
         lr = torch.full((), stage.learning_rate(step), dtype=torch.float64, device=self.precision.device)
+        losses, numbers = self._backward_within_memory(rows, weights, lr, step, note)
         found: Record | None = {}
-        numbers = self._replayed_step(list(self._passes(rows, weights, step)), lr)
         if numbers is None:
-            losses = self._backward_within_memory(rows, weights, step, note)  # (T,) times their weights
             found = self._treat(rows, losses, step) if self.is_treated else {}
             numbers = self._move(tasks, losses, lr, is_overflow=found is None)
         reading = Reading(numbers)
@@ -368,19 +364,20 @@ class Trainer:
         return self.stage.tasks.index(task) if self.is_treated else 0
 
     def _backward_within_memory(
-        self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int, note: Callable[[str], None]
-    ) -> Tensor:
-        """The backward passes of a step; out of memory, the step begins again with passes of half the rows."""
+        self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], lr: Tensor, step: int, note: Note
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `_backward` returns; out of memory, the step begins again with passes of half the rows."""
         progress = self.progress
         while True:
             try:
-                return self._backward(rows, weights, step)
+                return self._backward(list(self._passes(rows, weights, step)), list(rows), lr)
             except torch.OutOfMemoryError:
                 if progress.micro_batch == 1:
                     raise TrainingError(
                         f"{self.stage.name} step {step + 1}: the device is out of memory with one row a forward pass"
                     ) from None
-            progress.micro_batch, self._replayed = -(-progress.micro_batch // 2), None
+            progress.micro_batch = -(-progress.micro_batch // 2)
+            self._take_pass, self._take_whole = self._pass_on_device, self._step_on_device  # graphs hold memory
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             note(
@@ -388,15 +385,18 @@ class Trainer:
                 "a forward pass, and the same rows a step"
             )
 
-    def _backward(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int) -> Tensor:
-        """Each task's gradient, of its mean loss times its weight; returns those losses (T,)."""
+    def _backward(self, passes: Sequence[Pass], tasks: list[str], lr: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Each task's gradient, of its mean loss times its weight; returns those losses (T,). A step of a single pass
+        of all tasks is taken whole: then the second is what `_move` returns."""
+        if self._joined and len(passes) == 1:
+            numbers = self._take_whole(*self._seeded(passes[0]), lr)
+            return numbers[: len(tasks)], numbers
         self._forget_gradients()
-        tasks = list(rows)
         losses = torch.zeros(len(tasks), device=self.precision.device)
-        for part in self._passes(rows, weights, step):
+        for part in passes:
             places = slice(tasks.index(part.tasks[0]), tasks.index(part.tasks[-1]) + 1)
-            losses[places] += self._take(part)
-        return losses
+            losses[places] += self._take_pass(*self._seeded(part))
+        return losses, None
 
     def _forget_gradients(self) -> None:
         for vector in self._vectors().values():
@@ -419,49 +419,24 @@ class Trainer:
     def _rows_of(self, tasks: Sequence[str]) -> Rows:
         return self._joined[0] if self._joined else self.data.train[tasks[0]]
 
-    def _take(self, part: Pass) -> Tensor:
-        """A forward and a backward pass; returns each task's weighted loss (T,)."""
-        if self._replayed:
-            return self._replayed[0](*self._seeded(part))
-        self._masks = DropoutMasks(part.seed, self.precision.device)
-        self.shared.point_to(self._gradient_row(part.tasks[0]))
-        batch = self._rows_of(part.tasks).batch(part.numbers)
-        return self._forward_backward(part.tasks, batch, self._on_device(part.weights))
-
-    def _on_device(self, weights: np.ndarray) -> Tensor:
-        return to_device(weights, self.precision.device).to(torch.get_default_dtype())
-
-    # What CUDA graphs record: all that depends on the step's rows comes in tensors, the rest from the key.
-
     def _seeded(self, part: Pass) -> tuple[PassKey, Tensor, Tensor]:
-        """The arguments of a replayed pass, whose dropout is ready."""
-        rows = self._rows_of(part.tasks)
-        assert isinstance(rows, TokenizedRows)
-        self._masks = DropoutMasks(part.seed, self.precision.device)
-        key = (part.tasks, len(part.numbers), rows.num_places(part.numbers))
-        return key, to_device(part.numbers, self.precision.device), self._on_device(part.weights)
-
-    def _replayed_step(self, passes: Sequence[Pass], lr: Tensor) -> Tensor | None:
-        """A whole step of a single pass, as a graph; None where there can be none."""
-        if self._replayed is None or self._joined is None or len(passes) > 1:
-            return None
-        try:
-            return self._replayed[1](*self._seeded(passes[0]), lr)
-        except torch.OutOfMemoryError:
-            self._replayed = None  # and the memory that it holds
-            return None
-
-    def _pass_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor) -> Tensor:
-        tasks, _, num_places = key
-        rows = self._rows_of(tasks)
-        assert isinstance(rows, TokenizedRows)
-        self.shared.point_to(self._gradient_row(tasks[0]))
-        return self._forward_backward(tasks, rows.gather(numbers, num_places), weights)
+        """A pass as CUDA graphs want it: its dropout is ready, what depends on its rows comes in tensors (B,) and (T,
+        B), the rest is in the key."""
+        device = self.precision.device
+        self._masks = DropoutMasks(part.seed, device)
+        key = (part.tasks, len(part.numbers), self._rows_of(part.tasks).num_places(part.numbers))
+        return key, to_device(part.numbers, device), to_device(part.weights, device).to(torch.get_default_dtype())
 
     def _step_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor, lr: Tensor) -> Tensor:
+        """A step of a single pass, without a treatment."""
         self._forget_gradients()
-        losses = self._pass_on_device(key, numbers, weights)
-        return self._move(key[0], losses, lr, is_overflow=False)
+        return self._move(key[0], self._pass_on_device(key, numbers, weights), lr, is_overflow=False)
+
+    def _pass_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor) -> Tensor:
+        """Each task's weighted loss (T,), after a forward and a backward pass."""
+        tasks, _, num_places = key
+        self.shared.point_to(self._gradient_row(tasks[0]))
+        return self._forward_backward(tasks, self._rows_of(tasks).gather(numbers, num_places), weights)
 
     def _forward_backward(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after its backward pass. weights: (T, B)."""

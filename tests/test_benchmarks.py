@@ -24,7 +24,6 @@ from benchmarks import (
     gpu,
     harness,
     matmul_limit,
-    pcgrad_step,
     reference,
     start_up,
     step_cost,
@@ -372,14 +371,6 @@ def test_bad_input_is_one_line(given: list[str], capsys: Capture) -> None:
         assert step_cost.BENCHMARK.main([*given, *flag.split()]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
-
-
-def test_pcgrad_s_gradient_equals_torchjd_s(options: Options, monkeypatch: Patch) -> None:
-    pytest.importorskip("torchjd")
-    setup = pcgrad_step.Setup(options)
-    assert max(setup.difference_from_torchjd(sign) for sign in (1.0, -1.0)) < 1e-5
-    monkeypatch.setattr(pcgrad_step, "pcgrad_weights", lambda gramian, orders: torch.ones(3, dtype=torch.float64))
-    assert max(setup.difference_from_torchjd(sign) for sign in (1.0, -1.0)) > 1e-3
 
 
 def test_the_methods_are_what_they_are_called(options: Options) -> None:
