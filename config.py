@@ -87,9 +87,7 @@ class Config:
         f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or a Gramian weighting of torchjd by its name",
         metavar="NAME",
     )
-    granularity: str = parameter(
-        "model", "treat gradients over the whole model, or over each layer on its own", choices=("model", "layer")
-    )
+    granularity: str = parameter("model", "treat gradients of the whole model, or by layer", choices=("model", "layer"))
     regularizers: tuple[str, ...] = ()
     adapter: str = ""
     train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
@@ -107,9 +105,7 @@ class Config:
     epochs: int = parameter(5, "epochs of fine-tuning", ">= 1")
     pretrain_epochs: int = parameter(10, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
     steps_per_epoch: int = parameter(0, "optimizer steps of an epoch; 0: as many as there are rows for", ">= 0")
-    batch_size: int = parameter(
-        32, "rows of an optimizer step, times --accumulation_steps; a forward pass takes no more of them", ">= 1"
-    )
+    batch_size: int = parameter(32, "rows of a step, times --accumulation_steps; a forward pass takes no more", ">= 1")
     accumulation_steps: int = parameter(1, "how many times --batch_size rows make up an optimizer step", ">= 1")
     eval_batch_size: int = parameter(0, "rows of one forward pass in evaluation; 0: 64, on a GPU 1024", ">= 0")
     eval_every: int = parameter(1, "epochs between evaluations; 0: after the last only", ">= 0")

@@ -22,6 +22,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -129,10 +130,10 @@ def random_deletion(words: Sequence[str], generator: random.Random, prob: float)
     Where nothing visible would be left, one visible word stays; a text without any is left alone.
     """
     kept = [word for word in words if generator.random() >= prob]
-    if any(map(_is_visible, kept)):
-        return kept
-    visible = [word for word in words if _is_visible(word)]
-    return [generator.choice(visible)] if visible else list(words)
+    if not any(map(_is_visible, kept)):
+        visible = [word for word in words if _is_visible(word)]
+        kept = [generator.choice(visible)] if visible else list(words)
+    return kept
 
 
 def _is_visible(word: str) -> bool:
@@ -141,7 +142,6 @@ def _is_visible(word: str) -> bool:
 
 
 Edit = Callable[[Sequence[str], random.Random, EdaConfig, Synonyms], list[str]]
-
 EDITS: Mapping[str, Edit] = {
     "replacement": lambda words, generator, config, synonyms: synonym_replacement(
         words, generator, num_edits(config.alpha_replacement, len(words)), synonyms
@@ -170,14 +170,11 @@ def balance(labels: Sequence[int], generator: random.Random) -> list[int]:
     Class after class in ascending order. Within a class every row is used equally often before any is used again, in
     a new random order each round.
     """
-    frequency = Counter(labels)
-    sources: list[int] = []
+    frequency, sources = Counter(labels), list[int]()
     for label in sorted(frequency):
         rows = [row for row, other in enumerate(labels) if other == label]
-        missing = max(frequency.values()) - len(rows)
-        while missing > 0:
+        for missing in range(max(frequency.values()) - len(rows), 0, -len(rows)):
             sources += generator.sample(rows, min(missing, len(rows)))
-            missing -= len(rows)
     return sources
 
 
@@ -229,8 +226,7 @@ class WordNet:
             raise EdaError(f"{self._root}: not readable as WordNet ({reason}), expected WordNet 3's files") from None
 
     def _lemmas(self, word: str) -> tuple[str, ...]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             own = {word, *(self._reader.morphy(word, part) for part in "nvar")}
             names = [lemma.name() for synset in self._reader.synsets(word) for lemma in synset.lemmas()]
         return tuple(dict.fromkeys(name.replace("_", " ") for name in names if name.lower() not in own))
@@ -256,15 +252,11 @@ class WordNet:
 
 def _wordnet_root(folder: Path | None) -> Any:
     """Where WordNet stands, as nltk's path pointer."""
-    try:
-        import nltk.data
-    except ImportError:
-        raise EdaError("synonyms need the package nltk: pip install nltk") from None
+    import nltk.data
+
     if folder is None:
-        try:
+        with suppress(LookupError):
             return nltk.data.find("corpora/wordnet/")  # the slash finds wordnet.zip, too
-        except LookupError:
-            pass
     for place in SYSTEM_WORDNETS if folder is None else (folder,):
         if (place / "data.noun").is_file():
             nltk.data.path.append(str(place.resolve()))  # nltk reads below registered directories only
@@ -304,16 +296,15 @@ def read_labelled(path: Path, content: bytes, label: str) -> tuple[list[str], li
 
 def new_lines(header: list[str], rows: list[list[str]], new: Sequence[tuple[int, tuple[str, ...]]]) -> Iterator[str]:
     """The new rows, (number of the source row, texts), as lines without ends, with ids and numbers that are free."""
-    place, copies = header.index("id"), Counter[str]()
-    ids = {cells[place] for cells in rows}
+    place = header.index("id")
+    taken = {cells[place] for cells in rows}
     numbers = itertools.count(1 + max((int(cells[0]) for cells in rows if cells[0].isdecimal()), default=-1))
     for source, texts in new:
         given, edited = rows[source], iter(texts)
         cells = [next(edited) if name in TEXT_COLUMNS else cell for name, cell in zip(header, given, strict=True)]
-        while cells[place] in ids:
-            copies[given[place]] += 1
-            cells[place] = f"{given[place]}-eda{copies[given[place]]}"
-        ids.add(cells[place])
+        names = (f"{given[place]}-eda{number}" for number in itertools.count(1))
+        cells[place] = next(name for name in names if name not in taken)
+        taken.add(cells[place])
         if header[0] == "":
             cells[0] = str(next(numbers))
         stream = io.StringIO()

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -29,17 +30,13 @@ class Table:
         cells = [[show(cell) for cell in row] for row in self.rows]
         for i, j in self.marked:
             cells[i][j] = mark.format(cells[i][j])
-        used = sum(
-            2 + max(map(len, column)) for column in zip(*[row[:-1] for row in [self.columns, *cells]], strict=True)
-        )
+        *columns, _ = zip(self.columns, *cells, strict=True)
+        used = sum(2 + max(map(len, column)) for column in columns)
         last_width = WIDTH - used if used < WIDTH // 2 and not is_markdown else None
+        align = ["right" if j in self.numeric else "left" for j in range(len(self.columns))]
+        layout: dict[str, Any] = {"tablefmt": "github" if is_markdown else "simple", "disable_numparse": True}
         shown = tabulate(
-            cells,
-            self.columns,
-            "github" if is_markdown else "simple",
-            disable_numparse=True,
-            colalign=["right" if j in self.numeric else "left" for j in range(len(self.columns))],
-            maxcolwidths=[*[None] * (len(self.columns) - 1), last_width],
+            cells, self.columns, **layout, colalign=align, maxcolwidths=[*[None] * len(columns), last_width]
         )
         return "\n".join(line.rstrip() for line in shown.split("\n"))
 

@@ -261,9 +261,8 @@ def draw_comparison(settings: Sequence[Setting]) -> Plot:
     names = score_names(settings)
     labels = [textwrap.fill(setting.name, 36) for setting in settings]
     height = 0.14 * sum(1 + text.count("\n") for text in labels) + 0.25 * len(settings) + 0.8
-    figure, axes = panels(
-        list(names.values()), "score on the dev file", "", size=(2.1 + 2.6 / len(names), height), sharey=True
-    )
+    size = (2.1 + 2.6 / len(names), height)
+    figure, axes = panels(list(names.values()), "score on the dev file", "", size=size, sharey=True)
     intervals = [row_intervals(setting.runs) for setting in settings]
     for axis, name in zip(axes, names, strict=True):
         axis.grid(False, axis="y")

@@ -159,10 +159,9 @@ def result_mean(folder: Path) -> float | None:
 
 
 def last_line(log: Path) -> str:
-    """The error in a log, or whatever stands last in it."""
+    """What stands last in a log, which is the error of a run that failed."""
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return [*lines, *errors][-1] if lines else "no output"
+    return lines[-1].removeprefix("error: ") if lines else "no output"
 
 
 # ------------------------------------------------------------------------------------------------------- trials
@@ -227,13 +226,13 @@ class Search:
         reported, has_ended = set[int](), False
         while not has_ended:
             has_ended = process.poll() is not None
-            for epoch, mean in dev_means(metrics).items():
-                if epoch not in reported:
-                    trial.report(mean, epoch)
-                    reported.add(epoch)
-                    is_last = has_ended or epoch == self.space.settings["epochs"]
-                    if not is_last and not is_default(trial) and trial.should_prune():
-                        raise optuna.TrialPruned
+            new = {epoch: mean for epoch, mean in dev_means(metrics).items() if epoch not in reported}
+            for epoch, mean in new.items():
+                trial.report(mean, epoch)
+                is_last = has_ended or epoch == self.space.settings["epochs"]
+                if not is_last and not is_default(trial) and trial.should_prune():
+                    raise optuna.TrialPruned
+            reported |= new.keys()
             time.sleep(0 if has_ended else POLL_SECONDS)
 
 
@@ -280,9 +279,8 @@ def open_study(own: argparse.Namespace, space: Space, out: Path) -> optuna.Study
         url, retry = own.storage or f"sqlite:///{out / 'study.db'}", RetryHeartbeatStaleTrialCallback()
         storage = RDBStorage(url, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
         pruner = optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, n_warmup_steps=FIRST_PRUNED_EPOCH)
-        study = optuna.create_study(
-            storage=storage, study_name=own.study, pruner=pruner, direction="maximize", load_if_exists=True
-        )
+        options: Any = {"storage": storage, "pruner": pruner, "direction": "maximize", "load_if_exists": True}
+        study = optuna.create_study(study_name=own.study, **options)
     except (ImportError, SQLAlchemyError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise SearchError(f"--storage {own.storage or out}: cannot be used ({reason})") from None

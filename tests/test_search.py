@@ -213,7 +213,7 @@ def test_dev_means_are_those_of_fine_tuning_as_far_as_they_are_written_and_the_l
     records = [{"stage": s, "epoch": max(i, 1), "step": i, "dev": {"mean": mean}} for i, (s, mean) in enumerate(means)]
     path.write_text("\n".join(map(json.dumps, records))[:-9])
     assert dev_means(path) == {1: 0.4, 3: 0.6}
-    for text, line in (("a\nerror: b\n\nc\n", "b"), ("a\nValueError: c\n", "ValueError: c"), ("", "no output")):
+    for text, line in (("a\nerror: b\n\n", "b"), ("a\nValueError: c\n", "ValueError: c"), ("", "no output")):
         (tmp_path / "log").write_text(text)
         assert last_line(tmp_path / "log") == line
 
