@@ -159,7 +159,8 @@ def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: 
         axis.set_xlim(left=0)
         axis.margins(y=0.08)
     entries = {x: of for axis in axes for of, x in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    look = {"loc": "outside upper center", "ncols": 1 + 2 * len(stages), "fontsize": 8, "frameon": False}
+    figure.legend(entries.values(), entries.keys(), **look)  # above: below it would cover the label of the axis
     caption = (
         "Scores on the dev files over the steps of each stage. Star: the best mean; wide bar: 95% bootstrap interval "
         "of the final score over the dev rows; dotted: always predicting the largest class."
@@ -177,7 +178,7 @@ def draw_moving_means(records: Records, key: str, name: str, caption: str) -> Pl
         strong = moving_mean(values, round(WINDOW * len(values)))
         color, some = COLORS[list(TASKS).index(entry) if entry in TASKS else 3], -(-len(values) // NUM_PALE)
         axis.plot(steps[::some], values[::some], color=color, linewidth=0.5, alpha=0.25)
-        axis.plot(steps, strong, color=color, linewidth=1.6, label=entry)
+        axis.plot(steps, strong, color=color, linewidth=1.6, label=entry, marker="." if len(steps) == 1 else "")
         if np.isfinite(strong).any():  # the strong line fills the panel; the noise around it may run out of it
             low, high = float(np.nanmin(strong)), float(np.nanmax(strong))
             margin = 0.25 * (high - low) or 0.1 * abs(high) or 0.1
