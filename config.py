@@ -180,9 +180,6 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the flags
-
-
 def _method_flags() -> Iterator[tuple[str, str, Flag]]:
     """(table, entry, flag) of every parameter of every entry of the tables."""
     for table, (entries, _) in TABLES.items():
@@ -286,9 +283,6 @@ def parse(arguments: Sequence[str]) -> Config:
     if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
     return config
-
-
-# ------------------------------------------------------------------------------------------------------- checks
 
 
 def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:

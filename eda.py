@@ -65,9 +65,6 @@ class EdaConfig:
             raise EdaError(f"--eda_deletion_prob {self.deletion_prob}: expected a number above 0 and below 1")
 
 
-# -------------------------------------------------------------------------------------------------------- edits
-
-
 def num_edits(alpha: float, num_words: int) -> int:
     """Words that one edit changes in a text of so many words."""
     return max(1, int(alpha * num_words))
@@ -161,9 +158,6 @@ def edited_text(text: str, edit: Edit, generator: random.Random, config: EdaConf
     return text if edited == words else " ".join(edited)
 
 
-# ---------------------------------------------------------------------------------------------------- balancing
-
-
 def balance(labels: Sequence[int], generator: random.Random) -> list[int]:
     """Row numbers to augment, one entry a new row, so that every class becomes as frequent as the most common one.
 
@@ -197,8 +191,6 @@ def augment_rows(
     """
     return [(texts, labels[source]) for source, texts in edited_rows(rows, labels, config, seed, synonyms)]
 
-
-# ------------------------------------------------------------------------------------------------------ WordNet
 
 SYSTEM_WORDNETS = (Path("/usr/share/wordnet"), Path("/usr/local/WordNet-3.0/dict"))
 
@@ -266,8 +258,6 @@ def _wordnet_root(folder: Path | None) -> Any:
         "python -m nltk.downloader wordnet; --wordnet DIR with WordNet's dictionary files"
     )
 
-
-# ------------------------------------------------------------------------------------------------------ command
 
 LABEL_COLUMNS, TEXT_COLUMNS = ("sentiment", "is_duplicate"), ("sentence", "sentence1", "sentence2")
 

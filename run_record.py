@@ -270,9 +270,6 @@ def read_trainer(folder: Path, format: int) -> tuple[dict[str, Tensor], dict[str
         raise RunError(f"{folder / TRAINER_TENSORS}: not readable as safetensors ({error})") from None
 
 
-# ----------------------------------------------------------------------------------------------------- dev rows
-
-
 @dataclass(frozen=True)
 class DevRows:
     """A task's dev rows, in the order of their file, and what the run's model says of them.

@@ -45,9 +45,6 @@ ERRORS = (MeasurementError, DataError, CheckpointError, RunError)  # each a line
 Step = Callable[[int], Any]  # takes the number of the round, warm-up included, counted from 0
 
 
-# --------------------------------------------------------------------------------------------------- statistics
-
-
 @dataclass(frozen=True)
 class Summary:
     """Median, quartiles and extremes of repeated measurements."""
@@ -101,9 +98,6 @@ def alternate(
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
-
-
-# ------------------------------------------------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
@@ -222,9 +216,6 @@ def publish(name: str, report: Report, environment: Mapping[str, Any], out: Path
     return int(any(check.must_hold and not check.holds for check in report.checks))
 
 
-# ------------------------------------------------------------------------------------------------- where it ran
-
-
 def device_name(device: torch.device) -> str:
     """The processor and its number of usable cores, or the GPU; no host's name."""
     if device.type == "cuda":
@@ -253,9 +244,6 @@ def environment_of(device: torch.device) -> dict[str, Any]:
         "kernels": speed_report(device.type),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES if find_spec(p)}},
     }
-
-
-# ------------------------------------------------------------------------------------------------------- command
 
 
 @dataclass(frozen=True)

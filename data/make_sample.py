@@ -329,9 +329,6 @@ def similarity_row(draw: Draw) -> tuple[str, ...]:
     return first, second, f"{min(max(round(score * 5), 0), 25) / 5:.1f}"
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def write_split(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The rows with their numbers and a header. Test files carry no label."""
     num_cells = 1 + len(columns) - ("test" in path.name)

@@ -108,9 +108,6 @@ def style(what: int | str) -> dict[str, Any]:
     return {name: of[number % len(of)] for name, of in kinds} | {"linewidth": 1.6, "markersize": 4.5}
 
 
-# ------------------------------------------------------------------------------------------------ over the steps
-
-
 def curves(records: Records, key: str) -> dict[str, dict[str, np.ndarray]]:
     """By stage and entry of a key (2, points): steps and values, null as NaN; of dev scores the metric that counts.
 
@@ -188,9 +185,6 @@ def draw_moving_means(records: Records, key: str, name: str, caption: str) -> Pl
     return Plot(name, caption, figure)
 
 
-# --------------------------------------------------------------------------------------------- at the end of a run
-
-
 def draw_confusion(matrices: Mapping[str, np.ndarray]) -> Plot:
     """matrices: by task the counts of dev rows by true class (rows) and predicted class."""
     figure, axes = panels([TASKS[task].title for task in matrices], "predicted class", "true class", size=(3.9, 3.4))
@@ -252,9 +246,6 @@ def write_plots(plots: Iterable[Plot], run: Path, format: str) -> list[Path]:
 def write_run_plots(path: Path) -> None:
     """Draws a run directory."""
     write_plots(run_plots(FinishedRun.read(path)), path, "png")
-
-
-# ------------------------------------------------------------------------------------------------- several runs
 
 
 def draw_comparison(settings: Sequence[Setting]) -> Plot:

@@ -129,9 +129,6 @@ def narrowed(name: str, fixed: Sequence[str], default: Any) -> BaseDistribution 
     return item if is_accepted(default) else None
 
 
-# -------------------------------------------------------------------------------------------------------- a run
-
-
 def start_run(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """Starts multitask_classifier.py. On Linux it stops if this process dies."""
     libc, set_death_signal = ctypes.CDLL(None), 1
@@ -162,9 +159,6 @@ def last_line(log: Path) -> str:
     """What stands last in a log, which is the error of a run that failed."""
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     return lines[-1].removeprefix("error: ") if lines else "no output"
-
-
-# ------------------------------------------------------------------------------------------------------- trials
 
 
 class Search:
@@ -266,9 +260,6 @@ def report(study: optuna.Study, space: Space) -> list[str]:
     if any(is_default(trial) and trial.value == best.value for trial in study.trials):
         lines.append("no trial beat the defaults")
     return lines
-
-
-# -------------------------------------------------------------------------------------------------- command line
 
 
 def open_study(own: argparse.Namespace, space: Space, out: Path) -> optuna.Study:
