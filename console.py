@@ -5,47 +5,38 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from tqdm import tqdm
+
 
 class Console:
     """Lines, and a bar for what is running, one below the other where a part of it has its own. Without a terminal
     there are lines only."""
 
     def __init__(self) -> None:
-        self._bars: list[Any] = []  # None without a terminal
+        self._bars: list[tqdm] = []
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0, unit: str = "step") -> Iterator[None]:
         """A bar for what is done within it."""
-        bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, leave=False)
-        self._bars.append(bar)
-        try:
-            yield
-        finally:
-            self._bars.pop()
-            if bar is not None:
-                bar.close()
+        shown_on_a_terminal: Any = {"disable": None, "dynamic_ncols": True, "leave": False}
+        with tqdm(total=total, initial=done, desc=title, unit=unit, **shown_on_a_terminal) as bar:
+            self._bars.append(bar)
+            try:
+                yield
+            finally:
+                self._bars.pop()
 
     def advance(self, amount: int = 1, record: Mapping[str, Any] | None = None) -> None:
         """Moves the newest bar."""
-        bar = self._bars[-1]
-        if bar is None:
-            return
         if record is not None:
             shown = {"loss": f"{record['loss']:.3f}", "rows/s": f"{record['examples_per_second']:.0f}"}
-            bar.set_postfix(shown, refresh=False)
-        bar.update(amount)
+            self._bars[-1].set_postfix(shown, refresh=False)
+        self._bars[-1].update(amount)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bars where there are some."""
-        bar = self._bars[-1] if self._bars else None
-        if bar is None:
+        with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
-        else:
-            bar.write(line, file=sys.stdout)
 
 
 def duration(seconds: float) -> str:
