@@ -21,12 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 from filelock import FileLock
-
-try:
-    import optuna
-except ImportError:
-    sys.exit("error: optuna is not installed, expected `pip install -r requirements-dev.txt`")
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
