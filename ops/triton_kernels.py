@@ -16,7 +16,7 @@ PROGRAMS = 8 * 132  # of a backward pass at most, each with a part of the sums o
 
 
 @triton.jit
-def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):
     """(lines, BLOCK) 1 / (1 - prob) where an element is kept, else 0, for elements `first` and on of lines (lines, 1),
     each width elements long. Eight of 16 bits come from a call of Philox with 7 rounds, the least that passes the known
     tests."""
@@ -28,7 +28,7 @@ def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):  # type
 
 
 @triton.jit(do_not_specialize=["number"])
-def _residual_norm_forward(  # type: ignore[no-untyped-def]
+def _residual_norm_forward(
     update, bias, residual, term, weight, shift, seed, number, prob, eps, size, sums, output, moments,
     HAS_TERM: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def _residual_norm_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["number", "num_rows", "turns"])
-def _residual_norm_backward(  # type: ignore[no-untyped-def]
+def _residual_norm_backward(
     grad, sums, moments, weight, seed, number, prob, num_rows, turns, size, grad_update, grad_sums, parts,
     DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +142,7 @@ WARPS = 4
 
 
 @triton.jit
-def _row(ends, number, num_rows, num_tokens, FIRST_ONLY: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row(ends, number, num_rows, num_tokens, FIRST_ONLY: tl.constexpr):
     """A row's first token, its tokens, its first query and its queries. Behind the rows the tokens of none make more of
     them, a block each."""
     start = tl.load(ends + tl.minimum(number, num_rows) - 1, number > 0, 0)
@@ -156,7 +156,7 @@ def _row(ends, number, num_rows, num_tokens, FIRST_ONLY: tl.constexpr):  # type:
 
 
 @triton.jit
-def _block(pointer, stride, start, first, length, head, size, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _block(pointer, stride, start, first, length, head, size, E: tl.constexpr):
     """(TILE, E) lines `first` and on of a row, one head's columns; zeros beyond the row's end and the head's."""
     line, column = first + tl.arange(0, TILE)[:, None], tl.arange(0, E)[None, :]
     place = (start + line) * stride + head * size + column
@@ -164,14 +164,14 @@ def _block(pointer, stride, start, first, length, head, size, E: tl.constexpr): 
 
 
 @triton.jit
-def _put(pointer, values, stride, start, first, length, head, size, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _put(pointer, values, stride, start, first, length, head, size, E: tl.constexpr):
     line, column = first + tl.arange(0, TILE)[:, None], tl.arange(0, E)[None, :]
     place = (start + line) * stride + head * size + column
     tl.store(pointer + place, values.to(pointer.dtype.element_ty), (line < length) & (column < size))
 
 
 @triton.jit
-def _mask(seed, number, first, head, first_key, prob, num_heads, width):  # type: ignore[no-untyped-def]
+def _mask(seed, number, first, head, first_key, prob, num_heads, width):
     """(TILE, TILE) dropout of the probabilities of queries `first` and on of the batch, keys `first_key` and on of a
     row."""
     lines = ((first + tl.arange(0, TILE)) * num_heads + head).to(tl.int32)[:, None]
@@ -179,7 +179,7 @@ def _mask(seed, number, first, head, first_key, prob, num_heads, width):  # type
 
 
 @triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
-def _attention_forward(  # type: ignore[no-untyped-def]
+def _attention_forward(
     query, key, value, ends, seed, number, prob, scale, num_rows, num_tokens, num_heads, size, width,
     query_stride, key_stride, context, normalizers,
     FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
@@ -210,7 +210,7 @@ def _attention_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _shares(  # type: ignore[no-untyped-def]
+def _shares(
     q, k, normalizers, start_of_queries, first, num_queries, first_key, length, head, num_heads, scale
 ):  # fmt: skip
     """(TILE, TILE) attention probabilities, zero beyond a row's ends."""
@@ -222,7 +222,7 @@ def _shares(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
-def _attention_backward_queries(  # type: ignore[no-untyped-def]
+def _attention_backward_queries(
     query, key, value, ends, seed, number, prob, scale, num_rows, num_tokens, num_heads, size, width,
     query_stride, key_stride, context, normalizers, grad, removed, grad_query,
     FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
@@ -254,7 +254,7 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["number", "num_rows", "num_tokens", "width"])
-def _attention_backward_keys(  # type: ignore[no-untyped-def]
+def _attention_backward_keys(
     query, key, value, ends, seed, number, prob, scale, num_rows, num_tokens, num_heads, size, width,
     query_stride, key_stride, normalizers, grad, removed, grad_key, grad_value,
     FIRST_ONLY: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
@@ -333,7 +333,7 @@ def attention_backward(
 
 
 @triton.jit(do_not_specialize=["num_rows", "turns"])
-def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([LINES, BLOCK], tl.float32)
     for turn in range(turns):
@@ -347,7 +347,7 @@ def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOC
 @triton.jit(do_not_specialize=["num_parts", "turns"])
 def _add_parts(
     parts, num_parts, size, turns, into0, into1, into2, K: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     column, vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.program_id(1)
     total = tl.zeros([LINES, BLOCK], tl.float32)
     for turn in range(turns):
@@ -386,7 +386,7 @@ def add_parts(parts: Tensor, into: Sequence[Tensor]) -> None:
 
 
 @triton.jit
-def _gelu_forward(inputs, bias, count, size, output, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gelu_forward(inputs, bias, count, size, output, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(inputs + place, place < count, 0.0).to(tl.float32) + tl.load(bias + place % size, place < count, 0.0)
     y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
@@ -394,7 +394,7 @@ def _gelu_forward(inputs, bias, count, size, output, BLOCK: tl.constexpr):  # ty
 
 
 @triton.jit(do_not_specialize=["num_rows", "turns"])
-def _gelu_backward(  # type: ignore[no-untyped-def]
+def _gelu_backward(
     grad, inputs, bias, num_rows, size, turns, grad_inputs, parts, LINES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -436,7 +436,7 @@ def gelu_backward(grad: Tensor, inputs: Tensor, bias: Tensor) -> tuple[Tensor, T
 
 
 @triton.jit
-def _adamw(  # type: ignore[no-untyped-def]
+def _adamw(
     values, gradient, mean, square, step, lr, factor, is_skipped, count, num_decayed, decay, beta1, beta2, log1, log2,
     eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -473,7 +473,7 @@ def adamw(
 
 
 @triton.jit
-def _gramian(rows, num_columns, stride, parts, T: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gramian(rows, num_columns, stride, parts, T: tl.constexpr, BLOCK: tl.constexpr):
     """Each program's part of the T x T inner products, in parts (programs, T, T)."""
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < num_columns
@@ -486,7 +486,7 @@ def _gramian(rows, num_columns, stride, parts, T: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _weighted_sum(rows, num_columns, stride, weights, T: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weighted_sum(rows, num_columns, stride, weights, T: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < num_columns
     total = tl.zeros([BLOCK], tl.float32)
