@@ -459,15 +459,10 @@ class Eda:
     def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
         if task.output.num_classes is None:
             return []
-        alpha, folder = self.parameters.alpha, self.parameters.wordnet
+        folder = self.parameters.wordnet
         rows, labels = [example.texts for example in examples], [int(example.label) for example in examples]
         try:
-            eda = EdaConfig(
-                alpha_replacement=alpha,
-                alpha_insertion=alpha,
-                alpha_swap=alpha,
-                deletion_prob=self.parameters.deletion_prob,
-            )
+            eda = EdaConfig(alpha=self.parameters.alpha, deletion_prob=self.parameters.deletion_prob)
             new = augment_rows(rows, labels, eda, seed, WordNet(Path(folder) if folder else None))
         except EdaError as error:
             raise DataError(str(error)) from None

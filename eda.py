@@ -50,17 +50,14 @@ class EdaError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class EdaConfig:
-    """How much is edited: alpha_* as a share of the words of a text, deletion_prob for each word."""
+    """How much is edited. alpha: share of a text's words, of all edits but deletion; deletion_prob: of each word."""
 
-    alpha_replacement: float = 0.1
-    alpha_insertion: float = 0.1
-    alpha_swap: float = 0.1
+    alpha: float = 0.1
     deletion_prob: float = 0.1
 
     def __post_init__(self) -> None:
-        for alpha in (self.alpha_replacement, self.alpha_insertion, self.alpha_swap):
-            if not 0 < alpha <= 1:
-                raise EdaError(f"--eda_alpha {alpha}: expected a number above 0 and at most 1")
+        if not 0 < self.alpha <= 1:
+            raise EdaError(f"--eda_alpha {self.alpha}: expected a number above 0 and at most 1")
         if not 0 < self.deletion_prob < 1:
             raise EdaError(f"--eda_deletion_prob {self.deletion_prob}: expected a number above 0 and below 1")
 
@@ -138,23 +135,19 @@ def _is_visible(word: str) -> bool:
     return any(unicodedata.category(char)[0] in "LNPS" and char != "\ufffd" for char in word)
 
 
-Edit = Callable[[Sequence[str], random.Random, EdaConfig, Synonyms], list[str]]
-EDITS: Mapping[str, Edit] = {
-    "replacement": lambda words, generator, config, synonyms: synonym_replacement(
-        words, generator, num_edits(config.alpha_replacement, len(words)), synonyms
-    ),
-    "insertion": lambda words, generator, config, synonyms: random_insertion(
-        words, generator, num_edits(config.alpha_insertion, len(words)), synonyms
-    ),
-    "swap": lambda words, generator, config, _: random_swap(words, generator, num_edits(config.alpha_swap, len(words))),
-    "deletion": lambda words, generator, config, _: random_deletion(words, generator, config.deletion_prob),
+Edit = Callable[[Sequence[str], random.Random, int, float, Synonyms], list[str]]
+EDITS: Mapping[str, Edit] = {  # n: edits; prob: of a deletion
+    "replacement": lambda words, generator, n, prob, synonyms: synonym_replacement(words, generator, n, synonyms),
+    "insertion": lambda words, generator, n, prob, synonyms: random_insertion(words, generator, n, synonyms),
+    "swap": lambda words, generator, n, prob, synonyms: random_swap(words, generator, n),
+    "deletion": lambda words, generator, n, prob, synonyms: random_deletion(words, generator, prob),
 }
 
 
 def edited_text(text: str, edit: Edit, generator: random.Random, config: EdaConfig, synonyms: Synonyms) -> str:
     """The text after one edit, its words joined by single spaces; the text itself where the edit changed no word."""
     words = text.split()
-    edited = edit(words, generator, config, synonyms)
+    edited = edit(words, generator, num_edits(config.alpha, len(words)), config.deletion_prob, synonyms)
     return text if edited == words else " ".join(edited)
 
 
@@ -334,8 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.target.exists():
             raise EdaError(f"{args.target}: exists already, expected the name of a new file")
-        alphas = dict.fromkeys(("alpha_replacement", "alpha_insertion", "alpha_swap"), args.eda_alpha)
-        config, synonyms = EdaConfig(**alphas, deletion_prob=args.eda_deletion_prob), WordNet(args.wordnet)
+        config, synonyms = EdaConfig(alpha=args.eda_alpha, deletion_prob=args.eda_deletion_prob), WordNet(args.wordnet)
         content, told = augmented(args.source, args.label_column, config, args.seed, synonyms)
         with args.target.open("xb") as file:
             file.write(content)
