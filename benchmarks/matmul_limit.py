@@ -13,32 +13,30 @@ from bert import BertConfig
 from ops.linear import onednn_product, rows_multiple, uses_onednn
 
 
-def matmul_flops(config: BertConfig, lengths: np.ndarray) -> int:
+def matmul_flops(config: BertConfig, lengths: np.ndarray, needed: bool = False) -> int:
     """Floating-point operations of the encoder's matrix products, pooler included, in one forward pass.
 
-    lengths: (B,) of the rows. A backward pass has twice as many: each product has one gradient for either factor.
+    lengths: (B,) of the rows. needed: without what no pooled output depends on, of the last layer all but the keys and
+    values of tokens that are not their row's first. A backward pass has twice as many: a gradient for either factor.
     """
-    size, tokens = config.hidden_size, int(lengths.sum())
-    dense = 2 * tokens * (4 * size * size + 2 * size * config.intermediate_size)
-    attention = 4 * size * int((lengths.astype(np.int64) ** 2).sum())
-    return config.num_hidden_layers * (dense + attention) + 2 * len(lengths) * size**2
+    size, num_rows, num_tokens = config.hidden_size, len(lengths), int(lengths.sum())
 
+    def of_layer(num_queries: int, num_scores: int) -> int:
+        keys_and_values, others = 4 * size**2, 4 * size**2 + 4 * size * config.intermediate_size
+        return num_tokens * keys_and_values + num_queries * others + 4 * size * num_scores
 
-def needed_flops(config: BertConfig, lengths: np.ndarray) -> int:
-    """The same without what no pooled output depends on: of the last layer, all but the keys and values of the tokens
-    that are not their row's first."""
-    size, others = config.hidden_size, int(lengths.sum()) - len(lengths)
-    dense = 2 * others * (2 * size * size + 2 * size * config.intermediate_size)
-    attention = 4 * size * int((lengths.astype(np.int64) ** 2 - lengths).sum())
-    return matmul_flops(config, lengths) - dense - attention
+    whole = of_layer(num_tokens, int((lengths.astype(np.int64) ** 2).sum()))
+    last = of_layer(num_rows, num_tokens) if needed else whole
+    return (config.num_hidden_layers - 1) * whole + last + 2 * num_rows * size**2
 
 
 def left_out(config: BertConfig, passes: Sequence[np.ndarray], share: float) -> str:
     """A sentence on the products that ours does without. share: of the matmul limit, by all products."""
-    part = sum(needed_flops(config, of) for of in passes) / sum(matmul_flops(config, of) for of in passes)
+    run, of_all = (sum(matmul_flops(config, of, needed) for of in passes) for needed in (True, False))
     return (
-        f"the matmul limit counts all matrix products of the model over real tokens; ours runs {part:.0%} of them (of "
-        f"the last layer only what the pooled output depends on), and is at {part * share:.0%} of the limit of those"
+        f"the matmul limit counts all matrix products of the model over real tokens; ours runs {run / of_all:.0%} of "
+        "them (of the last layer only what the pooled output depends on), and is at "
+        f"{run / of_all * share:.0%} of the limit of those"
     )
 
 
