@@ -87,6 +87,11 @@ class Config:
         f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or a Gramian weighting of torchjd by its name",
         metavar="NAME",
     )
+    gradient_scale: str = parameter(
+        "equal",
+        "equal: a treatment gets the task gradients at their mean length; own: as they are",
+        choices=("equal", "own"),
+    )
     granularity: str = parameter("model", "treat gradients of the whole model, or by layer", choices=("model", "layer"))
     regularizers: tuple[str, ...] = ()
     adapter: str = ""
@@ -345,7 +350,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
-        (config.is_treated, with_treatment, ("granularity",)),
+        (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
         (config.option != "test", f"{option} does not train", training),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),

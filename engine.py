@@ -26,7 +26,7 @@ from evaluation import Precision, evaluate, mean_score
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, adamw_step, to_device
 from optimizer import FlatParameters, clip_factor, gradient_norm
-from pcgrad import Treatment, combine, cosines, gramians_of, removed_shares
+from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
 from seeding import derive_seed
 from smart import Regularizer
@@ -86,12 +86,14 @@ class Stage:
 @dataclass(frozen=True)
 class Methods:
     """How a stage trains. treatment: None for the plain sum. segments: names of the shared parameters that a treatment
-    takes on their own, such as those of a layer; one segment of all by default."""
+    takes on their own, such as those of a layer; one segment of all by default. scales_equally: the task gradients are
+    brought to their mean length before it sees them."""
 
     scheduler: Scheduler
     treatment: Treatment | None = None
     regularizers: Sequence[Regularizer] = ()
     segments: Sequence[Sequence[str]] | None = None
+    scales_equally: bool = False
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ class Trainer:
         losses, numbers = self._backward_within_memory(rows, weights, lr, step, note)
         found: Record | None = {}
         if numbers is None:
-            found = self._treat(rows, losses, step) if self.is_treated else {}
+            found = self._treat(rows, weights, losses, step) if self.is_treated else {}
             numbers = self._move(tasks, losses, lr, is_overflow=found is None)
         reading = Reading(numbers)
         if self.methods.regularizers and found is not None and self._is_taken(reading):
@@ -458,7 +460,9 @@ class Trainer:
         terms = [regularizer.term(task, batch, self._masks, logits) for regularizer in self.methods.regularizers]
         return torch.stack(terms).sum()
 
-    def _treat(self, rows: Mapping[str, np.ndarray], losses: Tensor, step: int) -> Record | None:
+    def _treat(
+        self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], losses: Tensor, step: int
+    ) -> Record | None:
         """Combines the task gradients in the first of them; returns what the treatment found and did, None where a
         gradient overflowed. Raises TrainingError before a running average moves if anything else is not finite."""
         assert self.methods.treatment is not None
@@ -468,11 +472,15 @@ class Trainer:
             if self.scaler.is_enabled and losses.isfinite().all():
                 return None
             raise self._error(rows, losses.tolist(), float(gramians.sum()), step)
+        factors = torch.ones(len(tasks), dtype=torch.float64)
+        if self.methods.scales_equally:
+            factors = equal_lengths(gramians, torch.tensor(list(weights.values()), dtype=torch.float64))  # (T,)
+            gramians = gramians * factors[:, None] * factors
         generator = random.Random(self._seed("treatment", step))
         coefficients = self.methods.treatment.coefficients(gramians, places, generator)  # (S, T, T)
-        weights = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)
-        weights[:, places] = coefficients.sum(1)  # nothing of a task that is not in the step
-        combine(self.shared.gradients, weights, self.segments)
+        combined = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)
+        combined[:, places] = coefficients.sum(1) * factors  # nothing of a task that is not in the step
+        combine(self.shared.gradients, combined, self.segments)
         between = cosines(gramians.sum(0))  # (T, T)
         kept = (coefficients * gramians).sum(2).sum(0)  # (T,): each segment's Gram matrix under its own coefficients
         removed = removed_shares(gramians.sum(0).diagonal(), kept)

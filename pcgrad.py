@@ -238,6 +238,16 @@ def gramians_of(gradients: Tensor, segments: Sequence[Sequence[slice]], dtype: t
     return torch.stack([torch.stack(parts).sum(0) for parts in parts_of])
 
 
+def equal_lengths(gramians: Tensor, weights: Tensor) -> Tensor:
+    """(T,) factors that bring the task gradients to their mean length, before their weights (T,) count.
+
+    A treatment compares directions, but its sum is led by the longest gradient: squared errors on a scale of five are
+    worth several cross entropies. gramians: (S, T, T), of the weighted gradients. 1 for a gradient of zero.
+    """
+    lengths = gramians.sum(0).diagonal().sqrt() / weights
+    return torch.where(lengths > 0, lengths.mean() / lengths, 1.0)
+
+
 def combine(gradients: Tensor, weights: Tensor, segments: Sequence[Sequence[slice]]) -> None:
     """On each segment s the sum over t of weights[s, t] * gradients[t], in place of the first of the gradients (T, P).
 

@@ -192,7 +192,7 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
         treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
-    return Methods(scheduler, treatment, regularizers, segments)
+    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal")
 
 
 def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
@@ -503,7 +503,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
 
 def _methods(config: Config) -> list[str]:
     """What is chosen beside the scheduler, in words."""
-    treatment = f"gradients aggregated by {config.treatment} ({config.granularity})"
+    treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
     return [
         *([treatment] if config.is_treated else []),
         *config.regularizers,

@@ -18,6 +18,7 @@ from pcgrad import (
     Treatment,
     combine,
     cosines,
+    equal_lengths,
     find_treatment,
     gradvac_coefficients,
     gramian_weightings,
@@ -271,6 +272,13 @@ def test_long_rows_are_summed_without_losing_digits() -> None:
     rows[1, ::2] = -0.3
     expected = rows.double() @ rows.double().T
     assert torch.allclose(gramian(rows), expected, rtol=5e-5)  # one float32 sum is off by 2e-3
+
+
+def test_equal_lengths_bring_the_gradients_to_the_mean_of_theirs_and_leave_weights_and_zeros() -> None:
+    rows = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    weights = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)  # lengths without weights: 5, 1, 0, their mean 2
+    factors = equal_lengths(gramians_of(rows, [[slice(0, 2)], [slice(2, 3)]]), weights)
+    assert factors.tolist() == pytest.approx([0.4, 2.0, 1.0])
 
 
 def test_combining_weighs_the_gradients_by_segment_in_the_first_of_them() -> None:

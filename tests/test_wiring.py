@@ -105,6 +105,7 @@ class Naive:
     draws: int = 1
     treatment: str = ""
     beta: float = 0.01
+    scale: str = "equal"
     by_layer: bool = False
     smart: bool = False
     bregman: bool = False
@@ -225,6 +226,7 @@ class Naive:
     def step(self, epoch: int, step: int) -> dict[str, Any]:
         """Takes a step and returns what is to be recorded of it."""
         drawn, gradients, total = self.drawn(epoch, step), {}, dict[str, Tensor]()
+        lengths: dict[str, float] = {}
         found: dict[str, Any] = {"draws": Counter(drawn), "losses": {}, "loss": 0.0}
         ends = [i * ROWS // len(drawn) for i in range(len(drawn) + 1)]
         b = 0.2 + 0.8 * (epoch - 1) / (self.epochs - 1) if self.scheduler == "pal" and self.epochs > 1 else 1.0
@@ -235,9 +237,14 @@ class Naive:
             loss, of_task = self.loss_and_gradient(task, self.next_rows(task, num_rows), step)
             found["losses"][task], found["loss"] = loss, found["loss"] + loss * num_rows / ROWS
             gradients[task] = {name: weight * gradient for name, gradient in of_task.items()}
+            lengths[task] = float(flat(of_task, self.groups["shared"]).norm()) if self.groups["shared"] else 0.0
             total.update(gradients[task])
         for name in self.groups["shared"]:
             total[name] = torch.stack([of_task[name] for of_task in gradients.values()]).sum(0)
+        if self.treatment and self.scale == "equal":
+            mean = sum(lengths.values()) / len(lengths)
+            for task, of_task in gradients.items():
+                of_task.update({name: mean / lengths[task] * of_task[name] for name in self.groups["shared"]})
         if self.treatment:
             total.update(self.treated_sum(gradients, step, found))
         norm = float(flat(total, list(total)).norm())
@@ -290,6 +297,10 @@ FROZEN: dict[str, Any] = {"epochs": 8, "lr": 0.02, "moves": ["heads"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pcgrad": (f"{PAL} --pcgrad --draws_per_step 5", {"treatment": "pcgrad", "draws": 5}),
     "gradvac": ("--gradvac --gradvac_beta 0.3 --draws_per_step 5", {"treatment": "gradvac", "beta": 0.3, "draws": 5}),
+    "own lengths": (
+        "--pcgrad --gradient_scale own --draws_per_step 5",
+        {"treatment": "pcgrad", "scale": "own", "draws": 5},
+    ),
     "default draws": ("--gradvac", {"treatment": "gradvac", "draws": 14}),
     "every task once": ("--pcgrad --draws_per_step 3", {"treatment": "pcgrad", "draws": 3}),
     "torchjd": ("--treatment UPGrad --draws_per_step 4", {"treatment": "UPGrad", "draws": 4}),
