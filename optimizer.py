@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ops import Moments, Vector
 
+PIECE = 2**14
+
 
 class FlatParameters:
     """Some parameters in one vector: first the matrices, which weight decay applies to, then biases and LayerNorms.
@@ -80,11 +82,18 @@ class FlatParameters:
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, (), float64 on their device; infinite or NaN where one of them is."""
-    norms = torch.stack([torch.linalg.vector_norm(gradient).double() for gradient in gradients])
+    norms = torch.stack([_norm(gradient.flatten()).double() for gradient in gradients])
     if norms.device.type == "cpu" and not torch.isfinite(norms).all():  # float32 ends at 1e19
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
     norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """Of a long vector by pieces: twice as fast on a CPU, and one sum in float32 is not as long."""
+    whole = len(vector) // PIECE * PIECE
+    pieces = torch.linalg.vector_norm(vector[:whole].view(-1, PIECE), dim=1)
+    return torch.linalg.vector_norm(torch.cat([pieces, torch.linalg.vector_norm(vector[whole:])[None]]))  # type: ignore[no-any-return]
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

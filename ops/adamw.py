@@ -71,7 +71,10 @@ def _fused_step(vector: Vector, lr: float, weight_decay: float, factor: Tensor, 
     """By torch's fused kernel. (torch.optim.AdamW calls it too; its base class imports torch's compiler, the longest
     part of a run's start.)"""
     moments = vector.moments
-    if factor != 1:
+    divisor = None  # the kernel takes one of float32 only
+    if factor != 1 and vector.gradient.dtype == torch.float32:
+        divisor = (1 / factor).to(torch.float32)
+    elif factor != 1:
         vector.gradient.mul_(factor)
     step = moments.step.clone()
     for part, decay in ((slice(0, vector.num_decayed), weight_decay), (slice(vector.num_decayed, None), 0.0)):
@@ -84,6 +87,7 @@ def _fused_step(vector: Vector, lr: float, weight_decay: float, factor: Tensor, 
             [],
             [moments.step],
             fused=True,
+            grad_scale=divisor,
             found_inf=is_skipped,
             amsgrad=False,
             beta1=BETAS[0],
