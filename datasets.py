@@ -403,13 +403,20 @@ def by_batches(
 ) -> Tensor:
     """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length.
 
-    compute: from row numbers (B,) to results (B, ...).
+    compute: from row numbers (B,) to results (B, ...). Out of memory, it goes on with batches of half the rows.
     """
     order = rows.by_length()
-    parts = []
-    for start in range(0, len(order), batch_size):
+    parts, start = [], 0
+    while start < len(order):
         between()
-        parts.append(compute(order[start : start + batch_size]).float())
+        batch = order[start : start + batch_size]
+        try:
+            parts.append(compute(batch).float())
+            start += len(batch)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise DataError("the device is out of memory with one row a forward pass (--eval_batch_size)") from None
+            batch_size = -(-batch_size // 2)
     result = torch.cat(parts)
     inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)
     return result[inverse]

@@ -12,7 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
 
@@ -24,7 +24,7 @@ import ops
 from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_stop
 from evaluation import Precision, evaluate, mean_score
 from model import TaskModel, Trained
-from ops import DropoutMasks, Reading, Replayed, adamw_step, to_device
+from ops import DropoutMasks, Reading, Replayed, adamw_step, can_replay, to_device
 from optimizer import FlatParameters, clip_factor, gradient_norm
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
@@ -34,7 +34,6 @@ from tasks import TASKS
 
 Record = dict[str, Any]  # a line of metrics.jsonl
 PassKey = tuple[tuple[str, ...], int, int]  # tasks, rows and tokens of a pass
-Note = Callable[[str], None]  # takes a line for the user
 
 
 class TrainingError(ValueError):
@@ -109,14 +108,16 @@ class Progress:
     """Where a stage stands: all that a resumed run needs besides tensors.
 
     step: finished optimizer steps. closed_epochs: epochs whose evaluation is done. rows: of each task, drawn so far.
-    micro_batch: rows of a forward pass at most, below the batch size after the device ran out of memory. seconds: spent
-    training and evaluating. conflicts: sums of what a treatment found.
+    micro_batch: rows of a forward pass at most, below the batch size after the device ran out of memory; replays:
+    whether passes may still be CUDA graphs then. seconds: spent training and evaluating. conflicts: sums of what a
+    treatment found.
     """
 
     step: int = 0
     closed_epochs: int = 0
     rows: dict[str, int] = field(default_factory=dict)
     micro_batch: int = 0
+    replays: bool = True
     best_score: float | None = None
     best_epoch: int = 0
     ended: bool = False
@@ -161,6 +162,7 @@ class Launched:
     weights: Mapping[str, float]
     rows: Mapping[str, np.ndarray]
     drawn: Mapping[str, int]
+    notes: Sequence[str]
 
 
 class LossScaler:
@@ -171,6 +173,7 @@ class LossScaler:
     """
 
     GROWTH_INTERVAL = 2000
+    LEAST = 2.0**-10  # below it an overflow is no longer one of the scale's making
 
     def __init__(self, is_enabled: bool, device: torch.device) -> None:
         self.is_enabled = is_enabled
@@ -213,8 +216,10 @@ class Trainer:
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         self._take_pass: Callable[..., Tensor] = self._pass_on_device
         self._take_whole: Callable[..., Tensor] = self._step_on_device
-        if cuda_graphs and precision.device.type == "cuda" and not stage.is_frozen and not methods.regularizers:
+        self.progress.replays = can_replay(precision.device) and cuda_graphs
+        if self.progress.replays and not stage.is_frozen and not methods.regularizers:
             self._take_pass, self._take_whole = Replayed(self._pass_on_device), Replayed(self._step_on_device)
+        self._since = time.perf_counter()  # when the work began that will be told of next
 
     @cached_property
     def _joined(self) -> tuple[TokenizedRows, dict[str, int]] | None:
@@ -244,34 +249,32 @@ class Trainer:
         Raises TrainingError at a step that cannot be taken; nothing of it has moved then.
         """
         stage, progress = self.stage, self.progress
+        self._since = time.perf_counter()
         while True:
             epoch, place = divmod(progress.step, stage.steps_per_epoch)
             if place == 0 and progress.closed_epochs < epoch:
                 event = self._end_epoch(epoch, between)
                 progress.closed_epochs = epoch
                 yield event
+                self._since = time.perf_counter()
             if progress.ended or progress.step == stage.num_steps:
                 break
-            started, notes = time.perf_counter(), list[str]()
-            self._launched.append(self._launch(epoch + 1, progress.step, notes.append))
+            self._launched.append(self._launch(epoch + 1, progress.step))
             progress.step += 1
-            is_settled = progress.step % stage.steps_per_epoch == 0 or (
-                settle_every and progress.step % settle_every == 0
-            )
-            finished = list(self.settle(0 if is_settled else self.num_waiting))
-            seconds = time.perf_counter() - started
-            progress.seconds += seconds
-            for event in finished:
-                assert event.record is not None
-                event.record["examples_per_second"] = stage.rows_per_step * len(finished) / seconds
-                yield replace(event, notes=notes)
+            stands = progress.step % stage.steps_per_epoch == 0 or (settle_every and progress.step % settle_every == 0)
+            yield from self.settle(0 if stands else self.num_waiting)
         for name, value in self.best.items():
             self._vectors()[name].values.copy_(value)
 
     def settle(self, num_waiting: int = 0) -> Iterator[Event]:
         """Waits for the steps that the device has been ordered to take, but for the last few, and tells of them."""
         while len(self._launched) > num_waiting:
-            yield Event(self._record(self._launched.popleft()))
+            launched = self._launched.popleft()
+            record = self._record(launched)
+            seconds = time.perf_counter() - self._since
+            self.progress.seconds += seconds
+            yield Event(record | {"examples_per_second": self.stage.rows_per_step / seconds}, notes=launched.notes)
+            self._since = time.perf_counter()
 
     def _end_epoch(self, epoch: int, between: BetweenBatches) -> Event:
         stage, progress = self.stage, self.progress
@@ -300,12 +303,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def take_step(self, epoch: int, step: int, note: Note = lambda line: None) -> Record:
-        """One optimizer step; returns its line for the log. epoch: from 1. step: counted from 0. note: takes lines for
-        the user. Raises TrainingError if a loss or a gradient is not finite."""
-        return self._record(self._launch(epoch, step, note))
+    def take_step(self, epoch: int, step: int) -> Record:
+        """One optimizer step; returns its line for the log. epoch: from 1. step: counted from 0. Raises TrainingError
+        if a loss or a gradient is not finite."""
+        return self._record(self._launch(epoch, step))
 
-    def _launch(self, epoch: int, step: int, note: Note) -> Launched:
+    def _launch(self, epoch: int, step: int) -> Launched:
         """Orders a step of the device. Without a treatment the host waits for nothing, with one for inner products."""
         stage, progress = self.stage, self.progress
         plan = self.methods.scheduler.plan(epoch, step, random.Random(self._seed("plan", step)))
@@ -323,7 +326,8 @@ class Trainer:
         }
 
         lr = torch.full((), stage.learning_rate(step), dtype=torch.float64, device=self.precision.device)
-        losses, numbers = self._backward_within_memory(rows, weights, lr, step, note)
+        notes: list[str] = []
+        losses, numbers = self._backward_within_memory(rows, weights, lr, step, notes)
         found: Record | None = {}
         if numbers is None:
             found = self._treat(rows, weights, losses, step) if self.is_treated else {}
@@ -335,14 +339,15 @@ class Trainer:
         drawn = dict(progress.rows)
         for task in tasks:
             progress.rows[task] += counts[task]
-        return Launched(step, record | (found or {}), reading, weights, rows, drawn)
+        return Launched(step, record | (found or {}), reading, weights, rows, drawn, notes)
 
     def _record(self, launched: Launched) -> Record:
         """The line for the log, when the device has come that far. Raises TrainingError for a step that could not be
         taken, after which the trainer stands before it."""
         stage, progress, tasks = self.stage, self.progress, list(launched.rows)
         *losses, norm, is_skipped, scale = launched.numbers.wait().tolist()
-        if is_skipped and not (self.scaler.is_enabled and np.isfinite(losses).all()):
+        is_overflow = self.scaler.is_enabled and np.isfinite(losses).all() and scale > self.scaler.LEAST
+        if is_skipped and not is_overflow:
             progress.step, progress.rows = launched.step, dict(launched.drawn)
             self._launched.clear()
             self._halted.zero_()
@@ -366,26 +371,32 @@ class Trainer:
         return self.stage.tasks.index(task) if self.is_treated else 0
 
     def _backward_within_memory(
-        self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], lr: Tensor, step: int, note: Note
+        self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], lr: Tensor, step: int, notes: list[str]
     ) -> tuple[Tensor, Tensor | None]:
-        """What `_backward` returns; out of memory, the step begins again with passes of half the rows."""
+        """What `_backward` returns; out of memory, the step begins again without CUDA graphs, then with passes of half
+        the rows."""
         progress = self.progress
         while True:
             try:
                 return self._backward(list(self._passes(rows, weights, step)), list(rows), lr)
             except torch.OutOfMemoryError:
-                if progress.micro_batch == 1:
+                if progress.micro_batch == 1 and not progress.replays:
                     raise TrainingError(
                         f"{self.stage.name} step {step + 1}: the device is out of memory with one row a forward pass"
                     ) from None
-            progress.micro_batch = -(-progress.micro_batch // 2)
-            self._take_pass, self._take_whole = self._pass_on_device, self._step_on_device  # graphs hold memory
+            how = "without CUDA graphs"
+            if not progress.replays:
+                progress.micro_batch = -(-progress.micro_batch // 2)
+                how = f"with at most {progress.micro_batch} rows a forward pass, and the same rows a step"
+            self._launch_only()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            note(
-                f"{self.stage.name} step {step + 1}: out of memory; going on with at most {progress.micro_batch} rows "
-                "a forward pass, and the same rows a step"
-            )
+            notes.append(f"{self.stage.name} step {step + 1}: out of memory; going on {how}")
+
+    def _launch_only(self) -> None:
+        """From here on no pass is a CUDA graph: they hold memory."""
+        self.progress.replays = False
+        self._take_pass, self._take_whole = self._pass_on_device, self._step_on_device
 
     def _backward(self, passes: Sequence[Pass], tasks: list[str], lr: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each task's gradient, of its mean loss times its weight; returns those losses (T,). A step of a single pass
@@ -447,7 +458,8 @@ class Trainer:
         losses = []
         for task, of_task, of_row in zip(tasks, logits, weights, strict=True):
             labels = torch.where(of_row > 0, batch.labels, 0)  # another task's label is nothing to compare with
-            losses.append((TASKS[task].output.losses(of_task, labels) * of_row).sum())
+            of_rows = torch.where(of_row > 0, TASKS[task].output.losses(of_task, labels), 0)
+            losses.append((of_rows * of_row).sum())
         if self.methods.regularizers:
             losses[0] = losses[0] + weights[0].sum() * self._regularization(tasks[0], batch, logits[0])
         (sum(losses, torch.zeros((), device=weights.device)) * self.scaler.scale).backward()
@@ -521,16 +533,12 @@ class Trainer:
         moved = [vector.moved_by(vector.gradients[0]) for vector in vectors]
         adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
         numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])
-        self.scaler.update(is_bad.to(torch.float32))
+        self.scaler.update((is_bad & ~self._halted).to(torch.float32))
         return numbers
 
     def _is_taken(self, numbers: Reading) -> bool:
-        """Whether the step was not left out; on a GPU, where nothing overflows, that is taken for granted until its
-        record is wanted."""
-        is_cpu = self.precision.device.type == "cpu"
-        if is_cpu or (self.scaler.is_enabled and not self.is_treated):
-            return not numbers.wait()[-2]
-        return True
+        """Whether a step was not left out: after a treatment that is known, else the device has to be waited for."""
+        return self.is_treated or not numbers.wait()[-2]
 
     def _error(self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int) -> TrainingError:
         for task, loss in zip(rows, losses, strict=True):
@@ -568,6 +576,8 @@ class Trainer:
         """Takes up a checkpoint of this stage. Raises ValueError or KeyError if it is of another one."""
         for name, value in progress.items():
             setattr(self.progress, name, value)
+        if not self.progress.replays:
+            self._launch_only()
         for name, vector in self._vectors().items():
             vector.load_state(_part(tensors, f"optimizer.{name}."))
         self.scaler.scale.copy_(tensors["scaler.scale"])

@@ -297,9 +297,11 @@ class Run:
                         self.save(number, trainer)
                     self.stop.check()
             except (Stopped, TrainingError):
-                for event in trainer.settle():
-                    self.show(stage, event)
-                self.save(number, trainer)
+                try:
+                    for event in trainer.settle():
+                        self.show(stage, event)
+                finally:
+                    self.save(number, trainer)
                 raise
         self.seconds[stage.name] = round(progress.seconds, 3)
         self.best_epochs[stage.name] = progress.best_epoch

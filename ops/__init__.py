@@ -12,7 +12,7 @@ from ops.attention import attention, first_token_attention
 from ops.dropout import DropoutMasks, dropout
 from ops.embedding import embedding
 from ops.gradients import gramian, is_exact, weighted_sum
-from ops.graphs import Replayed
+from ops.graphs import Replayed, can_replay
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
@@ -33,6 +33,7 @@ __all__ = [
     "activated_linear",
     "adamw_step",
     "attention",
+    "can_replay",
     "dropout",
     "embedding",
     "first_token_attention",

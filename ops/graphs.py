@@ -8,6 +8,13 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from ops.linear import triton_kernels
+
+
+def can_replay(device: torch.device) -> bool:
+    """Whether passes on a device can be recorded: the torch forms of some operations wait for the host."""
+    return device.type == "cuda" and triton_kernels() is not None
+
 
 class Replayed:
     """A function of tensors on a GPU and of a key, from the second call with a key on as a CUDA graph.
@@ -26,12 +33,11 @@ class Replayed:
         if key not in self._seen:  # libraries prepare at a first call what must not be recorded
             self._seen.add(key)
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                self._stream
-            ):  # what autograd makes for a parameter stays on the stream it was made on
-                output = self.function(key, *inputs)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            return output
+            try:
+                with torch.cuda.stream(self._stream):  # what autograd makes for a parameter stays on its first stream
+                    return self.function(key, *inputs)
+            finally:
+                torch.cuda.current_stream().wait_stream(self._stream)
         if key not in self._recorded:
             places = [tensor.clone() for tensor in inputs]
             graph = torch.cuda.CUDAGraph()

@@ -443,7 +443,7 @@ def _adamw(
     if tl.load(is_skipped) == 0:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = place < count
-        g = tl.load(gradient + place, inside, 0.0) * tl.load(factor)
+        g = tl.load(gradient + place, inside, 0.0) * tl.load(factor).to(tl.float32)
         m = tl.load(mean + place, inside, 0.0)
         v = tl.load(square + place, inside, 0.0)
         m += (1 - beta1) * (g - m)

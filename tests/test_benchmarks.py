@@ -224,7 +224,7 @@ def test_the_reference_is_given_the_rows_that_ours_draws(
     trainer = workload.full_trainer(checkpoint.model(tuple(rows)), rows, **options)
     draws = workload.Draws(rows, draws_per_step, batch_size=4)
     for step in range(24):  # several passes over the rows
-        rows_of = trainer._launch(1, step, print).rows
+        rows_of = trainer._launch(1, step).rows
         assert {task: of.tolist() for task, of in rows_of.items()} == {task: of.tolist() for task, of in draws(step)}
 
 

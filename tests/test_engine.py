@@ -1,13 +1,16 @@
 """The training step and the loop around it, on tiny random models and rows. (What a step computes: test_wiring.py.)"""
 
+import json
 import math
 import random
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 import engine
+import multitask_classifier
 from datasets import Batch, RowStream, TokenizedRows, TokenRows
 from engine import Methods, Stage, StageData, Trainer, TrainingError
 from evaluation import Precision, compute_features
@@ -26,6 +30,7 @@ from ops import DropoutMasks
 from pal import ADAPTERS
 from parameters import Choice, parameters_type
 from pcgrad import TREATMENTS, find_treatment
+from run import Run
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
@@ -525,8 +530,8 @@ class Memory:
 def test_out_of_memory_halves_the_forward_pass_and_keeps_the_gradient(treatment: str) -> None:
     memory = Memory(3)
     options: dict[str, Any] = {"treatment": treatment, "batch_size": 10, "accumulation_steps": 3}
-    setup, notes = make(before=memory, **options), list[str]()
-    setup.trainer.take_step(1, 0, notes.append)
+    setup = make(before=memory, **options)
+    notes = setup.trainer._launch(1, 0).notes
     expected = make(**options)
     expected.step()
     again = [3, 3, 3, 1] * 3 if treatment else [3] * 10
@@ -537,8 +542,7 @@ def test_out_of_memory_halves_the_forward_pass_and_keeps_the_gradient(treatment:
     ]
     for name, value in expected.state().items():
         torch.testing.assert_close(setup.state()[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
-    setup.trainer.take_step(1, 1, notes.append)
-    assert len(notes) == 2 and memory.sizes == [10, *again, *again]
+    assert not setup.trainer._launch(1, 1).notes and memory.sizes == [10, *again, *again]
 
 
 def test_out_of_memory_with_one_row_is_an_error() -> None:
@@ -562,3 +566,62 @@ def test_every_scheduler_and_treatment_takes_a_step_and_touches_no_global_genera
     assert len(present) == (3 if treatment else 1)
     own = {name for task in present for name in setup.model.trained().own[task]}
     assert moved(before, setup.parameters()) == own | set(setup.model.shared_parameters())
+
+
+def test_a_step_that_is_told_of_late_is_in_the_log_of_a_run_that_is_stopped_or_fails(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever step the stop comes after; and one under way that cannot be taken is not what the run stands at."""
+    flags = "--epochs 2 --pretrain_epochs 0 --steps_per_epoch 4 --batch_size 4 --save_every 3 --cache off --device cpu"
+    base = [*flags.split(), "--no-tensorboard", "--model", str(tiny), "--data", str(data)]
+    original, init = Run.show, Trainer.__init__
+    monkeypatch.setattr(Run, "draw_plots", lambda run: None)
+
+    def late(trainer: Trainer, *given: Any) -> None:
+        init(trainer, *given)
+        trainer.num_waiting = 1
+
+    def steps_of(out: Path) -> list[int]:
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        return [line["step"] for line in lines if "loss" in line]
+
+    monkeypatch.setattr(Trainer, "__init__", late)
+    assert multitask_classifier.main([*base, "--out", str(tmp_path / "whole")]) == 0
+    for stop in range(1, 9):
+        out, left = tmp_path / f"stopped{stop}", iter(range(stop - 1, -9, -1))
+
+        def show(run: Run, stage: Stage, event: engine.Event, left: Iterator[int] = left) -> None:
+            original(run, stage, event)
+            if not event.is_epoch and next(left) == 0:
+                run.stop.number = signal.SIGINT
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "show", show)
+            assert multitask_classifier.main([*base, "--out", str(out)]) == 130
+        stands_at = json.loads((out / "last" / "trainer.json").read_text())["progress"]["step"]
+        assert steps_of(out) == list(range(1, stands_at + 1))
+        assert multitask_classifier.main(["--resume", str(out)]) == 0
+        assert steps_of(out) == list(range(1, 9))
+        for name in ("last/model.safetensors", "last/trainer.safetensors"):
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_scale_that_cannot_help_ends_a_run_of_float16() -> None:
+    setup = make(dtype=torch.float16, steps_per_epoch=90)
+    setup.model.get_parameter("encoder.pooler.weight").register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(TrainingError, match=r"finetune step 27: the gradient of .* is nan"):
+        setup.run()
+    assert setup.trainer.progress.step == 26
+
+
+def test_a_row_that_is_not_finite_is_its_own_tasks() -> None:
+    setup = make()
+    original = setup.model.pooled
+
+    def pooled(task: str, batch: Batch, *given: Any) -> Tensor:
+        states = original(task, batch, *given)
+        return torch.where(torch.arange(len(states))[:, None] == len(states) - 1, math.inf, states)
+
+    setup.model.pooled = pooled  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="the loss of sts is"):
+        setup.step()
