@@ -108,7 +108,7 @@ class Config:
     max_length: int = parameter(0, "tokens of a row at most; 0: as many as the model has positions", ">= 0")
 
     epochs: int = parameter(5, "epochs of fine-tuning", ">= 1")
-    pretrain_epochs: int = parameter(10, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
+    pretrain_epochs: int = parameter(25, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
     steps_per_epoch: int = parameter(0, "optimizer steps of an epoch; 0: as many as there are rows for", ">= 0")
     batch_size: int = parameter(32, "rows of a step, times --accumulation_steps; a forward pass takes no more", ">= 1")
     accumulation_steps: int = parameter(1, "how many times --batch_size rows make up an optimizer step", ">= 1")
@@ -116,7 +116,7 @@ class Config:
     eval_every: int = parameter(1, "epochs between evaluations; 0: after the last only", ">= 0")
     save_every: int = parameter(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
     lr: float = parameter(0.0, "peak learning rate of fine-tuning; 0: by the model's width", ">= 0")
-    pretrain_lr: float = parameter(1e-3, "peak learning rate of the frozen stage", "> 0")
+    pretrain_lr: float = parameter(1e-2, "peak learning rate of the frozen stage", "> 0")
     warmup: float = parameter(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
     weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")

@@ -353,6 +353,16 @@ class FeatureRows:
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         return self.gather(to_device(np.asarray(rows, dtype=np.int64), self.features.device), 0)
 
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each feature, (D,); 1 for the deviation of a constant."""
+        deviation = self.features.std(0, correction=0)
+        return self.features.mean(0), torch.where(deviation > 0, deviation, 1.0)
+
+    def standardized(self, mean: Tensor, deviation: Tensor) -> "FeatureRows":
+        """(features - mean) / deviation, both (D,)."""
+        return FeatureRows((self.features - mean) / deviation, self.labels)
+
     def num_places(self, rows: np.ndarray) -> int:
         return 0
 

@@ -1,8 +1,12 @@
 """The training step and the training loop, one for every scheduler, treatment, regularizer and precision.
 
-plan = scheduler.plan(...)                              how often each task is drawn: {"para": 9, "sst": 4, "sts": 3}
-for each task of the plan: its rows of the step, forward, loss (+ regularizers), backward into that task's gradient
-unscale -> treatment -> clip once -> optimizer step -> after-step updates
+_launch            plan = scheduler.plan(...): how often each task is drawn, {"para": 9, "sst": 4, "sts": 3}; its rows
+_passes            which rows go through the model together: those of a task, or without a treatment of all tasks
+_forward_backward  forward, loss (+ regularizers), backward: autograd adds into the task's row of the shared gradients
+                   (on a GPU ops/linear.py adds some of them itself)
+_treat             Gram matrix -> treatment -> weighted sum, in the first row
+_move              clip once -> AdamW
+_record            what is logged, when the device has come that far
 
 Shape letters: T tasks of a step, P shared parameters, B rows.
 """
@@ -216,8 +220,10 @@ class Trainer:
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         self._take_pass: Callable[..., Tensor] = self._pass_on_device
         self._take_whole: Callable[..., Tensor] = self._step_on_device
-        self.progress.replays = can_replay(precision.device) and cuda_graphs
-        if self.progress.replays and not stage.is_frozen and not methods.regularizers:
+        self._replays = (
+            cuda_graphs and can_replay(precision.device) and not stage.is_frozen and not methods.regularizers
+        )
+        if self._replays:
             self._take_pass, self._take_whole = Replayed(self._pass_on_device), Replayed(self._step_on_device)
         self._since = time.perf_counter()  # when the work began that will be told of next
 
@@ -380,14 +386,15 @@ class Trainer:
             try:
                 return self._backward(list(self._passes(rows, weights, step)), list(rows), lr)
             except torch.OutOfMemoryError:
-                if progress.micro_batch == 1 and not progress.replays:
+                if progress.micro_batch == 1 and not self._replays:
                     raise TrainingError(
                         f"{self.stage.name} step {step + 1}: the device is out of memory with one row a forward pass"
                     ) from None
             how = "without CUDA graphs"
-            if not progress.replays:
+            if not self._replays:
                 progress.micro_batch = -(-progress.micro_batch // 2)
                 how = f"with at most {progress.micro_batch} rows a forward pass, and the same rows a step"
+            progress.replays = False
             self._launch_only()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -395,7 +402,7 @@ class Trainer:
 
     def _launch_only(self) -> None:
         """From here on no pass is a CUDA graph: they hold memory."""
-        self.progress.replays = False
+        self._replays = False
         self._take_pass, self._take_whole = self._pass_on_device, self._step_on_device
 
     def _backward(self, passes: Sequence[Pass], tasks: list[str], lr: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -583,6 +590,8 @@ class Trainer:
         self.scaler.scale.copy_(tensors["scaler.scale"])
         self.scaler.steps.copy_(tensors["scaler.steps"])
         for name, average in self._averages().items():
+            if tensors[name].shape != average.shape:
+                raise ValueError(f"{name} is of another shape than {tuple(average.shape)}")
             average.copy_(tensors[name])
         device = self.precision.device
         self.best = {name: value.to(device) for name, value in _part(tensors, "best.").items()}

@@ -4,7 +4,7 @@ Shape letters: B rows, D hidden, K outputs.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class Head(Protocol):
         """pooled (B, D) -> logits (B, K)."""
         ...
 
+    def absorb(self, mean: Tensor, deviation: Tensor) -> None:
+        """From here on it gives for x what it gave for (x - mean) / deviation, both (D,)."""
+        ...
+
 
 class LinearHead(nn.Module):
     """Dropout and a linear layer."""
@@ -35,6 +39,9 @@ class LinearHead(nn.Module):
 
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
         return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+
+    def absorb(self, mean: Tensor, deviation: Tensor) -> None:
+        _absorb(self.output, mean, deviation)
 
 
 class MlpHead(nn.Module):
@@ -55,6 +62,15 @@ class MlpHead(nn.Module):
         for layer in self.hidden:
             pooled = torch.relu(layer(ops.dropout(pooled, self.dropout_prob, masks)))  # (B, D)
         return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+
+    def absorb(self, mean: Tensor, deviation: Tensor) -> None:
+        _absorb(cast(nn.Linear, self.hidden[0]), mean, deviation)
+
+
+@torch.no_grad()
+def _absorb(layer: nn.Linear, mean: Tensor, deviation: Tensor) -> None:
+    layer.weight.div_(deviation)  # (O, D)
+    layer.bias.sub_(layer.weight @ mean)  # (O,)
 
 
 HEADS: dict[str, type[Head]] = {"linear": LinearHead, "mlp": MlpHead}

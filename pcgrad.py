@@ -23,9 +23,12 @@ from parameters import NoParameters, parameter
 
 
 class Treatment(Protocol):
-    """Maps Gram matrices of task gradients to coefficients.
+    """Maps Gram matrices of task gradients to coefficients: once a step, of finite numbers only, all on the host.
 
-    state: running averages, which a checkpoint holds; tensors that are changed in place, none for most.
+    What it is given are gradients with their draw weights, brought to equal lengths unless --gradient_scale says
+    otherwise. state: running averages, which a checkpoint holds; tensors on the host that are changed in place, none
+    for most. Parameters of its own stand in a frozen dataclass `Parameters` (see GradientVaccine); an entry of
+    TREATMENTS makes its flags.
     """
 
     state: dict[str, Tensor]
@@ -158,7 +161,8 @@ TREATMENTS: dict[str, type[Treatment]] = {"pcgrad": PCGrad, "gradvac": GradientV
 
 
 def find_treatment(name: str) -> Callable[[Any, int, int], Treatment]:
-    """The treatment of a name: one of TREATMENTS, else a weighting of torchjd. Raises ValueError if there is none."""
+    """The treatment of a name: one of TREATMENTS, else a weighting of torchjd, which raises ValueError if there is none
+    when it is made."""
     return TREATMENTS[name] if name in TREATMENTS else partial(JacobianDescent, name)
 
 

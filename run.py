@@ -12,14 +12,14 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
 from config import Config, FlagError, from_dict
 from console import Console, duration
-from datasets import SPLITS, DeferredRows, Rows, TokenizedRows, Tokenizer
+from datasets import SPLITS, DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -33,6 +33,7 @@ from evaluation import (
     write_dev_rows,
     write_predictions,
 )
+from heads import Head
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
 from parameters import Choice
@@ -227,6 +228,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.best_epochs: dict[str, int] = {}
         self.conflicts: dict[str, Any] = {}
+        self.known_features: dict[int, FeatureRows] = {}
         self.metrics: MetricsLog
 
     def train(self) -> None:
@@ -245,6 +247,7 @@ class Run:
             self.run_stage(number, trainer)
         if self.stages and self.stages[-1].is_frozen:
             self.save_best()
+            self.save(len(self.stages), None)  # heads of an ended stage read features as they are
 
     def load_trainer(self, trainer: Trainer, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
         try:
@@ -258,7 +261,7 @@ class Run:
         rows: list[dict[str, Rows]] = [{t: of[t] for t in stage.tasks} for of in (self.data.train, self.data.dev)]
         stage_model: TaskModel = model
         if stage.is_frozen:
-            rows = [{t: self.features(stage, of[t]) for t in stage.tasks} for of in (self.data.train, self.data.dev)]
+            rows = [{t: self.features(stage, t, of[t]) for t in stage.tasks} for of in (self.data.train, self.data.dev)]
             stage_model = FrozenEncoder(model)
         data = StageData(*rows)
         trained = trained_parameters(self.config, stage, model)
@@ -266,23 +269,31 @@ class Run:
         methods = make_methods(self.config, stage, model, data)
         return Trainer(stage, stage_model, trained, data, methods, self.precision, self.config.cuda_graphs)
 
-    def features(self, stage: Stage, rows: TokenizedRows) -> Rows:
-        """Features of the frozen encoder, computed when they are first needed."""
-        name, size = rows.task.name, self.config.eval_batch_size
+    def features(self, stage: Stage, task: str, rows: TokenizedRows) -> Rows:
+        """Features of the frozen encoder, computed when they are first needed, and in units of the training rows'
+        deviations: as they come a head would take hundreds of epochs."""
 
-        def between() -> None:
-            self.stop.check()
-            self.console.advance(size)
+        def standardized() -> Rows:
+            return self.raw_features(stage, rows).standardized(*self.raw_features(stage, self.data.train[task]).moments)
 
-        def compute() -> Rows:
+        return DeferredRows(rows.labels, standardized)
+
+    def raw_features(self, stage: Stage, rows: TokenizedRows) -> FeatureRows:
+        """The features as the encoder gives them."""
+        if id(rows) not in self.known_features:
+            name, size = rows.task.name, self.config.eval_batch_size
+
+            def between() -> None:
+                self.stop.check()
+                self.console.advance(size)
+
             started = time.perf_counter()
             with self.console.bar(f"features of the frozen encoder, {name}", len(rows), unit="row"):
                 found = compute_features(self.model, name, rows, size, self.precision, between)
+            self.known_features[id(rows)] = found
             key = f"{stage.name}_features"
             self.seconds[key] = round(self.seconds.get(key, 0) + time.perf_counter() - started, 3)
-            return found
-
-        return DeferredRows(rows.labels, compute)
+        return self.known_features[id(rows)]
 
     def run_stage(self, number: int, trainer: Trainer) -> None:
         """Trains a stage to its end; stopped, or at an error, the last finished step is saved."""
@@ -303,6 +314,11 @@ class Run:
                 finally:
                     self.save(number, trainer)
                 raise
+        if stage.is_frozen:
+            for task in stage.tasks:
+                moments = self.raw_features(stage, self.data.train[task]).moments
+                cast(Head, self.model.heads[task]).absorb(*moments)
+            self.known_features.clear()
         self.seconds[stage.name] = round(progress.seconds, 3)
         self.best_epochs[stage.name] = progress.best_epoch
         if trainer.is_treated:

@@ -1,7 +1,14 @@
 """What the encoder computes with. Each operation's plain torch form stands first: it is the definition, what runs where
-nothing faster is to be had, and what tests compare with. Below it one dispatch decides who answers: torch, oneDNN, a
-kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
+nothing faster is to be had, and what tests compare with. Below it one dispatch, in each file, decides who answers:
+torch, oneDNN, a kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
 (triton_kernels.py). Nobody outside this package knows which.
+
+                                CPU                               CUDA with Triton          else
+attention, residual norm, GELU  kernels.c in float32              triton_kernels.py         torch
+linear                          oneDNN where it is faster         half precision: linear.py torch
+AdamW                           torch's fused kernel              triton_kernels.py         torch's fused kernel
+Gram matrix, weighted sum       torch                             triton_kernels.py         torch
+dropout                         bits of numpy's, dropout.py       with the kernels above    torch
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """

@@ -248,8 +248,12 @@ def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(flags: str, r
     assert all(torch.equal(after[name], value) for name, value in before.items())
     stages = ["pretrain"] if flags == "--option pretrain" else [f"pretrain_{task}" for task in TASKS]
     assert steps(out) == [(stage, step) for stage in stages for step in range(1, 7)]
+    dev = [json.loads(line).get("dev") for line in (out / "metrics.jsonl").read_text().splitlines()]
+    results = read(out / "results.json")
     if len(stages) > 1:
-        assert set(read(out / "results.json")["best_epoch"]) == set(stages)
+        assert set(results["best_epoch"]) == set(stages)
+    else:  # the saved head scores on the encoder's output what it scored on standardized features
+        assert results["dev"]["mean"] == pytest.approx(max(of["mean"] for of in dev if of), abs=1e-6)
 
 
 Evaluations = dict[tuple[str, int], dict[str, Tensor]]

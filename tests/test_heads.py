@@ -25,3 +25,16 @@ def test_a_head_is_dropout_and_linear_behind_its_hidden_layers(name: str, num_hi
             expected = expected.clamp(min=0) if i else expected
             expected = (expected * factors[i] if factors else expected) @ tensors[2 * i].T + tensors[2 * i + 1]
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_absorbs_a_scale_gives_for_features_what_it_gave_for_standardized_ones(name: str) -> None:
+    parameters = MlpHead.Parameters(2) if name == "mlp" else NoParameters()
+    head = HEADS[name](parameters, tiny_config(), 5)
+    assert isinstance(head, torch.nn.Module)
+    randomize_vectors(head, 3)
+    features, scale = torch.randn(7, 32, generator=generator(1)), torch.rand(32, generator=generator(2)) + 0.1
+    shift = torch.randn(32, generator=generator(3))
+    expected = head((features - shift) / scale, None)
+    head.absorb(shift, scale)
+    torch.testing.assert_close(head(features, None), expected, rtol=1e-4, atol=1e-4)

@@ -162,7 +162,10 @@ class Naive:
         """(B,) of the rows of one forward pass, regularizers included."""
         output = TASKS[task].output
         if "encoder" not in self.moves and "adapters" not in self.moves:
-            pooled = self.model.pooled(task, batch)
+            with torch.no_grad():
+                whole = self.data.train[task].batch(range(len(self.data.train[task])))
+                features, pooled = self.model.pooled(task, whole), self.model.pooled(task, batch)
+                pooled = (pooled - features.mean(0)) / features.var(0, correction=0).sqrt()
             return output.losses(self.model.predict(task, pooled, DropoutMasks(seed)), batch.labels)
         logits = self.model(task, batch, DropoutMasks(seed))
         losses = output.losses(logits, batch.labels)
