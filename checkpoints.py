@@ -80,6 +80,10 @@ def checkpoint_folder(path: Path) -> Path:
     name (run_record.replace_folder); it is read where it is.
     """
     for folder in (path / "best", path / "best.new", path, path.with_name(f"{path.name}.new")):
+        if folder == path and (path / "metrics.jsonl").exists():
+            raise CheckpointError(
+                f"{path}: a run that has no best checkpoint yet, expected a later one (--resume={path})"
+            )
         if folder.is_dir():
             return folder
     raise CheckpointError(f"{path}: no such directory, expected a run or a checkpoint folder")

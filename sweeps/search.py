@@ -53,7 +53,7 @@ SPACE: dict[str, BaseDistribution] = {
     "smart": CategoricalDistribution((False, True)),
     "smart_weight": FloatDistribution(0.1, 10.0, log=True),
     "drop_longest": CategoricalDistribution((0.0, 0.02)),
-    "pretrain_epochs": CategoricalDistribution((0, 3, 10)),
+    "pretrain_epochs": CategoricalDistribution((0, 3, 25)),
 }
 ONLY_WITH: dict[str, tuple[str, Any]] = {"gradvac_beta": ("treatment", "gradvac"), "smart_weight": ("smart", True)}
 
