@@ -190,7 +190,10 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
     treatment = None
     if is_treated:
         parameters = config.choice("treatment", config.treatment).parameters
-        treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+        try:
+            treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+        except ValueError as error:  # a resumed run where torchjd is not installed
+            raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
     return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal")

@@ -7,6 +7,7 @@ dropout of a forward pass and the treatment of a step.
 """
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -410,3 +411,11 @@ def test_stages_have_the_settings_of_the_flags() -> None:
     for stage, is_frozen in zip(run.stages, (True, False), strict=True):
         assert (stage.patience, stage.eval_every, stage.eval_batch_size) == (2, 3, 5)
         assert (stage.steps_per_epoch, stage.is_frozen) == (6, is_frozen)
+
+
+def test_a_treatment_that_has_gone_since_the_run_began_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchjd.aggregation")
+    run = make_run("--treatment UPGrad")
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(flags.FlagError, match="--treatment UPGrad: torchjd is not installed"):
+        run.make_trainer(1)
