@@ -426,9 +426,9 @@ def test_the_gpu_script_goes_its_way_on_the_cpu(capsys: Capture) -> None:
     assert gpu.main(["--tiny", "--device", "cpu", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("float32") >= 12 and shown.count("differing parameters after replayed steps: 0.00") == 2
-    whats = ("mixed step, 6 rows", "mixed step, 9 rows", "prediction, batches of 16")
+    whats = ("mixed step, 9 rows", "prediction, batches of 16")
     assert all(f"| {what}, {name} " in shown for what in whats for name in (gpu.OURS, gpu.PADDED))
-    assert all(f"| step of 6 rows a task, {name} " in shown for name in ("plain", "pcgrad", "smart", "pal"))
+    assert all(f"| step of 9 rows a task, {name} " in shown for name in ("plain", "pcgrad", "smart", "pal"))
 
 
 def test_the_gpu_script_counts_real_rows_and_tokens(monkeypatch: Patch) -> None:
