@@ -315,7 +315,8 @@ class Trainer:
         return self._record(self._launch(epoch, step))
 
     def _launch(self, epoch: int, step: int) -> Launched:
-        """Orders a step of the device. Without a treatment the host waits for nothing, with one for inner products."""
+        """Orders a step of the device. The host waits for inner products with a treatment, for the step with
+        regularizers alone, and else for nothing."""
         stage, progress = self.stage, self.progress
         plan = self.methods.scheduler.plan(epoch, step, random.Random(self._seed("plan", step)))
         tasks = [task for task in stage.tasks if task in plan]

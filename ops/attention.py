@@ -135,7 +135,8 @@ class _Attention(torch.autograd.Function):
         first_only = keys_values is not None
         queries = queries.contiguous()
         keys_values = None if keys_values is None else keys_values.contiguous()
-        width = queries.shape[1] // (1 if first_only else 3)
+        places = _places(queries, keys_values)
+        width = places[0].shape[1]
         num_queries = len(packing) if first_only else packing.num_tokens
         assert num_queries <= len(queries)
         assert packing.num_tokens <= len(queries if keys_values is None else keys_values)
@@ -143,10 +144,9 @@ class _Attention(torch.autograd.Function):
         context[num_queries:].zero_()
         softmax = queries.new_empty(len(queries), num_heads, 2)  # what the backward pass finds the probabilities by
         rows = _rows(packing, num_heads, width // num_heads, first_only, bits)
-        places = _places(queries, keys_values, width)
         kernels.call("attention_forward", ctypes.byref(rows), *places, context, softmax)
         ctx.save_for_backward(queries, keys_values, softmax)
-        ctx.rows, ctx.width, ctx.num_queries, ctx.num_tokens = rows, width, num_queries, packing.num_tokens
+        ctx.rows, ctx.num_queries, ctx.num_tokens = rows, num_queries, packing.num_tokens
         return context
 
     @staticmethod
@@ -159,18 +159,20 @@ class _Attention(torch.autograd.Function):
         if keys_values is not None:
             grad_keys_values = torch.empty_like(keys_values)
             grad_keys_values[ctx.num_tokens :].zero_()
-        into_queries, _, into_keys, into_values, _ = _places(grad_queries, grad_keys_values, ctx.width)
-        places = _places(queries, keys_values, ctx.width)
-        into = (into_queries, into_keys, into_values)
+        places, into = _places(queries, keys_values), _parts(grad_queries, grad_keys_values)
         kernels.call("attention_backward", ctypes.byref(ctx.rows), *places, softmax, grad.contiguous(), *into)
         return grad_queries, grad_keys_values, None, None, None
 
 
-def _places(queries: Tensor, keys_values: Tensor | None, width: int) -> Sequence[Tensor | int]:
-    """Queries and the stride of their lines; keys, values, and the stride of theirs. Views tell their addresses."""
-    if keys_values is None:
-        return queries, queries.shape[1], queries[:, width:], queries[:, 2 * width :], queries.shape[1]
-    return queries, width, keys_values, keys_values[:, width:], keys_values.shape[1]
+def _places(queries: Tensor, keys_values: Tensor | None) -> tuple[Tensor, int, Tensor, Tensor, int]:
+    """Query and the stride of its lines; key, value, and the stride of theirs. Views tell their addresses."""
+    query, key, value = _parts(queries, keys_values)
+    return query, query.stride(0), key, value, key.stride(0)
+
+
+def _parts(queries: Tensor, keys_values: Tensor | None) -> Sequence[Tensor]:
+    """Query, key and value, as views."""
+    return queries.chunk(3, 1) if keys_values is None else (queries, *keys_values.chunk(2, 1))
 
 
 # --------------------------------------------------------------------------------------------------------- CUDA
@@ -214,8 +216,3 @@ class _TritonAttention(torch.autograd.Function):
         given, into = _parts(queries, keys_values), _parts(grad_queries, grad_keys_values)
         ctx.triton.attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
         return grad_queries, grad_keys_values, None, None, None, None, None
-
-
-def _parts(queries: Tensor, keys_values: Tensor | None) -> Sequence[Tensor]:
-    """Query, key and value, as views."""
-    return queries.chunk(3, 1) if keys_values is None else (queries, *keys_values.chunk(2, 1))
