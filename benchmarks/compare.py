@@ -3,8 +3,7 @@
     python -m benchmarks.compare OTHER_CHECKOUT [--data DIR] [--model NAME] [--rounds N]
 
 Each checkout has a process of its own, which imports that checkout's modules (worker.py). They take turns, one waiting
-while the other works. Printed: medians, and how many times as long the other one takes, two rounds at a time: who comes
-second in a round does so first in the next.
+while the other works. Two rounds count as one: who comes second in a round does so first in the next.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import ERRORS, ROOT, MeasurementError, Summary, alternate, make_parser, significant, spread
+from benchmarks.harness import ERRORS, ROOT, MeasurementError, Report, alternate, lines_of, make_parser
 
 ROUNDS = 25
 WORKER = Path(__file__).resolve().with_name("worker.py")
@@ -48,25 +47,21 @@ class Worker:
             raise MeasurementError(f"{self.checkout}: its process ended at a {KINDS[kind]}")
 
 
-def measure(other: Path, data: Path, model: str, rounds: int) -> str:
-    """A table, a line for each kind."""
-    from tabulate import tabulate
-
-    workers = {"this": Worker(ROOT, data, model), "other": Worker(other, data, model)}
-    rows = []
+def measure(other: Path, data: Path, model: str, rounds: int) -> Report:
+    """Two lines for each kind."""
+    workers = {"this checkout": Worker(ROOT, data, model), "the other": Worker(other, data, model)}
+    lines = []
     try:
         for kind, what in KINDS.items():
-            steps = {name: partial(of.take_step, kind) for name, of in workers.items()}
+            steps = {f"{what}, {name}": partial(of.take_step, kind) for name, of in workers.items()}
             seconds = alternate(steps, rounds + rounds % 2)
-            medians = [f"{significant(1000 * Summary.of(of).median)} ms" for of in seconds.values()]
-            pairs = {name: np.add(of[::2], of[1::2]).tolist() for name, of in seconds.items()}
-            rows.append([what, *medians, spread(Summary.of_ratios(pairs["other"], pairs["this"]))])
+            pairs = {name: (np.add(of[::2], of[1::2]) / 2).tolist() for name, of in seconds.items()}
+            lines += lines_of(pairs, next(iter(steps)))
     finally:
         for worker in workers.values():
             worker.process.kill()
             worker.process.wait()
-    header = ["", "this checkout", "the other", "the other over this (quartiles)"]
-    return str(tabulate(rows, header, tablefmt="pipe", disable_numparse=True))
+    return Report("seconds, the mean of two rounds; ratios to this checkout", lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

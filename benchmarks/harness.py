@@ -1,23 +1,16 @@
-"""What all benchmarks share: alternating timings, their statistics, peak memory, result files, the command line.
-
-A benchmark is a module with a `BENCHMARK`: `measure` times ours and the reference alternately in one process on the
-same rows; `variants` are what is also run alone, in a process of its own, where memory is measured.
-"""
+"""What all benchmarks share: alternating timings, their statistics, peak memory, result files, common flags."""
 
 import argparse
-import importlib
-import multiprocessing
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,14 +20,12 @@ from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL
 from datasets import SAMPLE, DataError
 from ops import speed_report
-from run import resident_memory_mb
 from run_record import RunError, finite, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "numpy", "tokenizers", "transformers", "torchjd")
 WARM_UP = 2  # rounds that do not count
-MEMORY_STEPS = 8  # steps of a process whose peak memory is read
 
 
 class MeasurementError(RuntimeError):
@@ -139,10 +130,16 @@ class Line:
 TABLE_HEADER = ("", "median (quartiles)", "ratio (quartiles)", "share of matmul limit", "peak memory (before step 1)")
 
 
-def lines_of(seconds: Mapping[str, Sequence[float]], base: str, memory: Mapping[str, Memory]) -> list[Line]:
-    """A line for each kind, with its ratio to one of them."""
-    ratios = {name: Summary.of_ratios(of, seconds[base]) for name, of in seconds.items() if name != base}
-    return [Line(name, of, "s", ratios.get(name), memory=memory.get(name)) for name, of in seconds.items()]
+def lines_of(
+    seconds: Mapping[str, Sequence[float]],
+    base: str,
+    memory: Mapping[str, Memory] = MappingProxyType({}),
+    ratios: Mapping[str, Summary] = MappingProxyType({}),
+    shares: Mapping[str, float] = MappingProxyType({}),
+) -> list[Line]:
+    """A line for each kind, with its ratio to one of them, round by round where `ratios` does not say otherwise."""
+    over = {name: Summary.of_ratios(of, seconds[base]) for name, of in seconds.items() if name != base} | dict(ratios)
+    return [Line(n, of, "s", over.get(n), shares.get(n), memory.get(n)) for n, of in seconds.items()]
 
 
 @dataclass(frozen=True)
@@ -272,52 +269,3 @@ def make_parser(name: str, description: str | None, rounds: int | str) -> argpar
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint of the encoder (default: %(default)s)")
     parser.add_argument("--rounds", type=count, default=0, help=f"rounds that count (default: {rounds})")
     return parser
-
-
-def result_parser(name: str, description: str | None, rounds: int | str) -> argparse.ArgumentParser:
-    """That of a benchmark with a result file."""
-    parser = make_parser(name, description, rounds)
-    parser.add_argument("--threads", type=count, default=0, help="CPU threads; 0: torch's default")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file (default: %(default)s)")
-    return parser
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One script. variants: by name, what is run alone to see its peak memory; made when called, so that nothing else
-    is in the process. rounds: that count by default."""
-
-    name: str
-    description: str | None
-    measure: Callable[[Options], Report]
-    variants: Callable[[Options], Mapping[str, Callable[[], Step]]] = lambda options: {}
-    rounds: int = 15
-
-    def memory(self, variant: str, options: Options) -> Memory:
-        """Of a process that imports the program, loads the rows and takes a few steps of one variant."""
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(run_alone, self.name, variant, options).result()
-
-    def main(self, arguments: Sequence[str] | None = None) -> int:
-        """The command. Returns its exit status: 0, 1 if a check that must hold does not, 2 for an error."""
-        parser = result_parser(f"benchmarks.{self.name}", self.description, self.rounds)
-        options = Options(**vars(parser.parse_args(arguments)))
-        try:
-            torch.set_num_threads(options.threads or torch.get_num_threads())
-            environment = environment_of(torch.device("cpu"))
-            report = self.measure(replace(options, rounds=options.rounds or self.rounds))
-            return publish(self.name, report, environment, options.out)
-        except ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-
-
-def run_alone(name: str, variant: str, options: Options) -> Memory:
-    """What `Benchmark.memory` runs."""
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    benchmark: Benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
-    take_step = benchmark.variants(options)[variant]()
-    before = resident_memory_mb("VmRSS")
-    for number in range(MEMORY_STEPS):
-        take_step(number)
-    return Memory(resident_memory_mb("VmHWM"), before)

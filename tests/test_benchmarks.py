@@ -1,6 +1,5 @@
 """The benchmarks: their statistics, that ours and the reference see the same rows, and every script on a tiny model."""
 
-import importlib
 import json
 import socket
 import subprocess
@@ -17,33 +16,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as everything
-from benchmarks import (
-    compare,
-    evaluation_throughput,
-    frozen_stage,
-    gpu,
-    harness,
-    matmul_limit,
-    reference,
-    start_up,
-    step_cost,
-    training_step,
-    workload,
-)
-from benchmarks.harness import Benchmark, Check, Line, Memory, Options, Report, Summary
+from benchmarks import compare, cpu, gpu, harness, matmul_limit, reference, step_cost, workload
+from benchmarks.harness import Check, Line, Memory, Options, Report, Summary
 from benchmarks.matmul_limit import MatmulLimit, matmul_flops
 from benchmarks.reference import OrdinaryLoop, PaddedBert
 from bert import BertConfig
+from config import parse
 from datasets import TokenizedRows
 from evaluation import predict_logits
 from helpers import Capture, Patch, pack, tiny_config, tiny_encoder
-from run import resident_memory_mb
 from tasks import TASKS, task_loss
 
 LINEAR = sys.modules["ops.linear"]  # the package has a function of that name
 RANDOM = np.random.default_rng(0)
 Checkpoint, Rows = workload.Checkpoint, Mapping[str, TokenizedRows]
-IN_PROCESS = ("training_step", "evaluation_throughput", "frozen_stage", "pcgrad_step", "step_cost")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +40,6 @@ def checkpoint(tiny: Path) -> workload.Checkpoint:
 @pytest.fixture(scope="module")
 def rows(checkpoint: Checkpoint, data: Path) -> dict[str, TokenizedRows]:
     return checkpoint.rows(data, "train")
-
-
-def benchmark(name: str) -> Benchmark:
-    found: Benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
-    return found
 
 
 def test_ratios_are_taken_round_by_round_or_of_all_rounds_together() -> None:
@@ -210,7 +191,7 @@ def test_the_stored_results_are_in_the_format_that_is_written() -> None:
     for path in harness.RESULTS.glob("*.json"):
         saved = json.loads(path.read_text())
         assert path.name == harness.file_name(saved["device"])
-        assert set(saved["benchmarks"]) <= {*everything.SCRIPTS, "gpu"}
+        assert set(saved["benchmarks"]) <= {*everything.BENCHMARKS, "gpu"}
         for report in saved["benchmarks"].values():
             assert set(report) == set(new)
             assert {key for line in report["lines"] for key in line} == set(new["lines"][0])
@@ -220,10 +201,10 @@ def test_the_stored_results_are_in_the_format_that_is_written() -> None:
 def test_the_reference_is_given_the_rows_that_ours_draws(
     checkpoint: Checkpoint, rows: Rows, draws_per_step: int, treatment: str, monkeypatch: Patch
 ) -> None:
-    options: dict[str, Any] = {"draws_per_step": draws_per_step, "treatment": treatment, "batch_size": 4}
+    options: dict[str, Any] = {"draws_per_step": draws_per_step, "treatment": treatment, "batch_size": 12}
     trainer = workload.full_trainer(checkpoint.model(tuple(rows)), rows, **options)
-    draws = workload.Draws(rows, draws_per_step, batch_size=4)
-    for step in range(24):  # several passes over the rows
+    draws = workload.Draws(rows, draws_per_step, batch_size=12)
+    for step in range(9):  # more than one pass over the rows
         rows_of = trainer._launch(1, step).rows
         assert {task: of.tolist() for task, of in rows_of.items()} == {task: of.tolist() for task, of in draws(step)}
 
@@ -297,21 +278,6 @@ def test_random_rows_are_as_long_as_the_real_ones_and_use_no_special_token() -> 
 
 
 @pytest.fixture
-def ran_alone(monkeypatch: Patch) -> list[str]:
-    """Small sizes; variants run in this process instead of one of their own, and the list tells which did."""
-    ran: list[str] = []
-
-    def memory(self: Benchmark, variant: str, options: Options) -> Memory:
-        ran.append(variant)
-        return harness.run_alone(self.name, variant, options)
-
-    monkeypatch.setattr(Benchmark, "memory", memory)
-    monkeypatch.setattr(harness, "MEMORY_STEPS", 1)
-    monkeypatch.setattr(frozen_stage, "EPOCHS", 2)
-    return ran
-
-
-@pytest.fixture
 def given(tiny: Path, data: Path) -> list[str]:
     """Flags of a command."""
     return ["--rounds", "1", "--model", str(tiny), "--data", str(data)]
@@ -322,59 +288,85 @@ def options(tiny: Path, data: Path) -> Options:
     return Options(data, str(tiny), 1, 1)
 
 
-@pytest.mark.parametrize("name", IN_PROCESS)
-def test_a_script_runs_and_leaves_its_results(
-    name: str, given: list[str], options: Options, tmp_path: Path, ran_alone: list[str], capsys: Capture
+@pytest.mark.parametrize("name", [name for name in everything.BENCHMARKS if name != "start_up"])
+def test_a_benchmark_runs_and_leaves_its_results(
+    name: str, given: list[str], options: Options, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    assert benchmark(name).main([*given, "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(cpu, "FROZEN_EPOCHS", 2)
+    assert everything.main([name, *given, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(f"{name}: ")
     (path,) = tmp_path.glob("*.json")
     text = path.read_text()
     report = json.loads(text)["benchmarks"][name]
+    assert report["checks"] and report["environment"]["rounds"] == 1
     assert all(value > 0 for line in report["lines"] for value in line["values"])
     assert {len(line["values"]) for line in report["lines"]} == {1}
     assert not any(str(folder) in text for folder in (options.model, options.data, tmp_path, harness.ROOT))
-    assert set(benchmark(name).variants(options)) == set(ran_alone)
-    assert len(report["lines"]) >= len(ran_alone)
 
 
-@pytest.mark.usefixtures("ran_alone")
-def test_training_step_compares_by_the_same_rows_and_by_the_row(options: Options, monkeypatch: Patch) -> None:
-    """Each kind takes a known time: ours a second, padded three, grouped two; the products alone half a second."""
-    seconds = {training_step.OURS: 1.0, training_step.PADDED: 3.0, training_step.GROUPED: 2.0}
+def known_times(monkeypatch: Patch, seconds: Mapping[str, float], others: float = 1.0) -> None:
+    """Each kind takes a known time."""
 
-    def alternate(kinds: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
-        return {name: [seconds.get(name, 0.5)] * rounds for name in kinds}
+    def alternate(kinds: Mapping[str, Any], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+        return {name: [seconds.get(name, others)] * rounds for name in kinds}
 
-    monkeypatch.setattr(harness, "alternate", alternate)
+    for module in (harness, step_cost):
+        monkeypatch.setattr(module, "alternate", alternate)
+
+
+def test_training_step_compares_by_the_same_rows_and_by_the_row(
+    rows: Rows, options: Options, monkeypatch: Patch
+) -> None:
+    """Ours takes a second, padded three, grouped two; the products alone half a second."""
+    known_times(monkeypatch, {cpu.OURS: 1.0, cpu.PADDED: 3.0, cpu.GROUPED: 2.0}, 0.5)
     monkeypatch.setattr(LINEAR, "_onednn_is_faster", lambda: False)  # no padding
-    options = replace(options, rounds=3)
-    assert [task for task, _ in training_step.Setup(options).grouped] == ["sst", "para", "sts", "sst", "para"]
-    report = training_step.measure(options)
+    assert [task for task, _ in cpu.grouped_draws(rows, 5)] == ["sst", "para", "sts", "sst", "para"]
+    report = cpu.training_step(replace(options, rounds=3))
     ours, padded, grouped = report.lines
     assert padded.ratio is not None and padded.ratio.median == 3.0
     assert grouped.ratio is not None and grouped.ratio.median == pytest.approx(2 * 32 / 26)  # a file has 26 rows
     assert ours.matmul_share is not None and padded.matmul_share == pytest.approx(ours.matmul_share / 3)
     assert 0.5 < ours.matmul_share < 0.6  # half a second, and attention's products at the same rate
     assert "ours 31.2 ms, transformers, padded 93.8 ms, transformers, grouped by length 76.9 ms" in report.notes[0]
+    found = [check.found for check in report.checks]
+    assert found == pytest.approx([1 / 3, 26 / 64, 1 / ours.matmul_share])
 
 
-def test_a_variant_runs_in_a_process_of_its_own_whose_peak_memory_is_its_own(options: Options) -> None:
-    held = torch.ones(200_000_000)  # 800 MB
-    assert resident_memory_mb("VmRSS") > 800
-    found = evaluation_throughput.BENCHMARK.memory(evaluation_throughput.OURS, options)
-    assert held.numel() and 50 < found.before_mb <= found.peak_mb < 700
+def test_the_other_claims_are_the_ratios_that_they_name(options: Options, monkeypatch: Patch) -> None:
+    backward, mtl_backward = step_cost.TORCHJD
+    times = {cpu.OURS: 2.0, cpu.PADDED: 6.0, cpu.ANEW: 3.0, cpu.KEPT: 5.0, cpu.MAIN: 7.0}
+    known_times(
+        monkeypatch, {**times, "plain": 2.0, "pcgrad": 3.0, "smart": 4.0, "pal": 5.0, backward: 9, mtl_backward: 8}
+    )
+    expected = {
+        cpu.evaluation: [2 / 6, 0.0],
+        cpu.frozen_stage: [5 / (25 * 3)],
+        step_cost.step_cost: [1.5, 2.0, 2.5, 3 / 8],
+        cpu.start_up: [7.0],
+    }
+    for measure, ratios in expected.items():
+        report = measure(options)
+        assert [check.found for check in report.checks] == pytest.approx(ratios, abs=1e-5)
+        if measure is step_cost.step_cost:
+            assert list(report.notes) == ["gradient buffers of pcgrad beyond plain: 2 copies of the shared gradient"]
+
+
+def test_predictions_that_differ_fail_the_evaluation(given: list[str], tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(
+        reference, "predict_logits", lambda *of, original=reference.predict_logits: original(*of) + 0.001
+    )
+    assert everything.main(["evaluation", *given, "--out", str(tmp_path)]) == 1
 
 
 def test_bad_input_is_one_line(given: list[str], capsys: Capture) -> None:
     for flag, message in (("--data nowhere", "nowhere: no such directory"), ("--model ./no", "--model ./no: no such")):
-        assert step_cost.BENCHMARK.main([*given, *flag.split()]) == 2
+        assert everything.main(["step_cost", *given, *flag.split()]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
 
 
-def test_the_methods_are_what_they_are_called(options: Options) -> None:
-    makers, rows = step_cost.prepare(options)
+def test_the_methods_are_what_they_are_called(checkpoint: Checkpoint, rows: Rows) -> None:
+    makers = step_cost.makers_of(partial(checkpoint.model, tuple(rows)), rows)
     trainers = {name: make() for name, make in makers.items()}
     assert {name for name, trainer in trainers.items() if trainer.is_treated} == {"pcgrad"}
     assert {name for name, trainer in trainers.items() if trainer.methods.regularizers} == {"smart"}
@@ -385,32 +377,26 @@ def test_the_methods_are_what_they_are_called(options: Options) -> None:
         assert trainer.progress.rows == dict.fromkeys(rows, 32)
 
 
-def test_the_program_reaches_its_first_step(options: Options, tmp_path: Path) -> None:
-    flags, model = start_up.SHORT_FLAGS, Path(options.model)
-    start_up.take_first_step(tmp_path, options, model, flags, options.data, "off", 0)
-    log = (tmp_path / "run-0" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(log[0])["stage"] == "finetune" and json.loads(log[0])["step"] == 1
+def test_start_up_times_every_command(options: Options, monkeypatch: Patch) -> None:
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(cpu, "until_first_step", lambda flags, log: commands.append(flags))
+    monkeypatch.setattr(cpu.subprocess, "run", lambda command, check: commands.append(command))
+    assert [line.what for line in cpu.start_up(options).lines] == [cpu.MAIN, cpu.COLD, cpu.WARM, cpu.FLOOR]
+    assert any({*cpu.MAIN_FLAGS.split(), f"--data={cpu.SAMPLE}"} < {*command} for command in commands)
+    caches = [flag.rsplit("/")[-1] for command in commands for flag in command if "--cache" in flag]
+    assert sorted(caches) == ["--cache=off"] * 4 + ["cache"] * 2, "a warm-up and a round"
 
 
-def test_start_up_reports_every_command(given: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    commands: list[str] = []
-    monkeypatch.setattr(start_up, "until_first_step", lambda command, log: commands.append(" ".join(command)))
-    monkeypatch.setattr(start_up.subprocess, "run", lambda command, check: commands.append(" ".join(command)))
-    assert start_up.BENCHMARK.main([*given, "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert all(kind in shown for kind in (start_up.MAIN, start_up.COLD, start_up.WARM, start_up.FLOOR))
-    assert any("--option finetune --scheduler pal --pcgrad" in command and "sample" in command for command in commands)
-    caches = [command.split("--cache ")[1].split()[0] for command in commands if "--cache" in command]
-    assert sorted({Path(cache).name for cache in caches}) == ["cache", "off"]
-
-
-def test_a_command_that_fails_before_its_first_step_is_named(
-    given: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(start_up, "MAIN_FLAGS", "--option nonsense")
-    assert start_up.BENCHMARK.main([*given, "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "no first step" in error and "nonsense" in error
+def test_a_command_is_ended_at_its_first_step_and_named_where_it_has_none(tmp_path: Path, monkeypatch: Patch) -> None:
+    """The command is replaced by one that logs a step and goes on for ever, or ends."""
+    monkeypatch.setattr(cpu, "ROOT", tmp_path)
+    program = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('a step'); time.sleep(10**6)"
+    (tmp_path / "multitask_classifier.py").write_text(program)
+    cpu.until_first_step([str(tmp_path / "log")], tmp_path / "log")
+    with pytest.raises(harness.MeasurementError, match=r"py: no first step; (?s:.*)IndexError"):
+        cpu.until_first_step([], tmp_path / "no")
+    for flags in (cpu.MAIN_FLAGS, cpu.SHORT_FLAGS):
+        assert parse(flags.split()).option == "finetune"
 
 
 # ----------------------------------------------------------------------------------------------------------- gpu
@@ -422,7 +408,9 @@ def gpu_setup(rounds: int = 1, device: str = "cpu") -> gpu.Setup:
     return gpu.Setup(gpu.TINY, on, rows, rounds)
 
 
-def test_the_gpu_script_goes_its_way_on_the_cpu(capsys: Capture) -> None:
+def test_the_gpu_script_goes_its_way_on_the_cpu(monkeypatch: Patch, capsys: Capture) -> None:
+    """One step where it takes several at a time: the profiler is slow on a CPU."""
+    monkeypatch.setattr(workload, "steps_of", lambda trainer, count, of=workload.steps_of: of(trainer, 1))
     assert gpu.main(["--tiny", "--device", "cpu", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("float32") >= 12 and shown.count("differing parameters after replayed steps: 0.00") == 2
@@ -497,47 +485,65 @@ def test_packed_attention_agrees_with_transformers_on_a_gpu() -> None:
     assert all(check.holds for check in gpu_setup(device="cuda").parity())
 
 
-def test_every_script_is_run_by_the_whole() -> None:
-    folder = Path(everything.__file__).parent
-    scripts = {path.stem for path in folder.glob("*.py") if "\nBENCHMARK = " in path.read_text()}
-    assert set(everything.SCRIPTS) == scripts
-    assert all(benchmark(name).name == name for name in scripts)
-
-
-def test_the_whole_hands_its_flags_to_each_script_and_names_those_that_fail(
+def test_the_whole_hands_its_flags_to_each_benchmark_and_names_those_that_fail(
     given: list[str], monkeypatch: Patch, capsys: Capture
 ) -> None:
     commands: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, int(command[2] == "benchmarks.start_up"))
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, int(command[3] == "start_up"))
 
     monkeypatch.setattr(everything.subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert everything.main(given) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert everything.main([*given, "--out", "x"]) == 1
     assert capsys.readouterr().err == "failed: start_up\n"
-    expected = [["-m", f"benchmarks.{name}", *given] for name in everything.SCRIPTS]
-    assert [command[1:] for command in commands] == expected
+    flags = [f"{name}={value}" for name, value in zip(given[::2], given[1::2], strict=True)]
+    assert [command[1] for command in commands] == [*everything.BENCHMARKS, "--out=x"]
+    assert all({*flags, "--out=x", "--threads=0"} < {*command} for command in commands[:-1])
+    assert commands[-1] == ["benchmarks.gpu", "--out=x"]
+    with pytest.raises(SystemExit):
+        everything.main(["typo"])
+    assert "typo: no benchmark, expected some of training_step, " in capsys.readouterr().err
 
 
-def test_a_checkout_is_compared_with_itself(given: list[str], capsys: Capture) -> None:
+def test_a_checkout_is_compared_with_itself(given: list[str], monkeypatch: Patch, capsys: Capture) -> None:
+    """Whose steps are taken, and said to last one and three seconds here, two and six there."""
+
+    def alternate(steps: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+        return {name: [step(0) or n, 3.0 * n][:rounds] for n, (name, step) in enumerate(steps.items(), 1)}
+
+    monkeypatch.setattr(compare, "alternate", alternate)
     assert compare.main([str(harness.ROOT), *given]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split("|")[1].strip() for line in lines] == list(compare.KINDS.values())
-    for line in lines:
-        this, other, ratio = (float(cell.split()[0]) for cell in line.split("|")[2:5])
-        assert ratio == pytest.approx(other / this, rel=0.02)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    cells = {
+        "this checkout": ["2.00 (2.00 to 2.00) s", ""],
+        "the other": ["4.00 (4.00 to 4.00) s", "2.00 (2.00 to 2.00)"],
+    }
+    assert lines == [[f"{what}, {name}", *of] for what in compare.KINDS.values() for name, of in cells.items()]
+
+
+CHECKOUT = """
+class Checkpoint:
+    find = classmethod(lambda cls, model: cls())
+    rows = model = lambda *given: {}
+class Trainer:
+    take_step = lambda *given: None
+subset = full_trainer = lambda *given: Trainer()
+"""
 
 
 def test_each_process_imports_its_own_checkout(
-    given: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    given: list[str], tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path), *given])
     assert "expected another checkout of this project" in capfd.readouterr().err
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "workload.py").write_text("raise SystemExit('the other one was here')")
-    assert compare.main([str(tmp_path), *given]) == 2
+    for name, text in {"this": CHECKOUT, "other": "raise SystemExit('the other one was here')"}.items():
+        (tmp_path / name / "benchmarks").mkdir(parents=True)
+        (tmp_path / name / "benchmarks" / "workload.py").write_text(text)
+        (tmp_path / name / "evaluation.py").write_text("predict_logits = None")
+    monkeypatch.setattr(compare, "ROOT", tmp_path / "this")
+    assert compare.main([str(tmp_path / "other"), *given]) == 2
     error = capfd.readouterr().err
-    assert "the other one was here" in error and f"{tmp_path}: its process ended at a training step" in error
+    assert "the other one was here" in error and f"{tmp_path / 'other'}: its process ended at a training step" in error
