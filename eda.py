@@ -11,10 +11,7 @@ As a command it writes the augmented file, so that people can look at it:
     python eda.py IN.csv OUT.csv
 """
 
-import argparse
-import csv
 import io
-import itertools
 import random
 import re
 import sys
@@ -27,8 +24,6 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
-
-from tsv import numbered_rows
 
 Synonyms = Callable[[str], Sequence[str]]  # lower-case word -> its synonyms, in an order that never changes
 
@@ -252,91 +247,7 @@ def _wordnet_root(folder: Path | None) -> Any:
     )
 
 
-LABEL_COLUMNS, TEXT_COLUMNS = ("sentiment", "is_duplicate"), ("sentence", "sentence1", "sentence2")
-
-
-def read_labelled(path: Path, content: bytes, label: str) -> tuple[list[str], list[list[str]], dict[int, int]]:
-    """The header, the rows below it, and by row number the class of those that have one.
-
-    label: the column of the classes; "": the one that CS224N's file has. Raises EdaError for what cannot be used.
-    """
-    (_, header), *rows = [*numbered_rows(path, content, EdaError)] or [(1, [])]
-    header = [name.strip() for name in header]
-    label = label or next((name for name in LABEL_COLUMNS if name in header), LABEL_COLUMNS[0])
-    if not {"id", label} <= set(header) or not set(TEXT_COLUMNS) & set(header):
-        found = ", ".join(filter(None, header)) or "none"
-        raise EdaError(f"{path}:1: found the columns {found}; expected id, {label}, and sentence or sentence1 and 2")
-    labels = {}
-    for row, (line, cells) in enumerate(rows):
-        if len(cells) != len(header):
-            raise EdaError(f"{path}:{line}: {len(cells)} columns, expected {len(header)} as in the header")
-        if cell := cells[header.index(label)].strip():
-            if not re.fullmatch(r"-?[0-9]+(\.0*)?", cell):
-                raise EdaError(f"{path}:{line}: {label} is {cell!r}, expected a class, which is a whole number")
-            labels[row] = int(float(cell))
-    return header, [cells for _, cells in rows], labels
-
-
-def new_lines(header: list[str], rows: list[list[str]], new: Sequence[tuple[int, tuple[str, ...]]]) -> Iterator[str]:
-    """The new rows, (number of the source row, texts), as lines without ends, with ids and numbers that are free."""
-    place = header.index("id")
-    taken = {cells[place] for cells in rows}
-    numbers = itertools.count(1 + max((int(cells[0]) for cells in rows if cells[0].isdecimal()), default=-1))
-    for source, texts in new:
-        given, edited = rows[source], iter(texts)
-        cells = [next(edited) if name in TEXT_COLUMNS else cell for name, cell in zip(header, given, strict=True)]
-        names = (f"{given[place]}-eda{number}" for number in itertools.count(1))
-        cells[place] = next(name for name in names if name not in taken)
-        taken.add(cells[place])
-        if header[0] == "":
-            cells[0] = str(next(numbers))
-        stream = io.StringIO()
-        csv.writer(stream, delimiter="\t").writerow(cells)  # with its own line end, so that it quotes both \r and \n
-        yield stream.getvalue().removesuffix("\r\n")
-
-
-def augmented(path: Path, label: str, config: EdaConfig, seed: int, synonyms: Synonyms) -> tuple[bytes, list[str]]:
-    """A file's content and the new rows, and what to tell the user, in lines. label: as in `read_labelled`."""
-    content = path.read_bytes()
-    header, rows, labels = read_labelled(path, content, label)
-    places, numbers = [i for i, name in enumerate(header) if name in TEXT_COLUMNS], list(labels)
-    texts = [tuple(rows[row][i] for i in places) for row in numbers]
-    edited = edited_rows(texts, list(labels.values()), config, seed, synonyms)
-    new = [(numbers[source], found) for source, found in edited]
-    end = "\r\n" if content.split(b"\n", 1)[0].endswith(b"\r") else "\n"
-    added = ("" if content.endswith(b"\n") else end) + "".join(line + end for line in new_lines(header, rows, new))
-    before, more = Counter(labels.values()), Counter(labels[row] for row, _ in new)
-    told = [f"class {x}: {count:,} rows + {more[x]:,} new" for x, count in sorted(before.items())]
-    told += [f"{len(rows):,} rows, {len(rows) - len(labels):,} without a label, + {len(new):,} new, seed {seed}"]
-    return content + added.encode(), told
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, or 2 for an input that cannot be used."""
-    description = "Append augmented rows to a CS224N training file, so that its classes are equal in number."
-    parser = argparse.ArgumentParser(prog="eda.py", description=description)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("source", metavar="IN.csv", type=Path, help="tab-separated file with sentiment or is_duplicate")
-    add("target", metavar="OUT.csv", type=Path, help="new file; an existing one is never replaced")
-    add("--label_column", metavar="NAME", default="", help="column of the classes, if it is another one")
-    add("--eda_alpha", metavar="SHARE", type=float, default=0.1, help=f"share of the words edited {default}")
-    add("--eda_deletion_prob", metavar="P", type=float, default=0.1, help=f"chance that a word goes {default}")
-    add("--seed", metavar="N", type=int, default=0, help=f"the same seed writes the same bytes {default}")
-    add("--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files (default: nltk's, else the system's)")
-    args = parser.parse_args(arguments)
-    try:
-        if args.target.exists():
-            raise EdaError(f"{args.target}: exists already, expected the name of a new file")
-        config, synonyms = EdaConfig(alpha=args.eda_alpha, deletion_prob=args.eda_deletion_prob), WordNet(args.wordnet)
-        content, told = augmented(args.source, args.label_column, config, args.seed, synonyms)
-        with args.target.open("xb") as file:
-            file.write(content)
-    except (EdaError, OSError) as error:
-        print(f"eda.py: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(told))
-    return 0
-
-
 if __name__ == "__main__":
+    from reports.augmented_file import main
+
     sys.exit(main())

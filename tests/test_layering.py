@@ -84,6 +84,7 @@ def test_a_module_imports_exactly_what_the_list_says(name: str) -> None:
 def test_nothing_of_the_core_imports_what_stands_beside_it_and_there_is_no_circle_and_few_floors() -> None:
     aside = {(name, module) for name in CORE for module in LISTED[name] if module.strip("()").split(".")[0] in ASIDE}
     places = {"run": "(reports.plots)", "datasets": "(reports.data_report)", "evaluation": "(reports.report)"}
+    places["eda"] = "(reports.augmented_file)"
     assert aside == set(places.items())
     graph = {name: {module for module in modules if "(" not in module} for name, modules in LISTED.items()}
     longest_chain(graph)
