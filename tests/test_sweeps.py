@@ -48,34 +48,46 @@ def sweep(tmp_path: Path, tiny: Path, data: Path) -> Sweep:
     return Sweep(tmp_path, tiny, data)
 
 
-def test_a_finished_run_is_not_repeated_and_a_failed_one_is_named_while_the_others_run(sweep: Sweep) -> None:
-    status, shown = sweep.run()
-    assert status == 0, shown
-    finished = sweep.finished()
-    assert list(finished) == ["heads-seed3", "pcgrad-seed3"]
-    config = json.loads((sweep.out / "pcgrad-seed3" / "config.json").read_text())
-    expected = {"treatment": "pcgrad", "seed": 3, "draws_per_step": 4, "steps_per_epoch": 1}
-    assert {name: config[name] for name in expected} == expected
-    assert config["checkpoint"] == str(sweep.out / "heads-seed3")
+@pytest.fixture
+def fake(sweep: Sweep) -> Sweep:
+    """Its runs are a program that prints its arguments and claims to have trained, in a new directory only."""
+    program = sweep.out.parent / "python"
+    lines = ["#!/bin/sh", 'echo "$@"', "for out; do :; done"]
+    lines += [
+        'if [ -d "$out" ]; then echo "error: --out $out: exists"; exit 2; fi',
+        'mkdir "$out" && >"$out/results.json"',
+    ]
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+    sweep.environment["PYTHON"] = str(program)
+    return sweep
 
-    (sweep.out / "random-seed3").mkdir()  # a directory that is no run: the run refuses it
-    status, shown = sweep.run(RUNS="random pcgrad drop_longest")
+
+def test_a_finished_run_is_not_repeated_and_a_failed_one_is_named_while_the_others_run(fake: Sweep) -> None:
+    status, shown = fake.run()
+    assert status == 0, shown
+    finished = fake.finished()
+    assert list(finished) == ["heads-seed3", "pcgrad-seed3"]
+    assert "all runs are finished" in shown and "evaluation.py" in (fake.out / "comparison.txt").read_text()
+
+    (fake.out / "random-seed3").mkdir()  # a directory that is no run: the run refuses it
+    status, shown = fake.run(RUNS="random pcgrad drop_longest")
     assert status == 1
     assert shown.count("finished before") == 2
     assert "random-seed3: exit status 2, error: --out" in shown.split("failed:")[1]
-    assert {name: time for name, time in sweep.finished().items() if name in finished} == finished
-    assert "drop_longest-seed3" in sweep.finished()
+    assert {name: time for name, time in fake.finished().items() if name in finished} == finished
+    assert "drop_longest-seed3" in fake.finished()
 
-    status, shown = sweep.run(FLAGS=f"{sweep.environment['FLAGS']} --weight_decay 0.5")
+    status, shown = fake.run(FLAGS=f"{fake.environment['FLAGS']} --weight_decay 0.5")
     assert status == 1
     first, second = shown.split("failed:\n")[1].splitlines()
     assert "heads-seed3: was made with other flags" in first
     assert second == "  pcgrad-seed3: not started, it needs heads-seed3"
 
 
-def test_what_needs_a_failed_run_is_not_started_and_named(sweep: Sweep) -> None:
-    (sweep.out / "heads-seed3").mkdir(parents=True)
-    status, shown = sweep.run(RUNS="pcgrad late_adapters")
+def test_what_needs_a_failed_run_is_not_started_and_named(fake: Sweep) -> None:
+    (fake.out / "heads-seed3").mkdir(parents=True)
+    status, shown = fake.run(RUNS="pcgrad late_adapters")
     assert status == 1
     reasons = dict(line.strip().split(": ", 1) for line in shown.split("failed:\n")[1].splitlines())
     assert reasons.pop("heads-seed3").startswith("exit status 2, error: --out")
@@ -84,7 +96,7 @@ def test_what_needs_a_failed_run_is_not_started_and_named(sweep: Sweep) -> None:
         "late_adapters-first-seed3": "not started, it needs heads-seed3",
         "late_adapters-seed3": "not started, it needs late_adapters-first-seed3",
     }
-    assert [path.name for path in sweep.out.iterdir() if path.is_dir()] == ["heads-seed3"]
+    assert [path.name for path in fake.out.iterdir() if path.is_dir()] == ["heads-seed3"]
 
 
 def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(sweep: Sweep) -> None:
@@ -94,17 +106,14 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(sweep: Swee
     assert not sweep.out.exists()
 
 
-def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sweep) -> None:
-    """The runs are replaced by a program that prints its arguments and claims to have trained."""
-    program = sweep.out.parent / "python"
-    program.write_text('#!/bin/sh\necho "$@"\nfor out; do :; done\nmkdir -p "$out" && touch "$out/results.json"\n')
-    program.chmod(0o755)
-    status, shown = sweep.run(RUNS="", EPOCHS="4", STEPS="2", PYTHON=str(program))
+def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(fake: Sweep) -> None:
+    status, shown = fake.run(RUNS="", EPOCHS="4", STEPS="2")
     assert status == 0, shown
     names = "pal random round_robin temperature pcgrad gradvac smart adapters eda drop_longest individual late_adapters"
-    lines = {path.stem.removesuffix("-seed3"): path.read_text().split() for path in sweep.out.glob("*.log")}
+    lines = {path.stem.removesuffix("-seed3"): path.read_text().split() for path in fake.out.glob("*.log")}
     assert set(lines) == {*names.split(), "heads", "heads-individual", "late_adapters-first"}
     runs = {name: parse(words[1:]) for name, words in lines.items()}
+    assert (runs["pcgrad"].treatment, runs["pcgrad"].seed) == ("pcgrad", 3)
     assert all(Path(run.out).name == f"{name}-seed3" for name, run in runs.items())
     tuned = {name: run for name, run in runs.items() if not name.startswith("heads")}
     rows = {name: run.epochs * run.steps_per_epoch * run.rows_per_step for name, run in tuned.items()}
@@ -117,7 +126,7 @@ def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sw
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
     flags = sweep.environment["FLAGS"] + " --eval_every 0"
-    settings = {"RUNS": "late_adapters", "EPOCHS": "80", "STEPS": "8", "FLAGS": flags}
+    settings = {"RUNS": "late_adapters", "EPOCHS": "40", "STEPS": "8", "FLAGS": flags}
     process = sweep.start(**settings)
     log = sweep.out / "late_adapters-first-seed3" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -137,4 +146,4 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
     assert sorted(sweep.finished()) == sorted(f"{name}-seed3" for name in LATE)
     assert sweep.finished()["heads-seed3"] == before["heads-seed3"]
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [record["step"] for record in records if "loss" in record] == list(range(1, 321))
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 161))
