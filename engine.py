@@ -28,7 +28,7 @@ import ops
 from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_stop
 from evaluation import Precision, evaluate, mean_score
 from model import TaskModel, Trained
-from ops import DropoutMasks, Reading, Replayed, adamw_step, can_replay, to_device
+from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
 from optimizer import FlatParameters, clip_factor, gradient_norm
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
@@ -220,9 +220,7 @@ class Trainer:
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         self._take_pass: Callable[..., Tensor] = self._pass_on_device
         self._take_whole: Callable[..., Tensor] = self._step_on_device
-        self._replays = (
-            cuda_graphs and can_replay(precision.device) and not stage.is_frozen and not methods.regularizers
-        )
+        self._replays = cuda_graphs and has_fused_operations(precision.device) and not methods.regularizers
         if self._replays:
             self._take_pass, self._take_whole = Replayed(self._pass_on_device), Replayed(self._step_on_device)
         self._since = time.perf_counter()  # when the work began that will be told of next
@@ -231,7 +229,8 @@ class Trainer:
     def _joined(self) -> tuple[TokenizedRows, dict[str, int]] | None:
         """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
         rows = [rows for rows in self.data.train.values() if isinstance(rows, TokenizedRows)]
-        is_apart = self.is_treated or self.methods.regularizers or not self.model.shares_passes
+        splits = has_fused_operations(self.precision.device)  # a task's gradient from the rest of its pass
+        is_apart = self.methods.regularizers or not self.model.shares_passes or (self.is_treated and not splits)
         if is_apart or len(rows) < len(self.data.train):
             return None
         starts = np.cumsum([0, *map(len, rows)]).tolist()
@@ -408,8 +407,8 @@ class Trainer:
 
     def _backward(self, passes: Sequence[Pass], tasks: list[str], lr: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each task's gradient, of its mean loss times its weight; returns those losses (T,). A step of a single pass
-        of all tasks is taken whole: then the second is what `_move` returns."""
-        if self._joined and len(passes) == 1:
+        and without a treatment is taken whole: then the second is what `_move` returns."""
+        if len(passes) == 1 and not self.is_treated and not self.methods.regularizers:
             numbers = self._take_whole(*self._seeded(passes[0]), lr)
             return numbers[: len(tasks)], numbers
         self._forget_gradients()
@@ -456,8 +455,20 @@ class Trainer:
     def _pass_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after a forward and a backward pass."""
         tasks, _, num_places = key
-        self.shared.point_to(self._gradient_row(tasks[0]))
-        return self._forward_backward(tasks, self._rows_of(tasks).gather(numbers, num_places), weights)
+        batch = self._rows_of(tasks).gather(numbers, num_places)
+        self.shared.point_to(0 if self._joined else self._gradient_row(tasks[0]))
+        bounds = self._bounds(tasks, batch, weights) if self._joined and self.is_treated else None
+        with ops.gradients_by_task(bounds):
+            return self._forward_backward(tasks, batch, weights)
+
+    def _bounds(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> TaskBounds:
+        """Where each task's rows of a joined pass and its row of the shared gradients lie. weights: (T, B)."""
+        assert batch.tokens is not None
+        counts = dict(zip(tasks, (weights > 0).sum(1), strict=True))
+        none = torch.zeros_like(counts[tasks[0]])
+        num_rows = torch.stack([counts.get(task, none) for task in self.stage.tasks])
+        tokens = batch.tokens
+        return TaskBounds.of(num_rows, tokens.packing.ends, len(tokens.input_ids), len(self.shared))
 
     def _forward_backward(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after its backward pass. weights: (T, B)."""

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import engine
 import multitask_classifier
 import ops
-from helpers import generator
+from benchmarks import workload
+from evaluation import Precision
+from helpers import generator, tiny_config, tiny_model
 from ops import DropoutMasks, Linear, Packing
 from ops.adamw import Moments, Vector, adamw_by_definition
 from run_record import MetricsLog
@@ -208,6 +211,29 @@ def test_adamw_is_its_definition_and_leaves_a_skipped_step_out() -> None:
     vector = Vector(ours, torch.full_like(ours, torch.nan), moments, 3000)
     ops.adamw_step([vector], factor, 0.3, factor, torch.ones_like(factor))
     assert all(torch.equal(x, y) for x, y in zip(before, (ours, moments.exp_avg, moments.step), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_one_pass_over_all_tasks_rows_gives_the_gradient_of_each(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, cuda_graphs: bool
+) -> None:
+    """The gradients that a treatment gets, step by step, are those of a pass for each task."""
+    lengths = {"sst": np.arange(3, 40), "para": np.arange(5, 60), "sts": np.array([6, 9])}
+    rows = workload.random_rows(lengths, 50, tiny_config(), CUDA)
+    found: dict[bool, list[Tensor]] = {True: [], False: []}
+    for is_joined, gradients in found.items():
+        monkeypatch.setattr(engine, "has_fused_operations", lambda device, answer=is_joined: answer)
+        monkeypatch.setattr(engine, "combine", lambda of_step, *rest, into=gradients: into.append(of_step.clone()))
+        model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(CUDA)
+        options = {"draws_per_step": 3, "treatment": "pcgrad", "rows_per_step": 20, "cuda_graphs": cuda_graphs}
+        trainer = workload.full_trainer(model, rows, precision=Precision(CUDA, dtype), **options)
+        assert (trainer._joined is not None) == is_joined
+        for step in range(12):
+            trainer.take_step(1, step)
+    for one, other in zip(*found.values(), strict=True):
+        distance, norm = (one - other).norm(dim=1), other.norm(dim=1)  # (T,)
+        assert (norm > 0).all() and (distance < (1e-4 if dtype is None else 3e-2) * norm).all()
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
