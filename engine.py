@@ -220,7 +220,7 @@ class Trainer:
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         self._take_pass: Callable[..., Tensor] = self._pass_on_device
         self._take_whole: Callable[..., Tensor] = self._step_on_device
-        self._replays = cuda_graphs and has_fused_operations(precision.device) and not methods.regularizers
+        self._replays = cuda_graphs and has_fused_operations(precision.device)
         if self._replays:
             self._take_pass, self._take_whole = Replayed(self._pass_on_device), Replayed(self._step_on_device)
         self._since = time.perf_counter()  # when the work began that will be told of next

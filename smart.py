@@ -63,7 +63,9 @@ class Smoothness:
 
     def term(self, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
         assert batch.tokens is not None, "smoothness perturbs input embeddings"
-        generator = torch.Generator(logits.device).manual_seed(derive_seed(masks.seed, "smart"))
+        generator = None  # the device's default one, which the masks have seeded: a CUDA graph knows no other
+        if logits.device.type == "cpu":
+            generator = torch.Generator().manual_seed(derive_seed(masks.seed, "smart"))
         term = smoothness(
             lambda perturbation: self.model(task, batch, masks.again(), perturbation),
             logits,
@@ -87,7 +89,7 @@ def smoothness(
     row_of_token: Tensor,
     hidden_size: int,
     config: Smoothness.Parameters,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     parameters: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Mean over rows of max over |d|_inf <= eps of divergence(f(x + d), f(x)), a scalar, without the factor lambda.

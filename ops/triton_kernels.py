@@ -30,6 +30,22 @@ def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["number"])
+def _dropout(values, seed, number, prob, count, output, BLOCK: tl.constexpr):
+    line = tl.program_id(0)
+    place = line.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = tl.reshape(_keep(seed, number, line + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK, BLOCK), [BLOCK])
+    kept *= tl.load(values + place, place < count, 0.0).to(tl.float32)
+    tl.store(output + place, kept.to(output.dtype.element_ty), place < count)
+
+
+def dropout(values: Tensor, key: tuple[Tensor, int], prob: float) -> Tensor:
+    """Of values of any shape, which lie in one piece; or of the gradient of what that gave."""
+    output, count = torch.empty_like(values), values.numel()
+    _dropout[(triton.cdiv(count, 1024),)](values, *key, _drawn(prob), count, output, BLOCK=1024)
+    return output
+
+
+@triton.jit(do_not_specialize=["number"])
 def _residual_norm_forward(
     update, bias, residual, term, weight, shift, seed, number, prob, eps, size, sums, output, moments,
     HAS_TERM: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,

@@ -105,6 +105,20 @@ def test_attention_drops_probabilities_at_the_rate_and_the_same_ones_in_its_back
 
 
 @pytest.mark.parametrize("dtype", HALF)
+def test_dropout_keeps_the_same_elements_in_its_backward_pass_and_again(dtype: torch.dtype) -> None:
+    values = (random(70, 33).abs() + 0.5).to(CUDA, dtype).requires_grad_()
+    masks = DropoutMasks(4, CUDA)
+    first, second = ops.dropout(values, 0.25, masks), ops.dropout(values, 0.25, masks)
+    kept = first.detach() > 0
+    assert abs(float(kept.float().mean()) - 0.75) < 0.03 and not torch.equal(kept, second > 0)
+    expected = torch.where(kept, values / 0.75, 0)
+    torch.testing.assert_close(first, expected, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=0.0)
+    (gradient,) = torch.autograd.grad(first.sum(), values)
+    assert torch.equal(gradient > 0, kept)
+    assert torch.equal(ops.dropout(values, 0.25, masks.again()), first)
+
+
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("has_term", [False, True])
 @pytest.mark.parametrize("prob", [0.0, 0.3])
 def test_linear_residual_norm_is_its_formula(dtype: torch.dtype, has_term: bool, prob: float) -> None:
