@@ -121,6 +121,12 @@ class Config:
     weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
     patience: int = parameter(0, "epochs without a gain after which a stage ends; 0: never", ">= 0")
+    average: str = parameter(
+        "none",
+        "weights that are scored and saved as best: none, fine-tuning's own; ema, their exponential moving average",
+        choices=("none", "ema"),
+    )
+    ema_decay: float = parameter(0.999, "decay of the average; less in the first steps", "0 < x < 1")
     seed: int = parameter(0, "seed of everything that is random", "0 <= x < 2**63")
     threads: int = parameter(0, "CPU threads; 0: torch's default", "0 <= x <= 1024")
     device: str = parameter("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
@@ -344,13 +350,14 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """A line for each flag that lacks what it needs."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
-    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step")
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average")
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
         (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
+        (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
         (config.option != "test", f"{option} does not train", training),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),

@@ -5,7 +5,7 @@ _passes            which rows go through the model together: those of a task, or
 _forward_backward  forward, loss (+ regularizers), backward: autograd adds into the task's row of the shared gradients
                    (on a GPU ops/linear.py adds some of them itself)
 _treat             Gram matrix -> treatment -> weighted sum, in the first row
-_move              clip once -> AdamW
+_move              clip once -> AdamW -> average of weights
 _record            what is logged, when the device has come that far
 
 Shape letters: T tasks of a step, P shared parameters, B rows.
@@ -16,6 +16,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -29,7 +30,7 @@ from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_s
 from evaluation import Precision, evaluate, mean_score
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
-from optimizer import FlatParameters, clip_factor, gradient_norm
+from optimizer import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
 from seeding import derive_seed
@@ -90,13 +91,15 @@ class Stage:
 class Methods:
     """How a stage trains. treatment: None for the plain sum. segments: names of the shared parameters that a treatment
     takes on their own, such as those of a layer; one segment of all by default. scales_equally: the task gradients are
-    brought to their mean length before it sees them."""
+    brought to their mean length before it sees them. ema_decay: of the average of weights that is evaluated; 0 for
+    none."""
 
     scheduler: Scheduler
     treatment: Treatment | None = None
     regularizers: Sequence[Regularizer] = ()
     segments: Sequence[Sequence[str]] | None = None
     scales_equally: bool = False
+    ema_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ class Trainer:
         self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1)
         self.own = {task: FlatParameters(trained.own[task]) for task in stage.tasks}
         self.segments = [self.shared.columns(set(names)) for names in methods.segments or [list(trained.shared)]]
+        self.average = WeightAverage(self._vectors(), methods.ema_decay) if methods.ema_decay else None
         self.best: dict[str, Tensor] = {}
         self.progress = Progress(rows=dict.fromkeys(stage.tasks, 0), micro_batch=stage.batch_size)
         self.scaler = LossScaler(precision.dtype == torch.float16, precision.device)
@@ -287,7 +291,8 @@ class Trainer:
         if not is_last and (stage.eval_every == 0 or epoch % stage.eval_every):
             return Event(None, is_epoch=True)
         started, notes = time.perf_counter(), list[str]()
-        metrics = evaluate(self.model, self.data.dev, stage.eval_batch_size, self.precision, notes.append, between)
+        with self.averaged():
+            metrics = evaluate(self.model, self.data.dev, stage.eval_batch_size, self.precision, notes.append, between)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         score = mean_score(metrics)
@@ -305,6 +310,10 @@ class Trainer:
         num_rows = sum(len(rows) for rows in self.data.dev.values())
         record = {"stage": stage.name, "epoch": epoch, "step": progress.step, "dev": {**metrics, "mean": score}}
         return Event({**record, "dev_examples_per_second": num_rows / seconds}, True, is_best, notes)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model's weights are their averages, where those are kept: what is scored and saved as best."""
+        return self.average.in_place() if self.average else nullcontext()
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -551,6 +560,8 @@ class Trainer:
         factor = clip_factor(norm, stage.max_grad_norm) / scale
         moved = [vector.moved_by(vector.gradients[0]) for vector in vectors]
         adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
+        if self.average:
+            self.average.after_step(is_skipped)
         numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])
         self.scaler.update((is_bad & ~self._halted).to(torch.float32))
         return numbers
@@ -589,6 +600,8 @@ class Trainer:
         states = {f"regularizer.{i}": regularizer.state for i, regularizer in enumerate(self.methods.regularizers)}
         if self.methods.treatment is not None:
             states["treatment"] = self.methods.treatment.state
+        if self.average:
+            states["average"] = self.average.state
         return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

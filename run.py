@@ -178,7 +178,7 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
 
 
 def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: StageData) -> Methods:
-    """The methods of a stage; the frozen one has no treatment and no regularizers."""
+    """The methods of a stage; the frozen one, which ends with its best epoch's heads, has none but the scheduler."""
     is_treated = config.is_treated and not stage.is_frozen
     num_examples = tuple(len(data.train[task]) for task in stage.tasks)
     draws = 1 if stage.is_frozen else config.draws
@@ -196,7 +196,8 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
             raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
-    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal")
+    ema_decay = config.ema_decay if config.average == "ema" else 0.0
+    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal", ema_decay)
 
 
 def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
@@ -306,7 +307,8 @@ class Run:
                 for event in trainer.run(self.stop.check, save_every):
                     self.show(stage, event)
                     if event.is_best and not stage.is_frozen:
-                        self.save_best()
+                        with trainer.averaged():
+                            self.save_best()
                     if event.is_epoch or (save_every and event.record and event.record["step"] % save_every == 0):
                         self.save(number, trainer)
                     self.stop.check()
@@ -530,6 +532,7 @@ def _methods(config: Config) -> list[str]:
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),
         *([f"training only {config.train}"] if config.train == config.adapter else []),
+        *([f"weights averaged (decay {config.ema_decay:g})"] if config.average == "ema" else []),
         *(f"augmentation {name}" for name in config.chosen("augment")),
     ]
 

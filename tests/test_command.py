@@ -374,6 +374,21 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: 
         assert path.read_bytes() == (second / "predictions" / path.name).read_bytes()
 
 
+def test_the_best_checkpoint_is_that_of_the_average_and_the_last_that_of_the_raw_weights(
+    runs: Runs, out: Path, made_up: Any
+) -> None:
+    kept = made_up(lambda tasks, epoch: {1: 0.3, 2: 0.8, 3: 0.5}[epoch])
+    flags = "--pretrain_epochs 0 --epochs 3 --lr 1e-3 --pal"
+    runs.run(out, f"{flags} --average ema --ema_decay 0.9")
+    best = weights(out, "best")
+    assert torch.equal(best["heads.sts.output.weight"], kept["sst+para+sts", 2]["heads.sts.output.weight"])
+    assert torch.equal(best["bert.pooler.dense.weight"], kept["sst+para+sts", 2]["encoder.pooler.weight"])
+    kept.clear()
+    without = runs.run(out.with_name("without"), flags)
+    assert differing(weights(out), weights(without)) == set()
+    assert "bert.pooler.dense.weight" in differing(best, weights(without, "best"))
+
+
 BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 4 --lr 1e-3 --batch_size 8"
 CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
@@ -470,6 +485,7 @@ METHODS = {
     "pcgrad": "--pcgrad --scheduler pal",
     "gradvac": "--gradvac --scheduler random --granularity layer --pal --warmup 0",
     "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
+    "ema": "--average ema --pal --ema_decay 0.6",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
 }
 

@@ -110,6 +110,7 @@ class Naive:
     by_layer: bool = False
     smart: bool = False
     bregman: bool = False
+    ema: float = 0.0
     epochs: int = 3
     lr: float = 0.003
     warmup: float = 0.3
@@ -122,6 +123,7 @@ class Naive:
     def __post_init__(self) -> None:
         self.values = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.averages = {name: value.clone() for name, value in self.values.items()}
+        self.scored = dict(self.values)
         moving = [name for name in self.values if name.split(".")[0] in self.moves]
         own = {task: [name for name in moving if name.split(".")[1] == task] for task in self.tasks}
         self.groups = {"shared": [name for name in moving if name.startswith("encoder.")], **own}
@@ -264,6 +266,8 @@ class Naive:
                 self.values.update(unflat(values, self.values, names))
         beta = 0.99 if step < 0.1 * self.num_steps else 0.999
         self.averages = {n: beta * average + (1 - beta) * self.values[n] for n, average in self.averages.items()}
+        d = min(self.ema, (2 + step) / (11 + step))  # t is step + 1
+        self.scored = {name: d * average + (1 - d) * self.values[name] for name, average in self.scored.items()}
         self.model.load_state_dict(self.values)
         return found | {"gradient_norm": norm, "lr": share * self.lr}
 
@@ -345,6 +349,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "never clipped": ("--max_grad_norm 0 --draws_per_step 2", {"max_norm": 0.0, "draws": 2}),
     "no warm-up": ("--warmup 0", {"warmup": 0.0}),
+    "ema": (f"{PAL} --average ema --ema_decay 0.2 --draws_per_step 2", {"ema": 0.2, "draws": 2}),
+    "ema, adapters alone": (f"{PAL} --average ema --train pal", {"ema": 0.999, "moves": ["adapters"]}),
     "adapters alone": (f"{PAL} --train pal --draws_per_step 2", {"moves": ["adapters"], "draws": 2}),
     "frozen": ("--option pretrain --head mlp --scheduler temperature", {"scheduler": "temperature", **FROZEN}),
     "frozen, before fine-tuning": (f"{SMART} {BREGMAN} {PAL} --pcgrad", FROZEN),
@@ -378,6 +384,8 @@ def assert_as_naive(case: str, dropout: float) -> None:
         step = trainer.progress.step - 1
         expected = naive.step(1 + step // steps_per_epoch, step)
         assert [name for name, value in naive.values.items() if not near(parameters[name], value)] == [], step
+        with trainer.averaged():
+            assert [name for name, value in naive.scored.items() if not near(parameters[name], value)] == [], step
         assert {name: record[name] for name in expected} == {n: pytest.approx(v, abs=1e-9) for n, v in expected.items()}
         if step == last:
             return
