@@ -476,7 +476,8 @@ class Trainer:
     def _regularization(self, task: str, batch: Batch, logits: Tensor) -> Tensor:
         """The regularizers' terms for these rows, a scalar."""
         if self.precision.dtype is not None:
-            logits = self.model(task, batch, self._masks.again())  # in float32
+            self._masks = self._masks.again()
+            logits = self.model(task, batch, self._masks)  # in float32
         terms = [regularizer.term(task, batch, self._masks, logits) for regularizer in self.methods.regularizers]
         return torch.stack(terms).sum()
 

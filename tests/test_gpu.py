@@ -217,6 +217,7 @@ SETTINGS = [
     "--pal", "--pal --pcgrad --pal_kind low_rank", "--pal --train pal", "--scheduler random --draws_per_step 4",
     "--scheduler round_robin", "--scheduler temperature", "--head mlp", "--amp bf16", "--amp fp16 --pcgrad",
     "--amp fp16 --bregman", "--amp bf16 --pcgrad --smart", "--no-cuda_graphs --amp bf16", "--accumulation_steps 3",
+    "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
 ]  # fmt: skip
 
 

@@ -110,6 +110,7 @@ class Naive:
     by_layer: bool = False
     smart: bool = False
     bregman: bool = False
+    rdrop: float = 0.0
     epochs: int = 3
     lr: float = 0.003
     warmup: float = 0.3
@@ -168,8 +169,12 @@ class Naive:
                 features, pooled = self.model.pooled(task, whole), self.model.pooled(task, batch)
                 pooled = (pooled - features.mean(0)) / features.var(0, correction=0).sqrt()
             return output.losses(self.model.predict(task, pooled, DropoutMasks(seed)), batch.labels)
-        logits = self.model(task, batch, DropoutMasks(seed))
+        masks = DropoutMasks(seed)
+        logits = self.model(task, batch, masks)
         losses = output.losses(logits, batch.labels)
+        if self.rdrop:
+            other = self.model(task, batch, masks)
+            losses = (losses + output.losses(other, batch.labels) + self.rdrop * output.divergence(logits, other)) / 2
         if self.smart:
             assert batch.tokens is not None
             row_of_token, noise = batch.tokens.row_of_token, generator(derive_seed(seed, "smart"))
@@ -339,9 +344,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smart": (f"{SMART} --draws_per_step 2", {"smart": True, "draws": 2}),
     "bregman": (f"{BREGMAN} --draws_per_step 2", {"bregman": True, "draws": 2}),
-    "smart, bregman, pcgrad": (
-        f"{SMART} {BREGMAN} --pcgrad --draws_per_step 4",
-        {"smart": True, "bregman": True, "treatment": "pcgrad", "draws": 4},
+    "rdrop": ("--rdrop --rdrop_alpha 4 --draws_per_step 4", {"rdrop": 4, "draws": 4}),
+    "rdrop without dropout": ("--rdrop --draws_per_step 2", {"draws": 2}),
+    "all regularizers, pcgrad": (
+        f"{SMART} {BREGMAN} --rdrop --pcgrad --draws_per_step 4",
+        {"smart": True, "bregman": True, "rdrop": 1, "treatment": "pcgrad", "draws": 4},
     ),
     "never clipped": ("--max_grad_norm 0 --draws_per_step 2", {"max_norm": 0.0, "draws": 2}),
     "no warm-up": ("--warmup 0", {"warmup": 0.0}),
@@ -357,7 +364,7 @@ def test_the_parameters_after_every_step_are_those_of_a_naive_run(case: str) -> 
     assert_as_naive(case, 0.0)
 
 
-@pytest.mark.parametrize("case", ["pal", "smart, bregman, pcgrad", "frozen, before fine-tuning"])
+@pytest.mark.parametrize("case", ["pal", "rdrop", "all regularizers, pcgrad", "frozen, before fine-tuning"])
 def test_they_are_with_dropout_too(case: str) -> None:
     assert_as_naive(case, 0.2)
 
