@@ -90,13 +90,15 @@ class Stage:
 class Methods:
     """How a stage trains. treatment: None for the plain sum. segments: names of the shared parameters that a treatment
     takes on their own, such as those of a layer; one segment of all by default. scales_equally: the task gradients are
-    brought to their mean length before it sees them."""
+    brought to their mean length before it sees them. loss_weights: of each task the factor on its loss, 1 by default;
+    they count in the gradients, also in those of equal length, and not in what is logged."""
 
     scheduler: Scheduler
     treatment: Treatment | None = None
     regularizers: Sequence[Regularizer] = ()
     segments: Sequence[Sequence[str]] | None = None
     scales_equally: bool = False
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,7 @@ class Trainer:
         tasks = [task for task in stage.tasks if task in plan]
         counts = rows_of_plan(plan, stage.rows_per_step)
         rows = {task: self._streams[task].rows(progress.rows[task], counts[task]) for task in tasks}
-        weights = {task: self._weight(plan[task], len(rows[task])) for task in tasks}
+        weights = {task: self._weight(task, plan[task], len(rows[task])) for task in tasks}
         record = {
             "stage": stage.name,
             "epoch": epoch,
@@ -368,10 +370,11 @@ class Trainer:
             add_conflicts(progress.conflicts, record)
         return record
 
-    def _weight(self, draws: Draws, num_rows: int) -> float:
+    def _weight(self, task: str, draws: Draws, num_rows: int) -> float:
         """Factor on the mean loss of a task's rows: its share of the step's rows, or what the scheduler says where a
-        treatment combines the tasks' gradients."""
-        return draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
+        treatment combines the tasks' gradients; times the task's own."""
+        factor = draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
+        return factor * self.methods.loss_weights.get(task, 1.0)
 
     def _gradient_row(self, task: str) -> int:
         """Which of the shared gradients belongs to this task; without a treatment all accumulate in the first."""

@@ -178,7 +178,7 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
 
 
 def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: StageData) -> Methods:
-    """The methods of a stage; the frozen one has no treatment and no regularizers."""
+    """The methods of a stage; the frozen one, whose heads share nothing, has no treatment, regularizers and weights."""
     is_treated = config.is_treated and not stage.is_frozen
     num_examples = tuple(len(data.train[task]) for task in stage.tasks)
     draws = 1 if stage.is_frozen else config.draws
@@ -196,7 +196,7 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
             raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
-    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal")
+    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal", config.loss_weights)
 
 
 def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
@@ -525,7 +525,9 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
 def _methods(config: Config) -> list[str]:
     """What is chosen beside the scheduler, in words."""
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
+    weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
+        *([f"losses weighted {weights}"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),
