@@ -82,6 +82,12 @@ class Config:
         "rows, as many as there are. With a treatment and as many draws as tasks each step holds every task once",
         ">= 0",
     )
+    task_weights: tuple[str, ...] = parameter(
+        (),
+        "factors on the tasks' losses in fine-tuning, TASK=NUMBER; a task that is not named has 1, and all are divided "
+        "by their mean",
+        metavar="TASK=NUMBER",
+    )
     treatment: str = parameter(
         NO_TREATMENT,
         f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or a Gramian weighting of torchjd by its name",
@@ -155,6 +161,13 @@ class Config:
         whole = [name for name in self.head if "=" not in name]
         single = [name.partition("=") for name in self.head if "=" in name]
         return {task: whole[-1] for task in self.tasks if whole} | {task: name for task, _, name in single}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The factor on each task's loss; their sum is the number of tasks."""
+        named = {task: float(value) for task, _, value in (word.partition("=") for word in self.task_weights)}
+        given = dict.fromkeys(self.tasks, 1.0) | named
+        return {task: weight * len(given) / sum(given.values()) for task, weight in given.items()}
 
     def chosen(self, table: str) -> tuple[str, ...]:
         """Names of the entries of a table that this run uses."""
@@ -309,6 +322,11 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     of_heads = [name.partition("=")[0] if "=" in name else "" for name in config.head]
     if len(set(of_heads)) != len(of_heads):
         yield f"--head {' '.join(config.head)}: expected one head for all tasks, and each task once"
+    weighted = [word.partition("=")[0] for word in config.task_weights]
+    for i, word in enumerate(config.task_weights):
+        if weighted[i] not in config.tasks or weighted[i] in weighted[:i] or not _is_weight(word.partition("=")[2]):
+            once = f"each of {', '.join(config.tasks)} at most once"
+            yield f"--task_weights {word}: expected TASK=NUMBER, {once}, the number from 1e-6 to 1e6"
     known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
@@ -327,6 +345,13 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         names = [*treatments, *of_torchjd]
         more = nearest(config.treatment, names) if of_torchjd else "; torchjd, if installed, has Gramian weightings too"
         yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{more}"
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 1e-6 <= float(text) <= 1e6
+    except ValueError:
+        return False
 
 
 def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
@@ -349,8 +374,9 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
 def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """A line for each flag that lacks what it needs."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
+    of_several = ("draws_per_step", "scheduler", "task_weights")
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
-    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average")
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", "task_weights")
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
@@ -362,7 +388,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.option != "test", f"{option} does not train", training),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
-        (len(config.tasks) > 1, "there is one task, expected two --tasks or more", ("draws_per_step", "scheduler")),
+        (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():
         way = TABLES[table][1].format(name)
@@ -393,6 +419,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch"
     if config.train in ADAPTERS and config.train != config.adapter:
         yield f"--train {config.train}: expected with --{config.train}"
+    if config.train in ADAPTERS and config.task_weights:
+        yield f"--train {config.train}: adapters are each task's own, --task_weights would do nothing"
     if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):
         yield f"--augment {config.augment}: no task of {' '.join(config.tasks)} has classes to fill up"
     if config.is_treated:

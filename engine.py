@@ -92,7 +92,8 @@ class Methods:
     """How a stage trains. treatment: None for the plain sum. segments: names of the shared parameters that a treatment
     takes on their own, such as those of a layer; one segment of all by default. scales_equally: the task gradients are
     brought to their mean length before it sees them. ema_decay: of the average of weights that is evaluated; 0 for
-    none."""
+    none. loss_weights: of each task the factor on its loss, 1 by default; they count in the gradients, also in those of
+    equal length, and not in what is logged."""
 
     scheduler: Scheduler
     treatment: Treatment | None = None
@@ -100,6 +101,7 @@ class Methods:
     segments: Sequence[Sequence[str]] | None = None
     scales_equally: bool = False
     ema_decay: float = 0.0
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ class Trainer:
         tasks = [task for task in stage.tasks if task in plan]
         counts = rows_of_plan(plan, stage.rows_per_step)
         rows = {task: self._streams[task].rows(progress.rows[task], counts[task]) for task in tasks}
-        weights = {task: self._weight(plan[task], len(rows[task])) for task in tasks}
+        weights = {task: self._weight(task, plan[task], len(rows[task])) for task in tasks}
         record = {
             "stage": stage.name,
             "epoch": epoch,
@@ -376,10 +378,11 @@ class Trainer:
             add_conflicts(progress.conflicts, record)
         return record
 
-    def _weight(self, draws: Draws, num_rows: int) -> float:
+    def _weight(self, task: str, draws: Draws, num_rows: int) -> float:
         """Factor on the mean loss of a task's rows: its share of the step's rows, or what the scheduler says where a
-        treatment combines the tasks' gradients."""
-        return draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
+        treatment combines the tasks' gradients; times the task's own."""
+        factor = draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
+        return factor * self.methods.loss_weights.get(task, 1.0)
 
     def _gradient_row(self, task: str) -> int:
         """Which of the shared gradients belongs to this task; without a treatment all accumulate in the first."""
@@ -496,7 +499,8 @@ class Trainer:
     def _regularization(self, task: str, batch: Batch, logits: Tensor) -> Tensor:
         """The regularizers' terms for these rows, a scalar."""
         if self.precision.dtype is not None:
-            logits = self.model(task, batch, self._masks.again())  # in float32
+            self._masks = self._masks.again()
+            logits = self.model(task, batch, self._masks)  # in float32
         terms = [regularizer.term(task, batch, self._masks, logits) for regularizer in self.methods.regularizers]
         return torch.stack(terms).sum()
 

@@ -178,7 +178,8 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
 
 
 def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: StageData) -> Methods:
-    """The methods of a stage; the frozen one, which ends with its best epoch's heads, has none but the scheduler."""
+    """The methods of a stage; the frozen one, whose heads share nothing and which ends with those of its best epoch, has
+    none but the scheduler."""
     is_treated = config.is_treated and not stage.is_frozen
     num_examples = tuple(len(data.train[task]) for task in stage.tasks)
     draws = 1 if stage.is_frozen else config.draws
@@ -197,7 +198,8 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
     ema_decay = config.ema_decay if config.average == "ema" else 0.0
-    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal", ema_decay)
+    scales_equally = config.gradient_scale == "equal"
+    return Methods(scheduler, treatment, regularizers, segments, scales_equally, ema_decay, config.loss_weights)
 
 
 def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
@@ -527,7 +529,9 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
 def _methods(config: Config) -> list[str]:
     """What is chosen beside the scheduler, in words."""
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
+    weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
+        *([f"losses weighted {weights}"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),

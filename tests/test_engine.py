@@ -33,7 +33,7 @@ from pcgrad import TREATMENTS, find_treatment
 from run import Run
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
-from smart import REGULARIZERS
+from smart import REGULARIZERS, RDrop
 from tasks import TASKS
 
 ALL = ("sst", "para", "sts")
@@ -242,6 +242,32 @@ def test_forward_runs_inside_autocast_and_backward_and_regularizers_outside(dtyp
     setup.step()
     assert forward == [True, False] * 3 and backward and not any(backward)
     assert given == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_r_drop_draws_on_behind_the_pass_of_its_logits_with_the_masks_made_last(
+    dtype: torch.dtype | None, monkeypatch: Patch
+) -> None:
+    """A GPU has no others."""
+    made, tasks = list[DropoutMasks](), list[str]()
+    init, original = DropoutMasks.__init__, RDrop.term
+
+    def kept(masks: DropoutMasks, *given: Any) -> None:
+        made.append(masks)
+        init(masks, *given)
+
+    def term(regularizer: RDrop, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
+        assert masks is made[-1]
+        again = masks.again()
+        assert torch.equal(regularizer.model(task, batch, again), logits)
+        assert torch.equal(again.mask((99,), 0.5), masks.mask((99,), 0.5))
+        tasks.append(task)
+        return original(regularizer, task, batch, masks, logits)
+
+    monkeypatch.setattr(DropoutMasks, "__init__", kept)
+    monkeypatch.setattr(RDrop, "term", term)
+    make(regularizers=list(REGULARIZERS), dtype=dtype, dropout=0.3).step()
+    assert tasks == list(ALL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -258,6 +258,7 @@ SETTINGS = [
     "--scheduler round_robin", "--scheduler temperature", "--head mlp", "--amp bf16", "--amp fp16 --pcgrad",
     "--amp fp16 --bregman", "--amp bf16 --pcgrad --smart", "--no-cuda_graphs --amp bf16", "--accumulation_steps 3",
     "--average ema", "--average ema --pal --train pal",
+    "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
 ]  # fmt: skip
 
 

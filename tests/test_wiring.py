@@ -28,7 +28,7 @@ from datasets import Batch
 from helpers import generator, tiny_model
 from model import MultitaskBert
 from ops import DropoutMasks
-from run import Run, plan_stages
+from run import Run, plan_stages, start_block
 from run_data import Data
 from seeding import derive_seed
 from tasks import TASKS
@@ -111,6 +111,8 @@ class Naive:
     smart: bool = False
     bregman: bool = False
     ema: float = 0.0
+    rdrop: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 3
     lr: float = 0.003
     warmup: float = 0.3
@@ -170,8 +172,12 @@ class Naive:
                 features, pooled = self.model.pooled(task, whole), self.model.pooled(task, batch)
                 pooled = (pooled - features.mean(0)) / features.var(0, correction=0).sqrt()
             return output.losses(self.model.predict(task, pooled, DropoutMasks(seed)), batch.labels)
-        logits = self.model(task, batch, DropoutMasks(seed))
+        masks = DropoutMasks(seed)
+        logits = self.model(task, batch, masks)
         losses = output.losses(logits, batch.labels)
+        if self.rdrop:
+            other = self.model(task, batch, masks)
+            losses = (losses + output.losses(other, batch.labels) + self.rdrop * output.divergence(logits, other)) / 2
         if self.smart:
             assert batch.tokens is not None
             row_of_token, noise = batch.tokens.row_of_token, generator(derive_seed(seed, "smart"))
@@ -239,7 +245,7 @@ class Naive:
         for task in (task for task in self.tasks if task in drawn):
             k = drawn.count(task)
             num_rows = sum(ends[i + 1] - ends[i] for i, name in enumerate(drawn) if name == task)
-            weight = k * k**-b if self.treatment else num_rows / ROWS
+            weight = (k * k**-b if self.treatment else num_rows / ROWS) * self.weights.get(task, 1)
             loss, of_task = self.loss_and_gradient(task, self.next_rows(task, num_rows), step)
             found["losses"][task], found["loss"] = loss, found["loss"] + loss * num_rows / ROWS
             gradients[task] = {name: weight * gradient for name, gradient in of_task.items()}
@@ -300,6 +306,7 @@ def unflat(vector: Tensor, like: Mapping[str, Tensor], names: Sequence[str]) -> 
 SMART = "--smart --smart_eps 0.05 --smart_sigma 0.03 --smart_eta 0.04 --smart_steps 2 --smart_weight 2.5"
 PAL = "--pal --pal_size 6 --pal_heads 2"
 BREGMAN = "--bregman --bregman_weight 30"
+WEIGHTS = {"sst": 2, "para": 0.5, "sts": 0.5}
 FROZEN: dict[str, Any] = {"epochs": 8, "lr": 0.02, "moves": ["heads"]}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -343,9 +350,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smart": (f"{SMART} --draws_per_step 2", {"smart": True, "draws": 2}),
     "bregman": (f"{BREGMAN} --draws_per_step 2", {"bregman": True, "draws": 2}),
-    "smart, bregman, pcgrad": (
-        f"{SMART} {BREGMAN} --pcgrad --draws_per_step 4",
-        {"smart": True, "bregman": True, "treatment": "pcgrad", "draws": 4},
+    "rdrop": ("--rdrop --rdrop_alpha 4 --draws_per_step 4", {"rdrop": 4, "draws": 4}),
+    "rdrop without dropout": ("--rdrop --draws_per_step 2", {"draws": 2}),
+    "all regularizers, pcgrad": (
+        f"{SMART} {BREGMAN} --rdrop --pcgrad --draws_per_step 4",
+        {"smart": True, "bregman": True, "rdrop": 1, "treatment": "pcgrad", "draws": 4},
+    ),
+    "weights": ("--task_weights sst=4 --draws_per_step 5", {"weights": WEIGHTS, "draws": 5}),
+    "weights, rdrop": (
+        "--task_weights sst=2 para=0.5 sts=0.5 --rdrop --draws_per_step 2",
+        {"weights": WEIGHTS, "rdrop": 1, "draws": 2},
+    ),
+    "weights, pcgrad": (
+        "--task_weights sts=2 sst=8 para=2 --pcgrad --draws_per_step 5",
+        {"weights": WEIGHTS, "treatment": "pcgrad", "draws": 5},
+    ),
+    "weights, own lengths": (
+        "--task_weights sst=4 --gradvac --gradvac_beta 0.3 --gradient_scale own --draws_per_step 5",
+        {"weights": WEIGHTS, "treatment": "gradvac", "beta": 0.3, "scale": "own", "draws": 5},
     ),
     "never clipped": ("--max_grad_norm 0 --draws_per_step 2", {"max_norm": 0.0, "draws": 2}),
     "no warm-up": ("--warmup 0", {"warmup": 0.0}),
@@ -353,7 +375,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ema, adapters alone": (f"{PAL} --average ema --train pal", {"ema": 0.999, "moves": ["adapters"]}),
     "adapters alone": (f"{PAL} --train pal --draws_per_step 2", {"moves": ["adapters"], "draws": 2}),
     "frozen": ("--option pretrain --head mlp --scheduler temperature", {"scheduler": "temperature", **FROZEN}),
-    "frozen, before fine-tuning": (f"{SMART} {BREGMAN} {PAL} --pcgrad", FROZEN),
+    "frozen, before fine-tuning": (f"{SMART} {BREGMAN} {PAL} --pcgrad --task_weights sst=4", FROZEN),
     "frozen, one task": ("--option individual_pretrain", {"tasks": ["sst"], **FROZEN}),
 }
 
@@ -363,7 +385,7 @@ def test_the_parameters_after_every_step_are_those_of_a_naive_run(case: str) -> 
     assert_as_naive(case, 0.0)
 
 
-@pytest.mark.parametrize("case", ["pal", "smart, bregman, pcgrad", "frozen, before fine-tuning"])
+@pytest.mark.parametrize("case", ["pal", "rdrop", "all regularizers, pcgrad", "frozen, before fine-tuning"])
 def test_they_are_with_dropout_too(case: str) -> None:
     assert_as_naive(case, 0.2)
 
@@ -419,6 +441,10 @@ def test_stages_have_the_settings_of_the_flags() -> None:
     for stage, is_frozen in zip(run.stages, (True, False), strict=True):
         assert (stage.patience, stage.eval_every, stage.eval_batch_size) == (2, 3, 5)
         assert (stage.steps_per_epoch, stage.is_frozen) == (6, is_frozen)
+
+
+def test_the_start_of_a_run_says_what_a_loss_counts() -> None:
+    assert "losses weighted sst 2, para 0.5, sts 0.5" in "\n".join(start_block(make_run("--task_weights sst=4"), []))
 
 
 def test_a_treatment_that_has_gone_since_the_run_began_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
