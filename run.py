@@ -102,7 +102,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         lr=config.lr or default_learning_rate(encoder.hidden_size),
-        mlm_lr=config.mlm_lr or default_learning_rate(encoder.hidden_size),
+        mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
         max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
         threads=torch.get_num_threads(),
