@@ -115,6 +115,7 @@ class Config:
 
     epochs: int = parameter(5, "epochs of fine-tuning", ">= 1")
     pretrain_epochs: int = parameter(25, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
+    mlm_epochs: int = parameter(0, "epochs of masked-language modelling on the training texts before all else", ">= 0")
     steps_per_epoch: int = parameter(0, "optimizer steps of an epoch; 0: as many as there are rows for", ">= 0")
     batch_size: int = parameter(32, "rows of a step, times --accumulation_steps; a forward pass takes no more", ">= 1")
     accumulation_steps: int = parameter(1, "how many times --batch_size rows make up an optimizer step", ">= 1")
@@ -123,6 +124,7 @@ class Config:
     save_every: int = parameter(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
     lr: float = parameter(0.0, "peak learning rate of fine-tuning; 0: by the model's width", ">= 0")
     pretrain_lr: float = parameter(1e-2, "peak learning rate of the frozen stage", "> 0")
+    mlm_lr: float = parameter(0.0, "peak learning rate of masked-language modelling; 0: by the model's width", ">= 0")
     warmup: float = parameter(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
     weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
@@ -379,6 +381,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", "task_weights")
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
+    training += ["mlm_epochs"]
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
@@ -387,6 +390,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
         (config.option != "test", f"{option} does not train", training),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
+        (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
@@ -413,6 +417,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"--pretrain_epochs 0: {option} would do nothing"
     if is_full and config.checkpoint and given.get("pretrain_epochs"):
         yield "--pretrain_epochs: --checkpoint has trained heads, the frozen stage is skipped"
+    if is_full and config.checkpoint and config.mlm_epochs:
+        yield "--mlm_epochs: --checkpoint has trained heads, which another encoder would not fit"
     if config.checkpoint and "model" in given:
         yield "--model, --checkpoint: the checkpoint holds the encoder, expected one of them"
     if config.patience and config.eval_every == 0:

@@ -87,13 +87,18 @@ class Stage:
         return self.lr * (self.num_steps - step) / max(1, self.num_steps - warmup_steps)
 
 
+def losses_of_task(task: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) as the task's entry has them."""
+    return TASKS[task].output.losses(logits, labels)
+
+
 @dataclass(frozen=True)
 class Methods:
     """How a stage trains. treatment: None for the plain sum. segments: names of the shared parameters that a treatment
     takes on their own, such as those of a layer; one segment of all by default. scales_equally: the task gradients are
     brought to their mean length before it sees them. ema_decay: of the average of weights that is evaluated; 0 for
     none. loss_weights: of each task the factor on its loss, 1 by default; they count in the gradients, also in those of
-    equal length, and not in what is logged."""
+    equal length, and not in what is logged. losses: (B,) of a task, from its outputs (B, K) and the labels (B,)."""
 
     scheduler: Scheduler
     treatment: Treatment | None = None
@@ -102,11 +107,12 @@ class Methods:
     scales_equally: bool = False
     ema_decay: float = 0.0
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    losses: Callable[[str, Tensor, Tensor], Tensor] = losses_of_task
 
 
 @dataclass(frozen=True)
 class StageData:
-    """The rows of each task that a stage trains and evaluates on."""
+    """The rows of each task that a stage trains and evaluates on; without dev rows its epochs have no scores."""
 
     train: Mapping[str, Rows]
     dev: Mapping[str, Rows]
@@ -118,8 +124,8 @@ class Progress:
 
     step: finished optimizer steps. closed_epochs: epochs whose evaluation is done. rows: of each task, drawn so far.
     micro_batch: rows of a forward pass at most, below the batch size after the device ran out of memory; replays:
-    whether passes may still be CUDA graphs then. seconds: spent training and evaluating. conflicts: sums of what a
-    treatment found.
+    whether passes may still be CUDA graphs then. seconds: spent training and evaluating. loss_sum: of the steps since a
+    mean was told. conflicts: sums of what a treatment found.
     """
 
     step: int = 0
@@ -131,6 +137,7 @@ class Progress:
     best_epoch: int = 0
     ended: bool = False
     seconds: float = 0.0
+    loss_sum: float = 0.0
     conflicts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -284,11 +291,16 @@ class Trainer:
             record = self._record(launched)
             seconds = time.perf_counter() - self._since
             self.progress.seconds += seconds
+            self.progress.loss_sum += record["loss"]
             yield Event(record | {"examples_per_second": self.stage.rows_per_step / seconds}, notes=launched.notes)
             self._since = time.perf_counter()
 
     def _end_epoch(self, epoch: int, between: BetweenBatches) -> Event:
         stage, progress = self.stage, self.progress
+        if not self.data.dev:
+            mean, progress.loss_sum = progress.loss_sum / stage.steps_per_epoch, 0.0
+            record = {"stage": stage.name, "epoch": epoch, "step": progress.step, "mean_loss": mean}
+            return Event(record, is_epoch=True)
         is_last = epoch == stage.epochs
         if not is_last and (stage.eval_every == 0 or epoch % stage.eval_every):
             return Event(None, is_epoch=True)
@@ -489,7 +501,7 @@ class Trainer:
         losses = []
         for task, of_task, of_row in zip(tasks, logits, weights, strict=True):
             labels = torch.where(of_row > 0, batch.labels, 0)  # another task's label is nothing to compare with
-            of_rows = torch.where(of_row > 0, TASKS[task].output.losses(of_task, labels), 0)
+            of_rows = torch.where(of_row > 0, self.methods.losses(task, of_task, labels), 0)
             losses.append((of_rows * of_row).sum())
         if self.methods.regularizers:
             losses[0] = losses[0] + weights[0].sum() * self._regularization(tasks[0], batch, logits[0])

@@ -497,7 +497,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     tensors = [load_file(out / "last" / "trainer.safetensors") for out in (found, expected)]
     assert differing(*tensors) == set()
     assert steps(found) == steps(expected)
-    numbers = ("stage", "epoch", "step", "loss", "lr", "gradient_norm", "dev", "cosines", "draws")
+    numbers = ("stage", "epoch", "step", "loss", "mean_loss", "lr", "gradient_norm", "dev", "cosines", "draws")
     logs = [[{k: r.get(k) for k in numbers} for r in records(out)] for out in (found, expected)]
     assert logs[0] == logs[1]
     results = [read(out / "results.json") for out in (found, expected)]
@@ -531,6 +531,7 @@ def test_a_stage_that_has_ended_is_not_begun_again(runs: Runs, out: Path, monkey
     [
         ("--option individual_pretrain --head mlp --patience 1 --save_every 2", 9),
         ("--checkpoint {plain} --pal --train pal --smart --save_every 2", 4),
+        ("--mlm_epochs 2 --save_every 2", 6),
     ],
 )
 def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out: Path) -> None:

@@ -428,6 +428,8 @@ def near(found: Tensor, expected: Tensor) -> bool:
         ("--pretrain_epochs 0", ["finetune"]),
         ("--checkpoint runs/other", ["finetune"]),
         ("--option pretrain", ["pretrain"]),
+        ("--mlm_epochs 2", ["mlm", "pretrain", "finetune"]),
+        ("--option pretrain --mlm_epochs 2", ["mlm", "pretrain"]),
         ("--option individual_pretrain", ["pretrain_sst", "pretrain_para", "pretrain_sts"]),
         ("--option test --checkpoint runs/other", []),
     ],
