@@ -191,7 +191,8 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
     if is_treated:
         parameters = config.choice("treatment", config.treatment).parameters
         try:
-            treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+            found = find_treatment(config.treatment, config.treatment_arguments)
+            treatment = found(parameters, len(stage.tasks), len(segments))
         except ValueError as error:  # a resumed run where torchjd is not installed
             raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
