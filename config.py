@@ -13,9 +13,10 @@ from typing import Any
 from checkpoints import EMBEDDED_MODEL
 from datasets import AUGMENTATIONS
 from heads import HEADS
+from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from pal import ADAPTERS
-from parameters import Choice, Flag, flags_of, parameter, parameters_type
-from pcgrad import TREATMENTS, gramian_weightings
+from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
+from pcgrad import TREATMENTS, find_treatment
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
 from tasks import TASKS
@@ -90,8 +91,14 @@ class Config:
     )
     treatment: str = parameter(
         NO_TREATMENT,
-        f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or a Gramian weighting of torchjd by its name",
+        f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or where torchjd is installed one of its methods: "
+        + ", ".join(METHODS),
         metavar="NAME",
+    )
+    treatment_arguments: tuple[str, ...] = parameter(
+        (),
+        "arguments of a method of torchjd, as c=0.4, or for a vector one number a task: weights=1,2,0.5",
+        metavar="X=Y",
     )
     gradient_scale: str = parameter(
         "equal",
@@ -342,11 +349,14 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         for value in values:
             if value not in names:
                 yield f"--{name} {value}: expected one of {', '.join(names)}{nearest(value, names)}"
-    treatments = [NO_TREATMENT, *TREATMENTS]
-    if config.treatment not in treatments and config.treatment not in (of_torchjd := gramian_weightings()):
-        names = [*treatments, *of_torchjd]
-        more = nearest(config.treatment, names) if of_torchjd else "; torchjd, if installed, has Gramian weightings too"
-        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{more}"
+    names = [NO_TREATMENT, *TREATMENTS, *METHODS]
+    if config.treatment in (*METHODS, *REFUSED) and len(config.tasks) > 1:
+        try:
+            find_treatment(config.treatment, config.treatment_arguments)(NoParameters(), len(config.tasks), 1)
+        except ValueError as error:
+            yield str(error)
+    elif config.treatment not in names:
+        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{nearest(config.treatment, names)}"
 
 
 def _is_weight(text: str) -> bool:
@@ -387,6 +397,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (False, "expected only with --option predict", ("task", "input", "output")),
         (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
         (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
+        (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
         (config.option != "test", f"{option} does not train", training),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
@@ -436,6 +447,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield f"--train {config.train}: adapters are each task's own, {treatment} would do nothing"
         if num_tasks == 1:
             yield f"{treatment}: one task has no other to conflict with, expected two --tasks or more"
+        if config.treatment in SCALARIZERS and (config.gradient_scale, config.granularity) != ("own", "model"):
+            yield f"{treatment}: it weighs the losses, expected --gradient_scale own and --granularity model"
         if num_rows < num_tasks:
             yield f"--batch_size {config.batch_size}: {every_task} rows"
         elif draws < num_tasks:

@@ -528,12 +528,15 @@ class Trainer:
             if self.scaler.is_enabled and losses.isfinite().all():
                 return None
             raise self._error(rows, losses.tolist(), float(gramians.sum()), step)
-        factors = torch.ones(len(tasks), dtype=torch.float64)
+        draw_weights = torch.tensor(list(weights.values()), dtype=torch.float64)  # (T,)
+        factors = torch.ones_like(draw_weights)
         if self.methods.scales_equally:
-            factors = equal_lengths(gramians, torch.tensor(list(weights.values()), dtype=torch.float64))  # (T,)
+            factors = equal_lengths(gramians, draw_weights)  # (T,)
             gramians = gramians * factors[:, None] * factors
         generator = random.Random(self._seed("treatment", step))
-        coefficients = self.methods.treatment.coefficients(gramians, places, generator)  # (S, T, T)
+        coefficients = self.methods.treatment.coefficients(
+            gramians, places, generator, losses / draw_weights, 1 + step // self.stage.steps_per_epoch
+        )  # (S, T, T)
         combined = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)
         combined[:, places] = coefficients.sum(1) * factors  # nothing of a task that is not in the step
         combine(self.shared.gradients, combined, self.segments)

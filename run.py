@@ -93,6 +93,8 @@ def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
     encoder = read_bert_config(folder)
+    if config.max_length > (most := encoder.max_position_embeddings):
+        raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     settled = replace(
         config,
@@ -104,7 +106,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         lr=config.lr or default_learning_rate(encoder.hidden_size),
         mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
-        max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
+        max_length=config.max_length or most,
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
@@ -201,7 +203,8 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
     if is_treated:
         parameters = config.choice("treatment", config.treatment).parameters
         try:
-            treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+            found = find_treatment(config.treatment, config.treatment_arguments)
+            treatment = found(parameters, len(stage.tasks), len(segments))
         except ValueError as error:  # a resumed run where torchjd is not installed
             raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]

@@ -487,6 +487,8 @@ METHODS = {
     "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
     "ema": "--average ema --pal --ema_decay 0.6",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
+    "PCD": "--treatment PCD --granularity layer",
+    "UW": "--treatment UW --treatment_arguments lr=0.1 --gradient_scale own",
 }
 
 
@@ -712,6 +714,7 @@ BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
     (None, "--pal --pal_size 32", ["--pal_size 32", "31"]),
     (None, "--pal --pal_layers 3", ["--pal_layers 3", "2 layers"]),
     (None, "--device cuda", ["--device cuda"]),
+    (None, "--max_length 65", ["--max_length 65", "64 positions"]),
     (None, "--checkpoint {trained} --head linear", ["is mlp {'layers': 2}", "ask for linear"]),
     (None, "--checkpoint {trained} --head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),
     (None, "--checkpoint {trained} --head sts=linear", ["head of sts is mlp", "linear"]),

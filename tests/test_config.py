@@ -149,9 +149,3 @@ def test_all_problems_are_reported_at_once() -> None:
 @pytest.mark.parametrize("line", cases("accepted.txt"))
 def test_combinations_that_make_sense_are_accepted(line: str) -> None:
     parse(line.split())
-
-
-def test_a_weighting_is_refused_where_torchjd_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("config.gramian_weightings", lambda: [])
-    (found,) = problems("--treatment UPGrad")
-    assert "torchjd" in found and "pcgrad" in found

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import fill_adapters, random_rows
+from test_jacobian_descent import skip_without, torchjd_object
 from test_pcgrad import vector_gradvac, vector_pcgrad
 from torch import Tensor
 
@@ -26,6 +27,7 @@ import config as flags
 from console import Console
 from datasets import Batch
 from helpers import generator, tiny_model
+from jacobian_descent import METHODS, SCALARIZERS
 from model import MultitaskBert
 from ops import DropoutMasks
 from run import Run, plan_stages, start_block
@@ -121,6 +123,7 @@ class Naive:
     adams: dict[str, Adam] = field(default_factory=dict)
     num_rows: Counter[str] = field(default_factory=Counter)
     targets: dict[int, Tensor] = field(default_factory=dict)
+    of_torchjd: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.values = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -222,18 +225,34 @@ class Naive:
                 targets = self.targets.get(number, torch.zeros(num_tasks, num_tasks))
                 treated, self.targets[number] = vector_gradvac(vectors, targets, self.beta, orders)
             else:
-                aggregation = pytest.importorskip("torchjd.aggregation")
-                weights = getattr(aggregation, f"{self.treatment}Weighting")()(vectors @ vectors.T)
-                treated = weights[:, None] * vectors
+                combined = self.torchjd_s(number, vectors, torch.tensor(list(found["losses"].values())), step)
+                result.update(unflat(combined, self.values, part))
+                continue
             kept = kept + (treated * vectors).sum(1)
             result.update(unflat(treated.sum(0), self.values, part))
         found["cosines"] = {
             f"{one}-{other}": float(torch.cosine_similarity(originals[one], originals[other], 0))
             for one, other in combinations(gradients, 2)
         }
-        squares = torch.stack([original @ original for original in originals.values()])
-        found["removed"] = dict(zip(gradients, (1 - kept / squares).clamp(min=0).tolist(), strict=True))
+        if not self.of_torchjd:
+            squares = torch.stack([original @ original for original in originals.values()])
+            found["removed"] = dict(zip(gradients, (1 - kept / squares).clamp(min=0).tolist(), strict=True))
         return result
+
+    def torchjd_s(self, number: int, vectors: Tensor, losses: Tensor, step: int) -> Tensor:
+        """(P,) what torchjd makes of the Jacobian (T, P) of a segment, or of the losses (T,)."""
+        made = self.of_torchjd.setdefault(number, torchjd_object(self.treatment))
+        if number == 0:
+            torch.manual_seed(random.Random(self.seed("treatment", step)).getrandbits(63))
+        if self.treatment not in SCALARIZERS:
+            return made(vectors)  # type: ignore[no-any-return]
+        if self.treatment == "DWA" and step and step % (self.num_steps // self.epochs) == 0:
+            made.step()
+        losses.requires_grad_()
+        weights, *slopes = torch.autograd.grad(made(losses), [losses, *made.parameters()])
+        for parameter, slope in zip(made.parameters(), slopes, strict=True):
+            parameter.data -= 0.01 * slope
+        return weights @ vectors
 
     def step(self, epoch: int, step: int) -> dict[str, Any]:
         """Takes a step and returns what is to be recorded of it."""
@@ -305,6 +324,7 @@ def unflat(vector: Tensor, like: Mapping[str, Tensor], names: Sequence[str]) -> 
 
 SMART = "--smart --smart_eps 0.05 --smart_sigma 0.03 --smart_eta 0.04 --smart_steps 2 --smart_weight 2.5"
 PAL = "--pal --pal_size 6 --pal_heads 2"
+OWN = "--gradient_scale own --draws_per_step 4"
 BREGMAN = "--bregman --bregman_weight 30"
 WEIGHTS = {"sst": 2, "para": 0.5, "sts": 0.5}
 FROZEN: dict[str, Any] = {"epochs": 8, "lr": 0.02, "moves": ["heads"]}
@@ -318,7 +338,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "default draws": ("--gradvac", {"treatment": "gradvac", "draws": 14}),
     "every task once": ("--pcgrad --draws_per_step 3", {"treatment": "pcgrad", "draws": 3}),
-    "torchjd": ("--treatment UPGrad --draws_per_step 4", {"treatment": "UPGrad", "draws": 4}),
+    **{name: (f"{OWN} --treatment {name}", {"treatment": name, "scale": "own", "draws": 4}) for name in METHODS},
+    "Constant": (
+        f"{OWN} --treatment Constant --treatment_arguments weights=1,2,0.5",
+        {"treatment": "Constant", "scale": "own", "draws": 4},
+    ),
+    "UPGrad, equal lengths": ("--treatment UPGrad --draws_per_step 4", {"treatment": "UPGrad", "draws": 4}),
+    "PCD, layer": (
+        "--treatment PCD --granularity layer --draws_per_step 4",
+        {"treatment": "PCD", "by_layer": True, "draws": 4},
+    ),
     "pal": (PAL, {}),
     "pal, draws": ("--draws_per_step 4", {"draws": 4}),
     "pal, one epoch": ("--pcgrad --draws_per_step 9 --epochs 1", {"treatment": "pcgrad", "draws": 9, "epochs": 1}),
@@ -393,6 +422,8 @@ def test_they_are_with_dropout_too(case: str) -> None:
 def assert_as_naive(case: str, dropout: float) -> None:
     """Fine-tuning through the first epoch and into the second, the frozen stage to its end."""
     arguments, how = CASES[case]
+    if how.get("treatment") in METHODS:
+        skip_without(how["treatment"])
     run, is_frozen = make_run(arguments, dropout), "frozen" in case
     number = 0 if is_frozen else len(run.stages) - 1
     naive = Naive(run.model.duplicate(), run.data, run.stages[number].name, **how)
@@ -401,21 +432,26 @@ def assert_as_naive(case: str, dropout: float) -> None:
     moving = {name for names in naive.groups.values() for name in names}
     assert {name for name, parameter in parameters.items() if parameter.requires_grad} == moving
     steps_per_epoch = naive.num_steps // naive.epochs
-    last = naive.num_steps - 1 if is_frozen or naive.epochs == 1 else steps_per_epoch + 2
+    to_the_end = is_frozen or naive.epochs == 1 or case == "DWA"
+    last = naive.num_steps - 1 if to_the_end else steps_per_epoch + 2
+    rounding = 1e-6 if case == "NashMTL" else 1e-8  # its solver ends within 1e-8 of the solution
     for record in (event.record for event in trainer.run() if event.record and not event.is_epoch):
         step = trainer.progress.step - 1
         expected = naive.step(1 + step // steps_per_epoch, step)
-        assert [name for name, value in naive.values.items() if not near(parameters[name], value)] == [], step
         with trainer.averaged():
-            assert [name for name, value in naive.scored.items() if not near(parameters[name], value)] == [], step
-        assert {name: record[name] for name in expected} == {n: pytest.approx(v, abs=1e-9) for n, v in expected.items()}
+            wrong = [name for name, value in naive.scored.items() if not near(parameters[name], value, rounding)]
+            assert wrong == [], step
+        assert [name for name, value in naive.values.items() if not near(parameters[name], value, rounding)] == [], step
+        assert {name: record[name] for name in expected} == {
+            n: pytest.approx(v, rounding, rounding / 10) for n, v in expected.items()
+        }
         if step == last:
             return
     pytest.fail("the stage ended early")
 
 
-def near(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=1e-8, atol=1e-9)
+def near(found: Tensor, expected: Tensor, rounding: float) -> bool:
+    return torch.allclose(found, expected, rtol=rounding, atol=rounding / 10)
 
 
 # ------------------------------------------------------------------------------------------------- flags to stages
