@@ -130,12 +130,10 @@ class BertLayer(nn.Module):
 
     def _queries_of(self, first_tokens: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, D) of the first tokens, keys and values (N, 2 D) of all."""
-        size = self.config.hidden_size
-        query_weight, weight = self.qkv.weight.split([size, 2 * size])  # (D, D), (2 D, D)
-        query_bias, bias = self.qkv.bias.split([size, 2 * size])
+        size, (weight, bias) = self.config.hidden_size, (self.qkv.weight, self.qkv.bias)
         first_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
-        query = ops.linear(first_states, query_weight, query_bias)
-        return query, ops.linear(hidden_states, weight, bias)
+        query = ops.linear(first_states, weight, bias, slice(size))
+        return query, ops.linear(hidden_states, weight, bias, slice(size, 3 * size))  # (N, D) -> (N, 2 D)
 
 
 class Bert(nn.Module):
@@ -156,12 +154,12 @@ class Bert(nn.Module):
         """Input embeddings (N, D): words, positions and token types, the perturbation (N, D), LayerNorm, dropout."""
         embeddings = (
             ops.embedding(tokens.input_ids, self.word_embeddings.weight)
-            + self.position_embeddings(tokens.position_ids)
-            + self.token_type_embeddings(tokens.token_type_ids)
+            + ops.embedding(tokens.position_ids, self.position_embeddings.weight)
+            + ops.embedding(tokens.token_type_ids, self.token_type_embeddings.weight)
         )  # (N,) -> (N, D)
         if perturbation is not None:
             embeddings = embeddings + perturbation
-        return ops.dropout(self.embedding_norm(embeddings), self.config.hidden_dropout_prob, masks)
+        return ops.dropout(ops.layer_norm(embeddings, self.embedding_norm), self.config.hidden_dropout_prob, masks)
 
     def forward(
         self,

