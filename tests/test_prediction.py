@@ -136,17 +136,23 @@ def test_predictions_are_those_of_the_runs_prediction_file(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_probability_is_that_of_the_predicted_answer(task: str, predicted: Lines, trained: Path) -> None:
+def test_the_probability_is_that_of_the_predicted_answer_and_the_python_form_gives_the_same(
+    task: str, predicted: Lines, trained: Path
+) -> None:
     """Against SciPy on the logits of each row alone."""
     rows = random_rows(task, 20)
-    found = numbers(predicted(task, content(rows)))
-    alone = logits_of(load(trained, "cpu"), task, rows)
+    lines, alone = predicted(task, content(rows)), logits_of(load(trained, "cpu"), task, rows)
+    predictor, texts = load(str(trained / "best"), device="cpu"), [row[0] for row in rows] if task == "sst" else rows
+    values = predictor.predict(task, texts)
     if task == "sts":
-        assert found == pytest.approx(alone.clip(0, 5), abs=1e-5)
+        assert numbers(lines) == pytest.approx(alone.clip(0, 5), abs=1e-5)
+        assert [f"{value:.6f}" for value in values] == lines
         return
     p = softmax(alone, -1) if task == "sst" else np.stack([1 - expit(alone[:, 0]), expit(alone[:, 0])], 1)
-    assert found[:, 0].tolist() == p.argmax(1).tolist() and len(set(found[:, 0])) > 1
-    assert found[:, 1] == pytest.approx(p.max(1), abs=2e-6)
+    assert values == p.argmax(1).tolist() and len(set(values)) > 1 and type(values[0]) is int
+    assert numbers(lines)[:, 1] == pytest.approx(p.max(1), abs=2e-6)
+    pairs = predictor.predict(task, texts, probabilities=True)
+    assert [f"{value}\t{p:.6f}" for value, p in pairs] == lines and [value for value, _ in pairs] == values
 
 
 def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) -> np.ndarray:
@@ -189,20 +195,6 @@ def test_rows_are_cut_as_in_the_run(predicted: Lines, start_point: Path, data: P
     assert load(run / "best").tokenizer.max_length == 64
     with pytest.raises(ValueError, match=r"max_length 65: .* has 64 positions"):
         load(run, max_length=65)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_python_form_gives_what_the_command_gives(task: str, predicted: Lines, trained: Path) -> None:
-    rows = random_rows(task, 30)
-    lines = [line.split("\t") for line in predicted(task, content(rows))]
-    texts, predictor = [row[0] for row in rows] if task == "sst" else rows, load(str(trained / "best"), device="cpu")
-    found = predictor.predict(task, texts)
-    if task == "sts":
-        assert [[f"{value:.6f}"] for value in found] == lines
-    else:
-        pairs = predictor.predict(task, texts, probabilities=True)
-        assert [[str(value), f"{p:.6f}"] for value, p in pairs] == lines
-        assert found == [value for value, _ in pairs] and type(found[0]) is int
 
 
 def test_the_python_form_needs_texts_of_the_tasks_form(trained: Path) -> None:

@@ -146,14 +146,6 @@ def test_an_identical_run_shows_no_difference(files: Path, capsys: Capture) -> N
     assert re.search(r"^a +a +-$", out, flags=re.MULTILINE) and re.search(r"^copy +copy +-$", out, flags=re.MULTILINE)
 
 
-def test_twenty_runs_are_compared_and_the_choice_of_the_best_is_cautioned(files: Path, capsys: Capture) -> None:
-    runs = [made(files, f"r{i}", 0.1 + 0.02 * (i % 5), seed=i // 5, lr=float(i % 5)) for i in range(20)]
-    out, _ = run(capsys, *runs)
-    assert "20 runs of 5 settings" in out and "The best of 5 settings tends to look better than it is" in out
-    means = [float(m) for m in re.findall(r"^lr \d\.0 .* \*?(0\.\d+) ± 0\.\d+ +4 ", out, flags=re.MULTILINE)]
-    assert len(means) == 5 and means == sorted(means, reverse=True)
-
-
 def test_other_data_and_other_tasks_are_not_mixed(files: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "b").mkdir()
     other = made(write_dev_files(tmp_path / "b" / "data", 120, seed=1), "other")
@@ -197,7 +189,8 @@ def test_a_page_holds_tables_and_pictures_of_one_run_and_of_several(
     runs = [made(files, f"r{i}", 0.1 * i, lr=float(i)) for i in range(6)]
     for paths, num_pictures in ((runs[:1], NUM_PLOTS), (runs, 1)):
         page = tmp_path / f"{len(paths)}.html"
-        run(capsys, *paths, "--html", page)
+        out, _ = run(capsys, *paths, "--html", page)
+        assert ("The best of 6 settings tends to look better than it is" in " ".join(out.split())) == (len(paths) == 6)
         text = page.read_text()
         assert text.count("data:image/png;base64,") == num_pictures
         assert text.count("<table>") >= 3 and "http" not in text
