@@ -252,9 +252,9 @@ def test_r_drop_draws_on_behind_the_pass_of_its_logits_with_the_masks_made_last(
     made, tasks = list[DropoutMasks](), list[str]()
     init, original = DropoutMasks.__init__, RDrop.term
 
-    def kept(masks: DropoutMasks, *given: Any) -> None:
+    def kept(masks: DropoutMasks, *given: Any, **named: Any) -> None:
         made.append(masks)
-        init(masks, *given)
+        init(masks, *given, **named)
 
     def term(regularizer: RDrop, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
         assert masks is made[-1]
