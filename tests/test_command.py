@@ -469,7 +469,7 @@ METHODS = {
     "plain": "",
     "pcgrad": "--pcgrad --scheduler pal",
     "gradvac": "--gradvac --scheduler random --granularity layer --pal --warmup 0",
-    "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
+    "bregman": "--bregman --copy_top_layers 1 --accumulation_steps 2 --scheduler round_robin",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
 }
 
@@ -694,6 +694,7 @@ BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
     (None, "--model /nowhere/at/all", ["--model /nowhere/at/all"]),
     (None, "--pal --pal_size 32", ["--pal_size 32", "31"]),
     (None, "--pal --pal_layers 3", ["--pal_layers 3", "2 layers"]),
+    (None, "--copy_top_layers 3", ["--copy_top_layers 3", "2 layers"]),
     (None, "--device cuda", ["--device cuda"]),
     (None, "--checkpoint {trained} --head linear", ["is mlp {'layers': 2}", "ask for linear"]),
     (None, "--checkpoint {trained} --head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),

@@ -217,7 +217,7 @@ SETTINGS = [
     "--pal", "--pal --pcgrad --pal_kind low_rank", "--pal --train pal", "--scheduler random --draws_per_step 4",
     "--scheduler round_robin", "--scheduler temperature", "--head mlp", "--amp bf16", "--amp fp16 --pcgrad",
     "--amp fp16 --bregman", "--amp bf16 --pcgrad --smart", "--no-cuda_graphs --amp bf16", "--accumulation_steps 3",
-    "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
+    "--copy_top_layers 1 --amp bf16", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
 ]  # fmt: skip
 
 
@@ -250,7 +250,9 @@ def killed_at(line: int, arguments: list[str]) -> None:
     multitask_classifier.main(arguments)
 
 
-@pytest.mark.parametrize("flags", ["--amp bf16", "--amp fp16 --pcgrad", "--gradvac --smart --bregman --pal"])
+@pytest.mark.parametrize(
+    "flags", ["--amp bf16", "--amp fp16 --pcgrad --copy_top_layers 1", "--gradvac --smart --bregman --pal"]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(
     command: Callable[[Path, str], list[str]], flags: str, tmp_path: Path
 ) -> None:
