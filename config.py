@@ -108,6 +108,9 @@ class Config:
     granularity: str = parameter("model", "treat gradients of the whole model, or by layer", choices=("model", "layer"))
     regularizers: tuple[str, ...] = ()
     adapter: str = ""
+    copy_top_layers: int = parameter(
+        0, "encoder layers nearest the heads that each task has as its own copies; 0: none, or the checkpoint's", ">= 0"
+    )
     train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
     head: tuple[str, ...] = parameter(
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
@@ -386,9 +389,9 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
 def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """A line for each flag that lacks what it needs."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
-    of_several = ("draws_per_step", "scheduler", "task_weights")
+    of_several = ("draws_per_step", "scheduler", "task_weights", "copy_top_layers")
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
-    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", "task_weights")
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
@@ -436,6 +439,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch"
     if config.train in ADAPTERS and config.train != config.adapter:
         yield f"--train {config.train}: expected with --{config.train}"
+    if config.train in ADAPTERS and config.copy_top_layers:
+        yield f"--train {config.train}: trains adapters alone, --copy_top_layers would do nothing"
     if config.train in ADAPTERS and config.task_weights:
         yield f"--train {config.train}: adapters are each task's own, --task_weights would do nothing"
     if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):

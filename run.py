@@ -107,6 +107,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
         max_length=config.max_length or most,
+        copy_top_layers=config.copy_top_layers or (read_layout(folder) or Layout({})).copy_top_layers,
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
@@ -137,14 +138,14 @@ def free_name(folder: Path, name: str) -> Path:
 
 
 def model_layout(config: Config, folder: Path) -> Layout:
-    """Heads and adapters: what the checkpoint holds, with what the flags add to it."""
+    """Heads, adapters and top layers: what the checkpoint holds, with what the flags add to it."""
     saved = read_layout(folder) or Layout({})
     asked = {task: config.choice("head", name) for task, name in config.heads.items()}
     heads = {task: asked.get(task) or saved.heads.get(task) or config.choice("head", "linear") for task in config.tasks}
     adapter = config.choice("adapter", config.adapter) if config.adapter else saved.adapter
     if saved.adapter and adapter == Choice(saved.adapter.name, type(saved.adapter.parameters)()):
         adapter = saved.adapter  # asked for by name alone
-    return Layout(heads, adapter)
+    return Layout(heads, adapter, config.copy_top_layers)
 
 
 def plan_stages(config: Config, data: Data) -> list[Stage]:
@@ -562,10 +563,11 @@ def _methods(config: Config) -> list[str]:
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
     weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
-        *([f"losses weighted {weights}"] if config.task_weights else []),
+        *([f"losses weighted ({weights})"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),
+        *([f"the top {config.copy_top_layers} layers each task's own"] if config.copy_top_layers else []),
         *([f"training only {config.train}"] if config.train == config.adapter else []),
         *([f"weights averaged (decay {config.ema_decay:g})"] if config.average == "ema" else []),
         *(f"augmentation {name}" for name in config.chosen("augment")),
