@@ -435,6 +435,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield "--mlm_epochs: --checkpoint has trained heads, which another encoder would not fit"
     if config.checkpoint and "model" in given:
         yield "--model, --checkpoint: the checkpoint holds the encoder, expected one of them"
+    if config.mlm_epochs and config.copy_top_layers:
+        yield f"--mlm_epochs {config.mlm_epochs}: expected without --copy_top_layers, whose layers belong to the tasks"
     if config.patience and config.eval_every == 0:
         yield f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch"
     if config.train in ADAPTERS and config.train != config.adapter:
