@@ -13,7 +13,7 @@ PUBLIC_FLAGS = """
     option tasks model data out resume checkpoint scheduler temperature_tau draws_per_step pcgrad gradvac gradvac_beta
     treatment smart bregman pal pal_size augment drop_longest head mlp_layers epochs pretrain_epochs steps_per_epoch
     batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience
-    seed threads device amp task input output average ema_decay
+    seed threads device amp task input output average ema_decay checkpoints soup
 """
 METHOD_FLAGS = [
     (table, name, flag)
