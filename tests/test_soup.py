@@ -104,7 +104,7 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_dev_mean(
     """The score is the nearness of a bias to 0.4: 0 alone is best, 0.5 with 1 better, then 0 with -1, 5 / 3 with 4."""
 
     def evaluate(model: Any, dev_rows: Any, *_: Any) -> Any:
-        score = 1 - abs(float(model.heads["sts"].output.bias) - 0.4)
+        score = 1 - abs(model.heads["sts"].output.bias.item() - 0.4)
         return {task: {TASKS[task].output.selection_metric: score} for task in dev_rows}
 
     monkeypatch.setattr(running, "evaluate", evaluate)
