@@ -28,6 +28,7 @@ OPTIONS = {
     "pretrain": "train the heads on the frozen encoder",
     "individual_pretrain": "the same, each task alone with its own best epoch",
     "test": "score a checkpoint and write its predictions",
+    "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
 PREDICT_FLAGS = {
@@ -61,6 +62,12 @@ class Config:
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
+    checkpoints: tuple[str, ...] = parameter((), "soup: run directories or checkpoint folders", metavar="DIR")
+    soup: str = parameter(
+        "uniform",
+        "soup: uniform, the mean of all; greedy, from the best down of those that do not lower the dev mean",
+        choices=("uniform", "greedy"),
+    )
 
     task: str = parameter("", "predict: what to predict; sst reads sentences, para and sts pairs", metavar="TASK")
     input: str = parameter(
@@ -157,6 +164,10 @@ class Config:
     @property
     def is_treated(self) -> bool:
         return self.treatment != NO_TREATMENT
+
+    @property
+    def trains(self) -> bool:
+        return self.option not in ("test", "soup")
 
     @property
     def rows_per_step(self) -> int:
@@ -402,7 +413,9 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
         (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
-        (config.option != "test", f"{option} does not train", training),
+        (config.trains, f"{option} does not train", training),
+        (config.option == "soup", "expected only with --option soup", ("checkpoints", "soup")),
+        (config.option != "soup", f"{option} takes it from --checkpoints", ("checkpoint", "model", "head")),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
@@ -427,6 +440,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them"
     if config.option == "test" and not config.checkpoint:
         yield f"{option}: expected --checkpoint DIR"
+    if config.option == "soup" and len(config.checkpoints) < 2:
+        yield f"{option}: expected --checkpoints DIR DIR, two or more"
     if config.option in ("pretrain", "individual_pretrain") and config.pretrain_epochs == 0:
         yield f"--pretrain_epochs 0: {option} would do nothing"
     if is_full and config.checkpoint and given.get("pretrain_epochs"):

@@ -393,7 +393,9 @@ BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 
 CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
 # Where, not how.
-NOT_TRIED = "option model data out resume checkpoint task input output cache device cuda_graphs wordnet"
+NOT_TRIED = (
+    "option model data out resume checkpoint checkpoints soup task input output cache device cuda_graphs wordnet"
+)
 
 
 def outcome(run: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ PUBLIC_FLAGS = """
     treatment smart bregman pal pal_size augment drop_longest head mlp_layers epochs pretrain_epochs steps_per_epoch
     batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience
     mlm_epochs mlm_lr seed threads device amp task input output average ema_decay rdrop rdrop_alpha task_weights
-    copy_top_layers
+    copy_top_layers checkpoints soup
 """
 METHOD_FLAGS = [
     (table, name, flag)

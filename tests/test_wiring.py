@@ -479,6 +479,7 @@ def near(found: Tensor, expected: Tensor, rounding: float) -> bool:
         ("--option pretrain --mlm_epochs 2", ["mlm", "pretrain"]),
         ("--option individual_pretrain", ["pretrain_sst", "pretrain_para", "pretrain_sts"]),
         ("--option test --checkpoint runs/other", []),
+        ("--option soup --checkpoints runs/one runs/other", []),
     ],
 )
 def test_an_option_runs_its_stages(arguments: str, names: list[str]) -> None:
