@@ -115,6 +115,11 @@ def resolve(config: Config) -> tuple[Config, Path]:
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
+    if settled.mlm_epochs and settled.copy_top_layers:
+        raise FlagError(
+            f"--mlm_epochs {settled.mlm_epochs}: the top {settled.copy_top_layers} layers of --checkpoint are each "
+            "task's own, expected one whole encoder"
+        )
     return settled, folder
 
 
