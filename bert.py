@@ -6,7 +6,7 @@ tokens that are there, and attention alone needs to know where a row ends.
 Shape letters: N packed tokens, B rows, D hidden, I intermediate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -154,8 +154,8 @@ class Bert(nn.Module):
         """Input embeddings (N, D): words, positions and token types, the perturbation (N, D), LayerNorm, dropout."""
         embeddings = (
             ops.embedding(tokens.input_ids, self.word_embeddings.weight)
-            + ops.embedding(tokens.position_ids, self.position_embeddings.weight)
-            + ops.embedding(tokens.token_type_ids, self.token_type_embeddings.weight)
+            + ops.embedding(tokens.position_ids, self.position_embeddings.weight, is_vocabulary=False)
+            + ops.embedding(tokens.token_type_ids, self.token_type_embeddings.weight, is_vocabulary=False)
         )  # (N,) -> (N, D)
         if perturbation is not None:
             embeddings = embeddings + perturbation
@@ -168,16 +168,19 @@ class Bert(nn.Module):
         adapter: LayerAdapter | None = None,
         perturbation: Tensor | None = None,
         first_only: bool = False,
+        top_layers: Iterable[nn.Module] = (),
     ) -> Tensor:
         """Hidden states (N, D) of the last layer, or (B, D) of each row's [CLS] alone.
 
         masks: where dropout's masks come from; None for evaluation. adapter: the task's addition to each layer.
         perturbation: (N, D), added to the input embeddings before their LayerNorm. first_only: only [CLS] is wanted;
-        what else the last layer has of a row is not computed.
+        what else the last layer has of a row is not computed. top_layers: the task's own, behind those of all tasks.
         """
+        layers = [*self.layers, *top_layers]
+        assert len(layers) == self.config.num_hidden_layers, "the top layers are each task's own"
         hidden_states = self.embed(tokens, masks, perturbation)  # (N, D)
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        last = len(layers) - 1
+        for i, layer in enumerate(layers):
             term = None if adapter is None else adapter(i, hidden_states, tokens.packing, masks)  # (N, D)
             first_tokens = tokens.first_tokens if first_only and i == last else None
             hidden_states = layer(hidden_states, tokens.packing, masks, term, first_tokens)

@@ -2,6 +2,7 @@
 
 A folder of ours is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads the
 encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are (model.Layout).
+Where tasks have top layers of their own, the encoder has those of the first task.
 Nothing that is read is ever executed: safetensors and JSON, or torch's weights-only mode.
 """
 
@@ -9,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,12 @@ def huggingface_names(name: str) -> list[str]:
     return [f"encoder.layer.{number}.{_LAYER_NAMES[module]}.{kind}"]
 
 
-def to_huggingface(encoder: Bert) -> dict[str, Tensor]:
-    """The encoder's parameters under their Hugging Face names."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in encoder.state_dict().items():
+def to_huggingface(encoder: Bert, top_layers: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
+    """The encoder's parameters, with these layers behind its own, under their Hugging Face names."""
+    tensors, state = dict[str, Tensor](), encoder.state_dict()
+    for i, layer in enumerate(top_layers, len(encoder.layers)):
+        state.update({f"layers.{i}.{name}": value.clone() for name, value in layer.state_dict().items()})
+    for name, value in state.items():
         names = huggingface_names(name)
         tensors.update(zip(names, value.chunk(len(names)), strict=True))  # (3 D, ...) -> three of (D, ...)
     return {name: value.contiguous() for name, value in tensors.items()}
@@ -248,9 +251,11 @@ def save_checkpoint(
     """Writes model.safetensors, config.json and the tokenizer's files into an existing folder."""
     from safetensors.torch import save_file
 
-    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder).items()}
-    modules = {"heads": model.heads, "adapters": model.adapters, MASKED_HEAD: masked_head or nn.Module()}
-    for part, module in modules.items():
+    top_layers = list(model.top_layers_of(model.layout.tasks[0]))
+    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder, top_layers).items()}
+    parts: dict[str, nn.Module] = {"heads": model.heads, "adapters": model.adapters, "top_layers": model.top_layers}
+    parts[MASKED_HEAD] = masked_head or nn.Module()
+    for part, module in parts.items():
         tensors.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
     host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
@@ -273,8 +278,9 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
     """The model of a layout with all that a checkpoint folder holds for it.
 
     A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so
-    are adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the
-    checkpoint holds a head or adapter of another kind.
+    are adapters, if it has none at all: the model then predicts exactly as before. Own top layers that it lacks are
+    copies of the encoder's. Raises CheckpointError if the checkpoint holds a head or adapter of another kind, or
+    another number of top layers.
     """
     encoder, lacking = load_bert(folder, generator)
     model = MultitaskBert(encoder, layout, generator)
@@ -289,6 +295,11 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
         raise CheckpointError(
             f"{folder}: its adapters are {_in_words(saved.adapter)}, the flags ask for {_in_words(layout.adapter)}"
         )
+    if saved.copy_top_layers not in (0, layout.copy_top_layers):
+        raise CheckpointError(
+            f"{folder}: the top {saved.copy_top_layers} layers are each task's own, the flags ask for "
+            f"--copy_top_layers {layout.copy_top_layers}"
+        )
     tensors = read_tensors(folder) if saved.tasks else {}
     new_parts = ["pooler"] if lacking else []
     parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
@@ -301,6 +312,9 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
                 _load_part(f"{kind}s.{task}", module, tensors, folder)
             else:
                 new_parts.append(f"{kind} {task}")
+    if saved.copy_top_layers:
+        for task in set(saved.tasks) & set(layout.tasks):
+            _load_part(f"top_layers.{task}", model.top_layers[task], tensors, folder)
     return Loaded(model, tuple(new_parts))
 
 

@@ -28,6 +28,7 @@ OPTIONS = {
     "pretrain": "train the heads on the frozen encoder",
     "individual_pretrain": "the same, each task alone with its own best epoch",
     "test": "score a checkpoint and write its predictions",
+    "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
 PREDICT_FLAGS = {
@@ -61,6 +62,12 @@ class Config:
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
+    checkpoints: tuple[str, ...] = parameter((), "soup: run directories or checkpoint folders", metavar="DIR")
+    soup: str = parameter(
+        "uniform",
+        "soup: uniform, the mean of all; greedy, from the best down of those that do not lower the dev mean",
+        choices=("uniform", "greedy"),
+    )
 
     task: str = parameter("", "predict: what to predict; sst reads sentences, para and sts pairs", metavar="TASK")
     input: str = parameter(
@@ -108,6 +115,9 @@ class Config:
     granularity: str = parameter("model", "treat gradients of the whole model, or by layer", choices=("model", "layer"))
     regularizers: tuple[str, ...] = ()
     adapter: str = ""
+    copy_top_layers: int = parameter(
+        0, "encoder layers nearest the heads that each task has as its own copies; 0: none, or the checkpoint's", ">= 0"
+    )
     train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
     head: tuple[str, ...] = parameter(
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
@@ -154,6 +164,10 @@ class Config:
     @property
     def is_treated(self) -> bool:
         return self.treatment != NO_TREATMENT
+
+    @property
+    def trains(self) -> bool:
+        return self.option not in ("test", "soup")
 
     @property
     def rows_per_step(self) -> int:
@@ -386,9 +400,9 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
 def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """A line for each flag that lacks what it needs."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
-    of_several = ("draws_per_step", "scheduler", "task_weights")
+    of_several = ("draws_per_step", "scheduler", "task_weights", "copy_top_layers")
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
-    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", "task_weights")
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
@@ -399,7 +413,9 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
         (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
-        (config.option != "test", f"{option} does not train", training),
+        (config.trains, f"{option} does not train", training),
+        (config.option == "soup", "expected only with --option soup", ("checkpoints", "soup")),
+        (config.option != "soup", f"{option} takes it from --checkpoints", ("checkpoint", "model", "head")),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
@@ -424,6 +440,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them"
     if config.option == "test" and not config.checkpoint:
         yield f"{option}: expected --checkpoint DIR"
+    if config.option == "soup" and len(config.checkpoints) < 2:
+        yield f"{option}: expected --checkpoints DIR DIR, two or more"
     if config.option in ("pretrain", "individual_pretrain") and config.pretrain_epochs == 0:
         yield f"--pretrain_epochs 0: {option} would do nothing"
     if is_full and config.checkpoint and given.get("pretrain_epochs"):
@@ -432,10 +450,14 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield "--mlm_epochs: --checkpoint has trained heads, which another encoder would not fit"
     if config.checkpoint and "model" in given:
         yield "--model, --checkpoint: the checkpoint holds the encoder, expected one of them"
+    if config.mlm_epochs and config.copy_top_layers:
+        yield f"--mlm_epochs {config.mlm_epochs}: expected without --copy_top_layers, whose layers belong to the tasks"
     if config.patience and config.eval_every == 0:
         yield f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch"
     if config.train in ADAPTERS and config.train != config.adapter:
         yield f"--train {config.train}: expected with --{config.train}"
+    if config.train in ADAPTERS and config.copy_top_layers:
+        yield f"--train {config.train}: trains adapters alone, --copy_top_layers would do nothing"
     if config.train in ADAPTERS and config.task_weights:
         yield f"--train {config.train}: adapters are each task's own, --task_weights would do nothing"
     if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):

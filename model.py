@@ -1,4 +1,5 @@
-"""MultitaskBert: one encoder that the tasks share, and of each task a head and, where wanted, an adapter.
+"""MultitaskBert: one encoder that the tasks share, and of each task a head and, where wanted, an adapter and the layers
+nearest the head.
 
 Shape letters: N packed tokens, B rows, D hidden, K outputs.
 """
@@ -55,10 +56,11 @@ class TaskModel(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which head each task has, and which adapter all of them have."""
+    """Which head each task has, which adapter all of them have, and how many of the top layers are each task's own."""
 
     heads: Mapping[str, Choice]
     adapter: Choice | None = None
+    copy_top_layers: int = 0
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -70,7 +72,9 @@ class Layout:
             task: {"outputs": TASKS[task].output.num_outputs, "head": head.to_dict()}
             for task, head in self.heads.items()
         }
-        return {"format": 2, "tasks": tasks, "adapter": None if self.adapter is None else self.adapter.to_dict()}
+        adapter = None if self.adapter is None else self.adapter.to_dict()
+        more = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
+        return {"format": 2, "tasks": tasks, "adapter": adapter, **more}
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> "Layout":
@@ -86,7 +90,10 @@ class Layout:
                     raise ValueError(f"head {task!r} with {saved['outputs']} outputs, expected among {known}")
             heads = {task: Choice.from_dict(saved["head"], HEADS) for task, saved in values["tasks"].items()}
             adapter = values["adapter"]
-            return cls(heads, None if adapter is None else Choice.from_dict(adapter, ADAPTERS))
+            copied = values.get("copy_top_layers", 0)
+            if type(copied) is not int or copied < 0:
+                raise ValueError(f"copy_top_layers is {copied!r}, expected a whole number of at least 0")
+            return cls(heads, None if adapter is None else Choice.from_dict(adapter, ADAPTERS), copied)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where}: multitask_bert is not of a known format ({error})") from None
 
@@ -103,10 +110,11 @@ def _of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MultitaskBert(nn.Module):
-    """An encoder, and the heads and adapters of a layout. Raises ValueError for an adapter that does not fit."""
+    """An encoder, and the heads, adapters and top layers of a layout. Raises ValueError for what does not fit."""
 
     def __init__(self, encoder: Bert, layout: Layout, generator: torch.Generator) -> None:
-        """generator: for the new heads and adapters, each initialized in the order of the tasks."""
+        """encoder: a whole one, which gives its top layers away. generator: for the new heads and adapters, each
+        initialized in the order of the tasks."""
         super().__init__()
         self.encoder = encoder
         self.layout = layout
@@ -123,6 +131,13 @@ class MultitaskBert(nn.Module):
         initialize(self.heads, std, generator)
         for adapter in self.adapters.values():
             cast(Adapter, adapter).initialize(std, generator)
+        num_shared = len(encoder.layers) - layout.copy_top_layers
+        if num_shared < 0:
+            raise CheckpointError(
+                f"--copy_top_layers {layout.copy_top_layers}: the encoder has {len(encoder.layers)} layers"
+            )
+        encoder.layers, top = encoder.layers[:num_shared], encoder.layers[num_shared:]
+        self.top_layers = nn.ModuleDict({task: copy.deepcopy(top) for task in layout.tasks if len(top)})
 
     def forward(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
@@ -137,14 +152,15 @@ class MultitaskBert(nn.Module):
 
     @property
     def shares_passes(self) -> bool:
-        return self.layout.adapter is None
+        return self.layout.adapter is None and self.layout.copy_top_layers == 0
 
     def pooled(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
         """(B, D) what the head of a task reads."""
         assert batch.tokens is not None, "a batch of features is for the heads alone"
-        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, first_only=True)  # (B, D)
+        top = self.top_layers_of(task)
+        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, first_only=True, top_layers=top)
         return self.encoder.pool(states)
 
     def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:
@@ -154,6 +170,10 @@ class MultitaskBert(nn.Module):
     def adapter(self, task: str) -> LayerAdapter | None:
         """The task's addition to each encoder layer, or None for a model without adapters."""
         return cast(LayerAdapter, self.adapters[task]) if task in self.adapters else None
+
+    def top_layers_of(self, task: str) -> nn.ModuleList:
+        """The task's own encoder layers, none for most models."""
+        return cast(nn.ModuleList, self.top_layers[task]) if task in self.top_layers else nn.ModuleList()
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the parameters that the tasks share."""
@@ -168,13 +188,17 @@ class MultitaskBert(nn.Module):
         adapter = self.adapters[task] if task in self.adapters else nn.Module()
         return {f"adapters.{task}.{name}": parameter for name, parameter in adapter.named_parameters()}
 
+    def own_parameters(self, task: str) -> dict[str, nn.Parameter]:
+        """By name, the parameters of a task's head, adapter and top layers."""
+        of_layers = {f"top_layers.{task}.{name}": p for name, p in self.top_layers_of(task).named_parameters()}
+        return {**self.head_parameters(task), **self.adapter_parameters(task), **of_layers}
+
     def trained(self) -> Trained:
         """All parameters."""
-        own = {task: {**self.head_parameters(task), **self.adapter_parameters(task)} for task in self.layout.tasks}
-        return Trained(self.shared_parameters(), own)
+        return Trained(self.shared_parameters(), {task: self.own_parameters(task) for task in self.layout.tasks})
 
     def parameters_by_part(self) -> list[list[str]]:
-        """Names of the shared parameters: those of the embeddings, of each layer, of the pooler."""
+        """Names of the shared parameters: those of the embeddings, of each shared layer, of the pooler."""
         names = list(self.shared_parameters())
         layers = [f"encoder.layers.{i}." for i in range(len(self.encoder.layers))]
         parts = [[name for name in names if name.startswith(prefix)] for prefix in (*layers, "encoder.pooler.")]

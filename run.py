@@ -25,6 +25,7 @@ from evaluation import (
     Precision,
     compute_features,
     confusion_matrices,
+    evaluate,
     format_scores,
     format_table,
     mean_score,
@@ -44,6 +45,7 @@ from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_trainer,
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
+from soup import check_ingredients, cook
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = 2  # of what `last/` holds besides the model
@@ -91,7 +93,8 @@ class StopSignals:
 
 def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
-    folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
+    start = config.checkpoint or next(iter(config.checkpoints), "")
+    folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
     encoder = read_bert_config(folder)
     if config.max_length > (most := encoder.max_position_embeddings):
         raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
@@ -103,13 +106,20 @@ def resolve(config: Config) -> tuple[Config, Path]:
         model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
+        checkpoints=tuple(str(Path(name).resolve()) for name in config.checkpoints),
         lr=config.lr or default_learning_rate(encoder.hidden_size),
         mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
         max_length=config.max_length or most,
+        copy_top_layers=config.copy_top_layers or (read_layout(folder) or Layout({})).copy_top_layers,
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
+    if settled.mlm_epochs and settled.copy_top_layers:
+        raise FlagError(
+            f"--mlm_epochs {settled.mlm_epochs}: the top {settled.copy_top_layers} layers of --checkpoint are each "
+            "task's own, expected one whole encoder"
+        )
     return settled, folder
 
 
@@ -137,19 +147,19 @@ def free_name(folder: Path, name: str) -> Path:
 
 
 def model_layout(config: Config, folder: Path) -> Layout:
-    """Heads and adapters: what the checkpoint holds, with what the flags add to it."""
+    """Heads, adapters and top layers: what the checkpoint holds, with what the flags add to it."""
     saved = read_layout(folder) or Layout({})
     asked = {task: config.choice("head", name) for task, name in config.heads.items()}
     heads = {task: asked.get(task) or saved.heads.get(task) or config.choice("head", "linear") for task in config.tasks}
     adapter = config.choice("adapter", config.adapter) if config.adapter else saved.adapter
     if saved.adapter and adapter == Choice(saved.adapter.name, type(saved.adapter.parameters)()):
         adapter = saved.adapter  # asked for by name alone
-    return Layout(heads, adapter)
+    return Layout(heads, adapter, config.copy_top_layers)
 
 
 def plan_stages(config: Config, data: Data) -> list[Stage]:
     """What `--option` runs, in order."""
-    if config.option == "test":
+    if not config.trains:
         return []
     first = [mlm_stage(config, data)] if config.mlm_epochs else []
     if config.option == "individual_pretrain":
@@ -246,6 +256,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.best_epochs: dict[str, int] = {}
         self.conflicts: dict[str, Any] = {}
+        self.soup: list[dict[str, Any]] = []
         self.known_features: dict[int, FeatureRows] = {}
         self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
         self.metrics: MetricsLog
@@ -256,6 +267,8 @@ class Run:
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
+        if self.config.option == "soup":
+            self.make_soup()
         first = state.get("stage", 0)
         for number in range(first, len(self.stages)):
             if number > first:
@@ -267,6 +280,24 @@ class Run:
         if self.stages and self.stages[-1].is_frozen:
             self.save_best()
             self.save(len(self.stages), None)  # heads of an ended stage read features as they are
+
+    def make_soup(self) -> None:
+        """Gives the model the mean of the checkpoints, and saves it."""
+        config, data, started = self.config, self.data.dev, time.perf_counter()
+
+        def scores() -> dict[str, dict[str, float]]:
+            with self.console.bar("soup", sum(map(len, data.values())), unit="row"):
+                size, say = config.eval_batch_size, self.console.say
+                return evaluate(self.model, data, size, self.precision, say, self.between)
+
+        self.soup = cook(self.model, config.checkpoints, config.soup == "greedy", scores, self.console.say)
+        self.save_best()
+        self.seconds["soup"] = round(time.perf_counter() - started, 3)
+
+    def between(self) -> None:
+        """Called between the batches of an evaluation."""
+        self.stop.check()
+        self.console.advance(self.config.eval_batch_size)
 
     def load_trainer(self, trainer: Trainer, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
         try:
@@ -312,14 +343,9 @@ class Run:
         """The features as the encoder gives them."""
         if id(rows) not in self.known_features:
             name, size = rows.task.name, self.config.eval_batch_size
-
-            def between() -> None:
-                self.stop.check()
-                self.console.advance(size)
-
             started = time.perf_counter()
             with self.console.bar(f"features of the frozen encoder, {name}", len(rows), unit="row"):
-                found = compute_features(self.model, name, rows, size, self.precision, between)
+                found = compute_features(self.model, name, rows, size, self.precision, self.between)
             self.known_features[id(rows)] = found
             key = f"{stage.name}_features"
             self.seconds[key] = round(self.seconds.get(key, 0) + time.perf_counter() - started, 3)
@@ -404,14 +430,9 @@ class Run:
             self.model = load_model(self.directory.best, self.model.layout, torch.Generator()).model.to(device)
         started = time.perf_counter()
         num_rows = sum(len(rows) for of in (self.data.dev, self.data.test) for rows in of.values())
-
-        def between() -> None:
-            self.stop.check()
-            self.console.advance(size)
-
         with self.console.bar("predictions", num_rows, unit="row"):
-            logits = predict_all(self.model, self.data.dev, size, self.precision, between)
-            test_logits = predict_all(self.model, self.data.test, size, self.precision, between)
+            logits = predict_all(self.model, self.data.dev, size, self.precision, self.between)
+            test_logits = predict_all(self.model, self.data.test, size, self.precision, self.between)
         dev, confusion = metrics_of(logits, self.data.dev, self.console.say), confusion_matrices(logits, self.data.dev)
         folder.mkdir(exist_ok=True)
         for task, rows in self.data.dev.items():
@@ -431,6 +452,7 @@ class Run:
             "peak_memory_mb": peak_memory_mb(self.precision.device),
             "confusion": confusion,
             **({"gradients": self.conflicts} if self.conflicts else {}),
+            **({"soup": self.soup} if self.soup else {}),
         }
         self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
@@ -438,7 +460,7 @@ class Run:
         self.console.say("\n" + format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}) + "\n")
         if missing := [task for task in config.tasks if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-        holds = "results, predictions" + (" and the best checkpoint are" if self.stages else " are")
+        holds = "results, predictions" + (" and the best checkpoint are" if self.directory.best.exists() else " are")
         times = f"training {duration(training)}, " if self.stages else ""
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
@@ -495,6 +517,8 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     config, folder = resolve(config)
     if resumed is None and Path(config.out).exists():
         RunDirectory.create(Path(config.out), {})  # raises before anything is loaded
+    if config.checkpoints:
+        check_ingredients(config.checkpoints, config.tasks)
     if resumed is not None and resumed.last.exists():
         folder = resumed.last
     layout = model_layout(config, folder)
@@ -527,9 +551,12 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
     speed = speed_report(config.device)
     is_slow = is_cpu and config.amp == "off" and speed != "compiled"
+    source = config.checkpoint or config.model
+    if config.checkpoints:
+        source = f"{config.soup} soup of {len(config.checkpoints)} checkpoints"
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     lines = [
-        f"model       {config.checkpoint or config.model}: {layers}; {config.device}{threads}, {precision}",
+        f"model       {source}: {layers}; {config.device}{threads}, {precision}",
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),
         f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
         f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
@@ -562,10 +589,11 @@ def _methods(config: Config) -> list[str]:
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
     weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
-        *([f"losses weighted {weights}"] if config.task_weights else []),
+        *([f"losses weighted ({weights})"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),
+        *([f"the top {config.copy_top_layers} layers each task's own"] if config.copy_top_layers else []),
         *([f"training only {config.train}"] if config.train == config.adapter else []),
         *([f"weights averaged (decay {config.ema_decay:g})"] if config.average == "ema" else []),
         *(f"augmentation {name}" for name in config.chosen("augment")),
@@ -574,14 +602,15 @@ def _methods(config: Config) -> list[str]:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine, commit and whether operations are compiled, for config.json."""
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    packages = ("numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    own = {"python": platform.python_version(), "torch": torch.__version__}  # which build it is too
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         commit = ""
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {**own, **{name: version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "commit": commit or None,
         "compiled": speed_report(device),

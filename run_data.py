@@ -48,7 +48,7 @@ def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Dat
         hashes: dict[str, np.ndarray] = {}
         for split in SPLITS:
             path = folder / task.file_name(split)
-            if (split == "test" and not path.exists()) or (split == "train" and config.option == "test"):
+            if (split == "test" and not path.exists()) or (split == "train" and not config.trains):
                 continue
             file = load(path, task, split != "test", device)
             hashes[split] = file.text_hashes

@@ -131,11 +131,12 @@ def tiny_model(
     adapter: Choice | None = None,
     head: Choice = LINEAR,
     seed: int = 0,
+    copied: int = 0,
     **overrides: Any,
 ) -> MultitaskBert:
-    """A random encoder with random heads and, where wanted, fresh adapters."""
+    """A random encoder with random heads and, where wanted, fresh adapters and copied top layers."""
     encoder = tiny_encoder(seed, **overrides)
-    model = MultitaskBert(encoder, Layout(dict.fromkeys(tasks, head), adapter), generator(seed + 2))
+    model = MultitaskBert(encoder, Layout(dict.fromkeys(tasks, head), adapter, copied), generator(seed + 2))
     initialize(model.heads, STD, generator(seed + 3))
     return model
 

@@ -393,7 +393,9 @@ BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 
 CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
 # Where, not how.
-NOT_TRIED = "option model data out resume checkpoint task input output cache device cuda_graphs wordnet"
+NOT_TRIED = (
+    "option model data out resume checkpoint checkpoints soup task input output cache device cuda_graphs wordnet"
+)
 
 
 def outcome(run: Path) -> dict[str, Tensor]:
@@ -484,8 +486,8 @@ METHODS = {
     "plain": "",
     "pcgrad": "--pcgrad --scheduler pal",
     "gradvac": "--gradvac --scheduler random --granularity layer --pal --warmup 0",
-    "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
     "ema": "--average ema --pal --ema_decay 0.6",
+    "bregman": "--bregman --copy_top_layers 1 --accumulation_steps 2 --scheduler round_robin",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
     "PCD": "--treatment PCD --granularity layer",
     "UW": "--treatment UW --treatment_arguments lr=0.1 --gradient_scale own",
@@ -713,6 +715,7 @@ BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
     (None, "--model /nowhere/at/all", ["--model /nowhere/at/all"]),
     (None, "--pal --pal_size 32", ["--pal_size 32", "31"]),
     (None, "--pal --pal_layers 3", ["--pal_layers 3", "2 layers"]),
+    (None, "--copy_top_layers 3", ["--copy_top_layers 3", "2 layers"]),
     (None, "--device cuda", ["--device cuda"]),
     (None, "--max_length 65", ["--max_length 65", "64 positions"]),
     (None, "--checkpoint {trained} --head linear", ["is mlp {'layers': 2}", "ask for linear"]),

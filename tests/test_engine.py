@@ -103,6 +103,7 @@ def make(
     draws: int = 3,
     regularizers: Sequence[str] = (),
     adapters: bool = False,
+    copied: int = 0,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     head: Choice = LINEAR,
@@ -118,7 +119,9 @@ def make(
     }  # fmt: skip
     stage = Stage(tasks=tuple(tasks), **{**defaults, **of_stage})
     rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    model = tiny_model(ALL, Choice("pal", parameters_of("pal", size=8, heads=2)) if adapters else None, head, **rates)
+    model = tiny_model(
+        ALL, Choice("pal", parameters_of("pal", size=8, heads=2)) if adapters else None, head, copied=copied, **rates
+    )
     fill_adapters(model)
     precision, used = Precision(CPU, dtype), Forward(model, before)
     rows: list[dict[str, Any]] = [
@@ -252,9 +255,9 @@ def test_r_drop_draws_on_behind_the_pass_of_its_logits_with_the_masks_made_last(
     made, tasks = list[DropoutMasks](), list[str]()
     init, original = DropoutMasks.__init__, RDrop.term
 
-    def kept(masks: DropoutMasks, *given: Any) -> None:
+    def kept(masks: DropoutMasks, *given: Any, **named: Any) -> None:
         made.append(masks)
-        init(masks, *given)
+        init(masks, *given, **named)
 
     def term(regularizer: RDrop, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
         assert masks is made[-1]
@@ -483,6 +486,7 @@ def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
     tuning = {"treatment": "gradvac", "draws": 5, "scheduler": "pal", "regularizers": ["smart", "bregman"]}
     tuning |= {"adapters": True, "ema_decay": 0.9}
     options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else tuning
+    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else {**tuning, "adapters": True, "copied": 1}
     whole, first, second = (make(**options) for _ in range(3))
     events = whole.run()
     for _ in zip(range(stop), first.trainer.run(), strict=False):
@@ -600,7 +604,7 @@ def test_every_scheduler_and_treatment_takes_a_step_and_touches_no_global_genera
 ) -> None:
     setup = make(
         scheduler=scheduler, treatment=treatment, draws=5 if treatment else 1, regularizers=list(REGULARIZERS),
-        adapters=True, accumulation_steps=2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, dropout=0.1,
+        adapters=True, copied=1, accumulation_steps=2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, dropout=0.1,
     )  # fmt: skip
     generators = random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
     before, record = setup.parameters(), setup.step()

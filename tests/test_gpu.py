@@ -259,6 +259,7 @@ SETTINGS = [
     "--amp fp16 --bregman", "--amp bf16 --pcgrad --smart", "--no-cuda_graphs --amp bf16", "--accumulation_steps 3",
     "--average ema", "--average ema --pal --train pal",
     "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
+    "--copy_top_layers 1 --amp bf16", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
 ]  # fmt: skip
 
 
@@ -292,7 +293,8 @@ def killed_at(line: int, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--amp bf16 --average ema", "--amp fp16 --pcgrad", "--gradvac --smart --bregman --pal"]
+    "flags",
+    ["--amp bf16 --average ema", "--amp fp16 --pcgrad --copy_top_layers 1", "--gradvac --smart --bregman --pal"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     command: Callable[[Path, str], list[str]], flags: str, tmp_path: Path

@@ -26,7 +26,7 @@ from torch import Tensor
 import config as flags
 from console import Console
 from datasets import Batch
-from helpers import generator, tiny_model
+from helpers import generator, randomize_vectors, tiny_model
 from jacobian_descent import METHODS, SCALARIZERS
 from model import MultitaskBert
 from ops import DropoutMasks
@@ -58,8 +58,9 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
     rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     adapter = config.choice("adapter", config.adapter) if config.adapter else None
     head = config.choice("head", config.head[0] if config.head else "linear")
-    model = tiny_model(config.tasks, adapter, head, **sizes, **rates).double()
+    model = tiny_model(config.tasks, adapter, head, copied=config.copy_top_layers, **sizes, **rates).double()
     fill_adapters(model)
+    randomize_vectors(model.top_layers, 7)
     data = Data(
         train={task: random_rows(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
         dev={task: random_rows(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
@@ -119,7 +120,7 @@ class Naive:
     lr: float = 0.003
     warmup: float = 0.3
     max_norm: float = 0.3
-    moves: Sequence[str] = ("encoder", "heads", "adapters")
+    moves: Sequence[str] = ("encoder", "heads", "adapters", "top_layers")
     adams: dict[str, Adam] = field(default_factory=dict)
     num_rows: Counter[str] = field(default_factory=Counter)
     targets: dict[int, Tensor] = field(default_factory=dict)
@@ -302,12 +303,13 @@ def decay_of(name: str) -> float:
 
 
 def by_layer(names: Sequence[str]) -> list[list[str]]:
-    """Those of the embeddings, of each layer, of the pooler."""
+    """Those of the embeddings, of each layer that is shared, of the pooler."""
     prefixes = ("encoder.layers.0.", "encoder.layers.1.", "encoder.pooler.")
-    return [
+    parts = [
         [name for name in names if not name.startswith(prefixes)],
         *([name for name in names if name.startswith(prefix)] for prefix in prefixes),
     ]
+    return [part for part in parts if part]
 
 
 def flat(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
@@ -398,13 +400,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "--task_weights sst=4 --gradvac --gradvac_beta 0.3 --gradient_scale own --draws_per_step 5",
         {"weights": WEIGHTS, "treatment": "gradvac", "beta": 0.3, "scale": "own", "draws": 5},
     ),
+    "copied layer": ("--copy_top_layers 1 --draws_per_step 4", {"draws": 4}),
+    "copied layer, pcgrad": (
+        f"--copy_top_layers 1 {PAL} {SMART} {BREGMAN} --rdrop --pcgrad --granularity layer --draws_per_step 5",
+        {"smart": True, "bregman": True, "rdrop": 1, "treatment": "pcgrad", "by_layer": True, "draws": 5},
+    ),
+    "copied layers": ("--copy_top_layers 2 --gradvac --draws_per_step 4", {"treatment": "gradvac", "draws": 4}),
     "never clipped": ("--max_grad_norm 0 --draws_per_step 2", {"max_norm": 0.0, "draws": 2}),
     "no warm-up": ("--warmup 0", {"warmup": 0.0}),
     "ema": (f"{PAL} --average ema --ema_decay 0.2 --draws_per_step 2", {"ema": 0.2, "draws": 2}),
     "ema, adapters alone": (f"{PAL} --average ema --train pal", {"ema": 0.999, "moves": ["adapters"]}),
     "adapters alone": (f"{PAL} --train pal --draws_per_step 2", {"moves": ["adapters"], "draws": 2}),
     "frozen": ("--option pretrain --head mlp --scheduler temperature", {"scheduler": "temperature", **FROZEN}),
-    "frozen, before fine-tuning": (f"{SMART} {BREGMAN} {PAL} --pcgrad --task_weights sst=4", FROZEN),
+    "frozen, before fine-tuning": (
+        f"{SMART} {BREGMAN} {PAL} --pcgrad --task_weights sst=4 --copy_top_layers 1",
+        FROZEN,
+    ),
     "frozen, one task": ("--option individual_pretrain", {"tasks": ["sst"], **FROZEN}),
 }
 
@@ -468,6 +479,7 @@ def near(found: Tensor, expected: Tensor, rounding: float) -> bool:
         ("--option pretrain --mlm_epochs 2", ["mlm", "pretrain"]),
         ("--option individual_pretrain", ["pretrain_sst", "pretrain_para", "pretrain_sts"]),
         ("--option test --checkpoint runs/other", []),
+        ("--option soup --checkpoints runs/one runs/other", []),
     ],
 )
 def test_an_option_runs_its_stages(arguments: str, names: list[str]) -> None:
@@ -482,7 +494,7 @@ def test_stages_have_the_settings_of_the_flags() -> None:
 
 
 def test_the_start_of_a_run_says_what_a_loss_counts() -> None:
-    assert "losses weighted sst 2, para 0.5, sts 0.5" in "\n".join(start_block(make_run("--task_weights sst=4"), []))
+    assert "losses weighted (sst 2, para 0.5, sts 0.5)" in "\n".join(start_block(make_run("--task_weights sst=4"), []))
 
 
 def test_a_treatment_that_has_gone_since_the_run_began_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
