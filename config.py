@@ -13,6 +13,7 @@ from typing import Any
 from checkpoints import EMBEDDED_MODEL
 from datasets import AUGMENTATIONS
 from heads import HEADS
+from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, flags_of, parameter, parameters_type
 from pcgrad import TREATMENTS, gramian_weightings
@@ -29,6 +30,8 @@ OPTIONS = {
     "test": "score a checkpoint and write its predictions",
     "predict": "predict new texts",
 }
+POOLING, PAIR = "pooler", "cross"  # of a new model
+BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp")
 }
@@ -49,11 +52,16 @@ class FlagError(ValueError):
     """Flags that make no sense; one problem a line."""
 
 
+def _listed(choices: Mapping[str, str]) -> str:
+    """The values of a flag, and what each is."""
+    return "; ".join(f"{name}: {what}" for name, what in choices.items())
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run. What is 0 or empty is chosen automatically, until run.resolve has filled it in."""
 
-    option: str = parameter("finetune", "; ".join(f"{name}: {what}" for name, what in OPTIONS.items()), choices=OPTIONS)
+    option: str = parameter("finetune", _listed(OPTIONS), choices=OPTIONS)
     tasks: tuple[str, ...] = parameter((), "tasks to train together; one is single-task training (default: all)")
     model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files")
@@ -98,6 +106,12 @@ class Config:
     train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
     head: tuple[str, ...] = parameter(
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
+    )
+    pooling: str = parameter(
+        "", f"what heads read; {_listed(POOLINGS)} (default: {POOLING}, or the checkpoint's)", metavar="NAME"
+    )
+    pairs: str = parameter(
+        "", f"how a pair is read; {_listed(PAIRS)} (default: {PAIR}, or the checkpoint's)", metavar="NAME"
     )
 
     augment: str = parameter("none", "augmentation of the training rows: none, {}", metavar="NAME")
@@ -307,6 +321,8 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
         ("scheduler", [config.scheduler], list(SCHEDULERS)),
+        ("pooling", [config.pooling] if "pooling" in given else [], list(POOLINGS)),
+        ("pairs", [config.pairs] if "pairs" in given else [], list(PAIRS)),
         ("augment", [config.augment], ["none", *AUGMENTATIONS]),
         ("train", [config.train], ["all", *ADAPTERS]),
         ("head", list(config.heads.values()), list(HEADS)),
@@ -347,6 +363,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step")
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
+    has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
@@ -355,6 +372,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.option != "test", f"{option} does not train", training),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
+        (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", ("draws_per_step", "scheduler")),
     ]
     for table, name, flag in _method_flags():

@@ -111,7 +111,8 @@ def load(
         raise CheckpointError(f"{folder}: an encoder without heads, expected the checkpoint of a run")
     model = load_model(folder, layout, torch.Generator()).model
     max_positions = model.encoder.config.max_position_embeddings
-    tokenizer = Tokenizer(folder, min(max_length or _max_length_of_run(folder) or max_positions, max_positions))
+    max_length = min(max_length or _max_length_of_run(folder) or max_positions, max_positions)
+    tokenizer = Tokenizer(folder, max_length, layout.is_siamese)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(model, tokenizer, torch.device(device), batch_size, autocast)

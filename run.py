@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
-from config import Config, FlagError, from_dict
+from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
 from console import Console, duration
 from datasets import SPLITS, DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
@@ -91,7 +91,7 @@ class StopSignals:
 def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
-    encoder = read_bert_config(folder)
+    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, None, POOLING, PAIR)
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     settled = replace(
         config,
@@ -102,6 +102,8 @@ def resolve(config: Config) -> tuple[Config, Path]:
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         lr=config.lr or default_learning_rate(encoder.hidden_size),
         draws_per_step=config.draws,
+        pooling=config.pooling or layout.pooling,
+        pairs=config.pairs or layout.pairs,
         max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
@@ -140,7 +142,7 @@ def model_layout(config: Config, folder: Path) -> Layout:
     adapter = config.choice("adapter", config.adapter) if config.adapter else saved.adapter
     if saved.adapter and adapter == Choice(saved.adapter.name, type(saved.adapter.parameters)()):
         adapter = saved.adapter  # asked for by name alone
-    return Layout(heads, adapter)
+    return Layout(heads, adapter, config.pooling, config.pairs)
 
 
 def plan_stages(config: Config, data: Data) -> list[Stage]:
@@ -454,7 +456,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
                 f"(--checkpoint {config.resume} starts a new run from its model)"
             )
         flags = config
-        config = replace(from_dict(saved), out=str(resumed.path))
+        config = replace(from_dict({**BEFORE, **saved}), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:
@@ -466,7 +468,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
         folder = resumed.last
     layout = model_layout(config, folder)
     device = torch.device(config.device)
-    tokenizer = Tokenizer(folder, config.max_length)
+    tokenizer = Tokenizer(folder, config.max_length, layout.is_siamese)
     data = load_data(config, tokenizer, device)
     try:
         loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
@@ -495,6 +497,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     speed = speed_report(config.device)
     is_slow = is_cpu and config.amp == "off" and speed != "compiled"
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
+    layers += f", pooling {config.pooling}, pairs {config.pairs}"
     lines = [
         f"model       {config.checkpoint or config.model}: {layers}; {config.device}{threads}, {precision}",
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),

@@ -23,6 +23,7 @@ from ops.graphs import Replayed, can_replay
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
+from ops.pooling import row_means
 from ops.residual_norm import linear_residual_norm
 from ops.transfer import Reading, to_device
 
@@ -48,6 +49,7 @@ __all__ = [
     "is_exact",
     "linear",
     "linear_residual_norm",
+    "row_means",
     "speed_report",
     "to_device",
     "weighted_sum",

@@ -207,10 +207,14 @@ def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", [LINEAR, MLP])
-@pytest.mark.parametrize("adapter", [None, PAL, LOW_RANK])
-def test_a_saved_model_loads_bit_identical(head: Choice, adapter: Choice | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "read"), [(None, {}), (PAL, {}), (LOW_RANK, {}), (PAL, {"pooling": "mean", "pairs": "siamese"})]
+)
+def test_a_saved_model_loads_bit_identical(
+    head: Choice, adapter: Choice | None, read: dict[str, Any], tmp_path: Path
+) -> None:
     """Also one whose parameters lie in one vector; float32, on the CPU, trainable, without a global generator."""
-    model = shaken(tiny_model(adapter=adapter, head=head, hidden_act="relu"))
+    model = shaken(tiny_model(adapter=adapter, head=head, hidden_act="relu", **read))
     FlatParameters(dict(model.named_parameters()))
     folder = saved(model, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
@@ -253,6 +257,17 @@ def test_a_checkpoint_in_the_first_format_loads(
     assert found.new_parts == () and torch.equal(outputs(found.model, layout.tasks), outputs(model, layout.tasks))
 
 
+def test_a_checkpoint_that_does_not_say_what_its_heads_read_is_of_the_pooler_and_of_joined_pairs(
+    tmp_path: Path,
+) -> None:
+    model = shaken(tiny_model())
+    folder = saved(model, tmp_path)
+    described = read_config(folder)["multitask_bert"]
+    assert (described.pop("pooling"), described.pop("pairs")) == ("pooler", "cross")
+    rewrite_config(folder, multitask_bert=described)
+    assert read_layout(folder) == model.layout and torch.equal(outputs(loaded(folder).model), outputs(model))
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_checkpoint_written_on_a_gpu_loads_on_the_cpu(tmp_path: Path) -> None:
@@ -289,6 +304,7 @@ def test_a_plain_encoder_gets_new_heads_and_adapters(tmp_path: Path) -> None:
     assert same_as(reference, found.model.encoder)
     rewrite_weights(tmp_path, {"pooler": None})
     assert loaded(tmp_path, Layout({"sst": LINEAR})).new_parts == ("pooler", "head sst")
+    assert loaded(tmp_path, Layout({"sst": LINEAR}, pooling="cls")).new_parts == ("head sst",)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +313,8 @@ def test_a_plain_encoder_gets_new_heads_and_adapters(tmp_path: Path) -> None:
         (Layout({"sst": LINEAR}, PAL), r"its head of sst is mlp {'layers': 2}, the flags ask for linear"),
         (Layout({"sst": Choice("mlp", MlpHead.Parameters(1))}, PAL), "the flags ask for mlp {'layers': 1}"),
         (Layout({"sst": MLP}, None), "its adapters are pal {'kind': 'attention', .*}, the flags ask for none"),
+        (Layout({"sst": MLP}, PAL, "mean"), "its --pooling is pooler, the flags ask for mean"),
+        (Layout({"sst": MLP}, PAL, "pooler", "siamese"), "its --pairs is cross, the flags ask for siamese"),
         (Layout({"sst": MLP}, LOW_RANK), "its adapters are pal .*, the flags ask for pal {'kind': 'low_rank'"),
     ],
 )
@@ -329,6 +347,8 @@ def test_missing_and_misshapen_tensors_are_refused(name: str, shape: str, tmp_pa
         ({"adapter": {"name": "pal", "parameters": {"width": 3}}}, "unexpected keyword argument 'width'"),
         ({"adapter": {"name": "pal", "parameters": {"kind": "dense"}}}, "--pal_kind dense: expected one of attention"),
         ({"format": 1}, "'head_layers'"),
+        ({"pooling": "max"}, "'max', expected one of pooler, cls, mean"),
+        ({"pairs": "triple"}, "'triple', expected one of cross, siamese"),
     ],
 )
 def test_a_description_that_the_program_does_not_know_is_refused(

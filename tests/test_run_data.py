@@ -26,7 +26,7 @@ def content(rows: TokenizedRows) -> list[object]:
     return [
         rows.ids,
         np.nan_to_num(rows.labels, nan=-1).tolist(),
-        *(part.tolist() for part in vars(rows.tokens).values()),
+        *(np.asarray(part).tolist() for part in vars(rows.tokens).values()),
     ]
 
 

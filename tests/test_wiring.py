@@ -56,11 +56,13 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
     rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     adapter = config.choice("adapter", config.adapter) if config.adapter else None
     head = config.choice("head", config.head[0] if config.head else "linear")
-    model = tiny_model(config.tasks, adapter, head, **sizes, **rates).double()
+    read = {"pooling": config.pooling or "pooler", "pairs": config.pairs or "cross"}
+    model = tiny_model(config.tasks, adapter, head, **read, **sizes, **rates).double()
+    is_split = {task: config.pairs == "siamese" and task != "sst" for task in config.tasks}
     fill_adapters(model)
     data = Data(
-        train={task: random_rows(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
-        dev={task: random_rows(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
+        train={task: random_rows(task, SIZES[task], 10 + i, is_split[task]) for i, task in enumerate(config.tasks)},
+        dev={task: random_rows(task, 4, 20 + i, is_split[task]) for i, task in enumerate(config.tasks)},
     )
     for rows in (*data.train.values(), *data.dev.values()):
         rows.labels = rows.labels.astype(np.float64)
@@ -124,7 +126,8 @@ class Naive:
         self.averages = {name: value.clone() for name, value in self.values.items()}
         moving = [name for name in self.values if name.split(".")[0] in self.moves]
         own = {task: [name for name in moving if name.split(".")[1] == task] for task in self.tasks}
-        self.groups = {"shared": [name for name in moving if name.startswith("encoder.")], **own}
+        unread = ("heads.", "adapters.", *(["encoder.pooler."] if self.model.layout.pooling != "pooler" else []))
+        self.groups = {"shared": [name for name in moving if not name.startswith(unread)], **own}
         self.num_steps = self.epochs * -(-sum(len(self.data.train[task]) for task in self.tasks) // ROWS)
 
     def seed(self, *purpose: str | int) -> int:
@@ -277,7 +280,7 @@ def by_layer(names: Sequence[str]) -> list[list[str]]:
     prefixes = ("encoder.layers.0.", "encoder.layers.1.", "encoder.pooler.")
     return [
         [name for name in names if not name.startswith(prefixes)],
-        *([name for name in names if name.startswith(prefix)] for prefix in prefixes),
+        *([name for name in names if name.startswith(prefix)] for prefix in prefixes if prefix in "".join(names)),
     ]
 
 
@@ -346,6 +349,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "never clipped": ("--max_grad_norm 0 --draws_per_step 2", {"max_norm": 0.0, "draws": 2}),
     "no warm-up": ("--warmup 0", {"warmup": 0.0}),
     "adapters alone": (f"{PAL} --train pal --draws_per_step 2", {"moves": ["adapters"], "draws": 2}),
+    "siamese": ("--pooling mean --pairs siamese --draws_per_step 4", {"draws": 4}),
+    "siamese, smart, pcgrad, layer": (
+        f"--pooling cls --pairs siamese {SMART} {BREGMAN} {PAL} --pcgrad --granularity layer --draws_per_step 4",
+        {"smart": True, "bregman": True, "treatment": "pcgrad", "by_layer": True, "draws": 4},
+    ),
+    "frozen, siamese": ("--option pretrain --head mlp --pooling mean --pairs siamese", FROZEN),
     "frozen": ("--option pretrain --head mlp --scheduler temperature", {"scheduler": "temperature", **FROZEN}),
     "frozen, before fine-tuning": (f"{SMART} {BREGMAN} {PAL} --pcgrad", FROZEN),
     "frozen, one task": ("--option individual_pretrain", {"tasks": ["sst"], **FROZEN}),
@@ -357,7 +366,7 @@ def test_the_parameters_after_every_step_are_those_of_a_naive_run(case: str) -> 
     assert_as_naive(case, 0.0)
 
 
-@pytest.mark.parametrize("case", ["pal", "smart, bregman, pcgrad", "frozen, before fine-tuning"])
+@pytest.mark.parametrize("case", ["pal", "smart, bregman, pcgrad", "siamese", "frozen, before fine-tuning"])
 def test_they_are_with_dropout_too(case: str) -> None:
     assert_as_naive(case, 0.2)
 
