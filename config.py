@@ -13,10 +13,11 @@ from typing import Any
 from checkpoints import EMBEDDED_MODEL
 from datasets import AUGMENTATIONS
 from heads import HEADS
+from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
-from parameters import Choice, Flag, flags_of, parameter, parameters_type
-from pcgrad import TREATMENTS, gramian_weightings
+from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
+from pcgrad import TREATMENTS, find_treatment
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
 from tasks import TASKS
@@ -28,6 +29,7 @@ OPTIONS = {
     "pretrain": "train the heads on the frozen encoder",
     "individual_pretrain": "the same, each task alone with its own best epoch",
     "test": "score a checkpoint and write its predictions",
+    "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
 POOLING, PAIR = "pooler", "cross"  # of a new model
@@ -68,6 +70,12 @@ class Config:
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
+    checkpoints: tuple[str, ...] = parameter((), "soup: run directories or checkpoint folders", metavar="DIR")
+    soup: str = parameter(
+        "uniform",
+        "soup: uniform, the mean of all; greedy, from the best down of those that do not lower the dev mean",
+        choices=("uniform", "greedy"),
+    )
 
     task: str = parameter("", "predict: what to predict; sst reads sentences, para and sts pairs", metavar="TASK")
     input: str = parameter(
@@ -90,10 +98,22 @@ class Config:
         "rows, as many as there are. With a treatment and as many draws as tasks each step holds every task once",
         ">= 0",
     )
+    task_weights: tuple[str, ...] = parameter(
+        (),
+        "factors on the tasks' losses in fine-tuning, TASK=NUMBER; a task that is not named has 1, and all are divided "
+        "by their mean",
+        metavar="TASK=NUMBER",
+    )
     treatment: str = parameter(
         NO_TREATMENT,
-        f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or a Gramian weighting of torchjd by its name",
+        f"how task gradients are aggregated: {NO_TREATMENT}, {{}}, or where torchjd is installed one of its methods: "
+        + ", ".join(METHODS),
         metavar="NAME",
+    )
+    treatment_arguments: tuple[str, ...] = parameter(
+        (),
+        "arguments of a method of torchjd, as c=0.4, or for a vector one number a task: weights=1,2,0.5",
+        metavar="X=Y",
     )
     gradient_scale: str = parameter(
         "equal",
@@ -103,6 +123,9 @@ class Config:
     granularity: str = parameter("model", "treat gradients of the whole model, or by layer", choices=("model", "layer"))
     regularizers: tuple[str, ...] = ()
     adapter: str = ""
+    copy_top_layers: int = parameter(
+        0, "encoder layers nearest the heads that each task has as its own copies; 0: none, or the checkpoint's", ">= 0"
+    )
     train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
     head: tuple[str, ...] = parameter(
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
@@ -123,6 +146,7 @@ class Config:
 
     epochs: int = parameter(5, "epochs of fine-tuning", ">= 1")
     pretrain_epochs: int = parameter(25, "epochs of training the heads on the frozen encoder; 0: none", ">= 0")
+    mlm_epochs: int = parameter(0, "epochs of masked-language modelling on the training texts before all else", ">= 0")
     steps_per_epoch: int = parameter(0, "optimizer steps of an epoch; 0: as many as there are rows for", ">= 0")
     batch_size: int = parameter(32, "rows of a step, times --accumulation_steps; a forward pass takes no more", ">= 1")
     accumulation_steps: int = parameter(1, "how many times --batch_size rows make up an optimizer step", ">= 1")
@@ -131,10 +155,17 @@ class Config:
     save_every: int = parameter(0, "steps between checkpoints; 0: at each epoch's end", ">= 0")
     lr: float = parameter(0.0, "peak learning rate of fine-tuning; 0: by the model's width", ">= 0")
     pretrain_lr: float = parameter(1e-2, "peak learning rate of the frozen stage", "> 0")
+    mlm_lr: float = parameter(0.0, "peak learning rate of masked-language modelling; 0: by the model's width", ">= 0")
     warmup: float = parameter(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
     weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
     patience: int = parameter(0, "epochs without a gain after which a stage ends; 0: never", ">= 0")
+    average: str = parameter(
+        "none",
+        "weights that are scored and saved as best: none, fine-tuning's own; ema, their exponential moving average",
+        choices=("none", "ema"),
+    )
+    ema_decay: float = parameter(0.999, "decay of the average; less in the first steps", "0 < x < 1")
     seed: int = parameter(0, "seed of everything that is random", "0 <= x < 2**63")
     threads: int = parameter(0, "CPU threads; 0: torch's default", "0 <= x <= 1024")
     device: str = parameter("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
@@ -147,6 +178,10 @@ class Config:
     @property
     def is_treated(self) -> bool:
         return self.treatment != NO_TREATMENT
+
+    @property
+    def trains(self) -> bool:
+        return self.option not in ("test", "soup")
 
     @property
     def rows_per_step(self) -> int:
@@ -163,6 +198,13 @@ class Config:
         whole = [name for name in self.head if "=" not in name]
         single = [name.partition("=") for name in self.head if "=" in name]
         return {task: whole[-1] for task in self.tasks if whole} | {task: name for task, _, name in single}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The factor on each task's loss; their sum is the number of tasks."""
+        named = {task: float(value) for task, _, value in (word.partition("=") for word in self.task_weights)}
+        given = dict.fromkeys(self.tasks, 1.0) | named
+        return {task: weight * len(given) / sum(given.values()) for task, weight in given.items()}
 
     def chosen(self, table: str) -> tuple[str, ...]:
         """Names of the entries of a table that this run uses."""
@@ -317,6 +359,11 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     of_heads = [name.partition("=")[0] if "=" in name else "" for name in config.head]
     if len(set(of_heads)) != len(of_heads):
         yield f"--head {' '.join(config.head)}: expected one head for all tasks, and each task once"
+    weighted = [word.partition("=")[0] for word in config.task_weights]
+    for i, word in enumerate(config.task_weights):
+        if weighted[i] not in config.tasks or weighted[i] in weighted[:i] or not _is_weight(word.partition("=")[2]):
+            once = f"each of {', '.join(config.tasks)} at most once"
+            yield f"--task_weights {word}: expected TASK=NUMBER, {once}, the number from 1e-6 to 1e6"
     known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
@@ -332,11 +379,21 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         for value in values:
             if value not in names:
                 yield f"--{name} {value}: expected one of {', '.join(names)}{nearest(value, names)}"
-    treatments = [NO_TREATMENT, *TREATMENTS]
-    if config.treatment not in treatments and config.treatment not in (of_torchjd := gramian_weightings()):
-        names = [*treatments, *of_torchjd]
-        more = nearest(config.treatment, names) if of_torchjd else "; torchjd, if installed, has Gramian weightings too"
-        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{more}"
+    names = [NO_TREATMENT, *TREATMENTS, *METHODS]
+    if config.treatment in (*METHODS, *REFUSED) and len(config.tasks) > 1:
+        try:
+            find_treatment(config.treatment, config.treatment_arguments)(NoParameters(), len(config.tasks), 1)
+        except ValueError as error:
+            yield str(error)
+    elif config.treatment not in names:
+        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{nearest(config.treatment, names)}"
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 1e-6 <= float(text) <= 1e6
+    except ValueError:
+        return False
 
 
 def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
@@ -359,21 +416,29 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
 def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """A line for each flag that lacks what it needs."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
+    of_several = ("draws_per_step", "scheduler", "task_weights", "copy_top_layers")
+    of_checkpoint = ("checkpoint", "model", "head", "pooling", "pairs")
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
-    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step")
+    tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
+    training += ["mlm_epochs"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
         (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
+        (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
+        (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
-        (config.option != "test", f"{option} does not train", training),
+        (config.trains, f"{option} does not train", training),
+        (config.option == "soup", "expected only with --option soup", ("checkpoints", "soup")),
+        (config.option != "soup", f"{option} takes it from --checkpoints", of_checkpoint),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
+        (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
-        (len(config.tasks) > 1, "there is one task, expected two --tasks or more", ("draws_per_step", "scheduler")),
+        (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():
         way = TABLES[table][1].format(name)
@@ -394,16 +459,26 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them"
     if config.option == "test" and not config.checkpoint:
         yield f"{option}: expected --checkpoint DIR"
+    if config.option == "soup" and len(config.checkpoints) < 2:
+        yield f"{option}: expected --checkpoints DIR DIR, two or more"
     if config.option in ("pretrain", "individual_pretrain") and config.pretrain_epochs == 0:
         yield f"--pretrain_epochs 0: {option} would do nothing"
     if is_full and config.checkpoint and given.get("pretrain_epochs"):
         yield "--pretrain_epochs: --checkpoint has trained heads, the frozen stage is skipped"
+    if is_full and config.checkpoint and config.mlm_epochs:
+        yield "--mlm_epochs: --checkpoint has trained heads, which another encoder would not fit"
     if config.checkpoint and "model" in given:
         yield "--model, --checkpoint: the checkpoint holds the encoder, expected one of them"
+    if config.mlm_epochs and config.copy_top_layers:
+        yield f"--mlm_epochs {config.mlm_epochs}: expected without --copy_top_layers, whose layers belong to the tasks"
     if config.patience and config.eval_every == 0:
         yield f"--patience {config.patience}: --eval_every 0 never evaluates before the last epoch"
     if config.train in ADAPTERS and config.train != config.adapter:
         yield f"--train {config.train}: expected with --{config.train}"
+    if config.train in ADAPTERS and config.copy_top_layers:
+        yield f"--train {config.train}: trains adapters alone, --copy_top_layers would do nothing"
+    if config.train in ADAPTERS and config.task_weights:
+        yield f"--train {config.train}: adapters are each task's own, --task_weights would do nothing"
     if config.augment in AUGMENTATIONS and all(TASKS[t].output.num_classes is None for t in config.tasks if t in TASKS):
         yield f"--augment {config.augment}: no task of {' '.join(config.tasks)} has classes to fill up"
     if config.is_treated:
@@ -413,6 +488,8 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield f"--train {config.train}: adapters are each task's own, {treatment} would do nothing"
         if num_tasks == 1:
             yield f"{treatment}: one task has no other to conflict with, expected two --tasks or more"
+        if config.treatment in SCALARIZERS and (config.gradient_scale, config.granularity) != ("own", "model"):
+            yield f"{treatment}: it weighs the losses, expected --gradient_scale own and --granularity model"
         if num_rows < num_tasks:
             yield f"--batch_size {config.batch_size}: {every_task} rows"
         elif draws < num_tasks:

@@ -149,15 +149,21 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: the tokenizer has no token {token}, expected that of a BERT")
         return int(token_id)
 
+    def special_ids(self) -> dict[str, int]:
+        """Of BERT's special tokens. Raises CheckpointError if one is not there."""
+        names = ("PAD", "UNK", "CLS", "SEP", "MASK")
+        return {name: self._special(self.folder, f"[{name}]", f"{name.lower()}_token") for name in names}
+
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids."""
         content = f"{self.max_length} {self.is_siamese} {self._tokenizer.to_str()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def num_tokens(self, texts: tuple[str, ...]) -> int:
-        """Tokens of a row as one sequence before truncation, the special ones included."""
+        """Tokens of a row before truncation, the special ones included."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return 1 + sum(len(encoding.ids) + 1 for encoding in encodings)
+        num_sequences = len(texts) if self.is_siamese else 1
+        return num_sequences + sum(len(encoding.ids) + 1 for encoding in encodings)
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         """Token ids of rows of one or two texts each, truncated on the longer text where a sequence is too long."""
@@ -252,6 +258,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def longest(self) -> np.ndarray:
+        """(R,) tokens of each row's longest sequence."""
+        return np.maximum(self.firsts, self.lengths - self.firsts) if self.is_split else self.lengths
+
     @cached_property
     def starts(self) -> np.ndarray:
         """(R,) where each row begins."""
@@ -336,6 +347,15 @@ class TokenizedRows:
 
     def by_length(self) -> np.ndarray:
         return np.argsort(-self.tokens.lengths, kind="stable")
+
+    def by_sequence(self) -> "TokenizedRows":
+        """The two sequences of split rows as a row each; other rows as they are."""
+        tokens = self.tokens
+        if not tokens.is_split:
+            return self
+        lengths = np.stack([tokens.firsts, tokens.lengths - tokens.firsts], 1).ravel()  # (R,) -> (2 R,)
+        names, labels = [name for name in self.ids for _ in range(2)], np.repeat(self.labels, 2)
+        return TokenizedRows(self.task, names, labels, TokenRows(tokens.ids, lengths, lengths), self.device)
 
     def select(self, rows: np.ndarray) -> "TokenizedRows":
         """These rows only, in this order."""

@@ -5,7 +5,7 @@ _passes            which rows go through the model together: those of a task, or
 _forward_backward  forward, loss (+ regularizers), backward: autograd adds into the task's row of the shared gradients
                    (on a GPU ops/linear.py adds some of them itself)
 _treat             Gram matrix -> treatment -> weighted sum, in the first row
-_move              clip once -> AdamW
+_move              clip once -> AdamW -> average of weights
 _record            what is logged, when the device has come that far
 
 Shape letters: T tasks of a step, P shared parameters, B rows.
@@ -16,6 +16,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -28,8 +29,8 @@ import ops
 from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_stop
 from evaluation import Precision, evaluate, mean_score
 from model import TaskModel, Trained
-from ops import DropoutMasks, Reading, Replayed, adamw_step, can_replay, to_device
-from optimizer import FlatParameters, clip_factor, gradient_norm
+from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
+from optimizer import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
 from seeding import derive_seed
@@ -86,22 +87,32 @@ class Stage:
         return self.lr * (self.num_steps - step) / max(1, self.num_steps - warmup_steps)
 
 
+def losses_of_task(task: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) as the task's entry has them."""
+    return TASKS[task].output.losses(logits, labels)
+
+
 @dataclass(frozen=True)
 class Methods:
     """How a stage trains. treatment: None for the plain sum. segments: names of the shared parameters that a treatment
     takes on their own, such as those of a layer; one segment of all by default. scales_equally: the task gradients are
-    brought to their mean length before it sees them."""
+    brought to their mean length before it sees them. ema_decay: of the average of weights that is evaluated; 0 for
+    none. loss_weights: of each task the factor on its loss, 1 by default; they count in the gradients, also in those of
+    equal length, and not in what is logged. losses: (B,) of a task, from its outputs (B, K) and the labels (B,)."""
 
     scheduler: Scheduler
     treatment: Treatment | None = None
     regularizers: Sequence[Regularizer] = ()
     segments: Sequence[Sequence[str]] | None = None
     scales_equally: bool = False
+    ema_decay: float = 0.0
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    losses: Callable[[str, Tensor, Tensor], Tensor] = losses_of_task
 
 
 @dataclass(frozen=True)
 class StageData:
-    """The rows of each task that a stage trains and evaluates on."""
+    """The rows of each task that a stage trains and evaluates on; without dev rows its epochs have no scores."""
 
     train: Mapping[str, Rows]
     dev: Mapping[str, Rows]
@@ -113,8 +124,8 @@ class Progress:
 
     step: finished optimizer steps. closed_epochs: epochs whose evaluation is done. rows: of each task, drawn so far.
     micro_batch: rows of a forward pass at most, below the batch size after the device ran out of memory; replays:
-    whether passes may still be CUDA graphs then. seconds: spent training and evaluating. conflicts: sums of what a
-    treatment found.
+    whether passes may still be CUDA graphs then. seconds: spent training and evaluating. loss_sum: of the steps since a
+    mean was told. conflicts: sums of what a treatment found.
     """
 
     step: int = 0
@@ -126,6 +137,7 @@ class Progress:
     best_epoch: int = 0
     ended: bool = False
     seconds: float = 0.0
+    loss_sum: float = 0.0
     conflicts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -210,6 +222,7 @@ class Trainer:
         self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1)
         self.own = {task: FlatParameters(trained.own[task]) for task in stage.tasks}
         self.segments = [self.shared.columns(set(names)) for names in methods.segments or [list(trained.shared)]]
+        self.average = WeightAverage(self._vectors(), methods.ema_decay) if methods.ema_decay else None
         self.best: dict[str, Tensor] = {}
         self.progress = Progress(rows=dict.fromkeys(stage.tasks, 0), micro_batch=stage.batch_size)
         self.scaler = LossScaler(precision.dtype == torch.float16, precision.device)
@@ -220,9 +233,7 @@ class Trainer:
         self._masks = DropoutMasks(0, precision.device)  # of the pass that is being taken
         self._take_pass: Callable[..., Tensor] = self._pass_on_device
         self._take_whole: Callable[..., Tensor] = self._step_on_device
-        self._replays = (
-            cuda_graphs and can_replay(precision.device) and not stage.is_frozen and not methods.regularizers
-        )
+        self._replays = cuda_graphs and has_fused_operations(precision.device)
         if self._replays:
             self._take_pass, self._take_whole = Replayed(self._pass_on_device), Replayed(self._step_on_device)
         self._since = time.perf_counter()  # when the work began that will be told of next
@@ -231,7 +242,8 @@ class Trainer:
     def _joined(self) -> tuple[TokenizedRows, dict[str, int]] | None:
         """The rows of all tasks in one, and where each task's begin, where a step can take them in the same passes."""
         rows = [rows for rows in self.data.train.values() if isinstance(rows, TokenizedRows)]
-        is_apart = self.is_treated or self.methods.regularizers or not self.model.shares_passes
+        splits = has_fused_operations(self.precision.device)  # a task's gradient from the rest of its pass
+        is_apart = self.methods.regularizers or not self.model.shares_passes or (self.is_treated and not splits)
         if is_apart or len(rows) < len(self.data.train):
             return None
         starts = np.cumsum([0, *map(len, rows)]).tolist()
@@ -279,16 +291,22 @@ class Trainer:
             record = self._record(launched)
             seconds = time.perf_counter() - self._since
             self.progress.seconds += seconds
+            self.progress.loss_sum += record["loss"]
             yield Event(record | {"examples_per_second": self.stage.rows_per_step / seconds}, notes=launched.notes)
             self._since = time.perf_counter()
 
     def _end_epoch(self, epoch: int, between: BetweenBatches) -> Event:
         stage, progress = self.stage, self.progress
+        if not self.data.dev:
+            mean, progress.loss_sum = progress.loss_sum / stage.steps_per_epoch, 0.0
+            record = {"stage": stage.name, "epoch": epoch, "step": progress.step, "mean_loss": mean}
+            return Event(record, is_epoch=True)
         is_last = epoch == stage.epochs
         if not is_last and (stage.eval_every == 0 or epoch % stage.eval_every):
             return Event(None, is_epoch=True)
         started, notes = time.perf_counter(), list[str]()
-        metrics = evaluate(self.model, self.data.dev, stage.eval_batch_size, self.precision, notes.append, between)
+        with self.averaged():
+            metrics = evaluate(self.model, self.data.dev, stage.eval_batch_size, self.precision, notes.append, between)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         score = mean_score(metrics)
@@ -307,6 +325,10 @@ class Trainer:
         record = {"stage": stage.name, "epoch": epoch, "step": progress.step, "dev": {**metrics, "mean": score}}
         return Event({**record, "dev_examples_per_second": num_rows / seconds}, True, is_best, notes)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model's weights are their averages, where those are kept: what is scored and saved as best."""
+        return self.average.in_place() if self.average else nullcontext()
+
     # ------------------------------------------------------------------------------------------------- one step
 
     def take_step(self, epoch: int, step: int) -> Record:
@@ -322,7 +344,7 @@ class Trainer:
         tasks = [task for task in stage.tasks if task in plan]
         counts = rows_of_plan(plan, stage.rows_per_step)
         rows = {task: self._streams[task].rows(progress.rows[task], counts[task]) for task in tasks}
-        weights = {task: self._weight(plan[task], len(rows[task])) for task in tasks}
+        weights = {task: self._weight(task, plan[task], len(rows[task])) for task in tasks}
         record = {
             "stage": stage.name,
             "epoch": epoch,
@@ -368,10 +390,11 @@ class Trainer:
             add_conflicts(progress.conflicts, record)
         return record
 
-    def _weight(self, draws: Draws, num_rows: int) -> float:
+    def _weight(self, task: str, draws: Draws, num_rows: int) -> float:
         """Factor on the mean loss of a task's rows: its share of the step's rows, or what the scheduler says where a
-        treatment combines the tasks' gradients."""
-        return draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
+        treatment combines the tasks' gradients; times the task's own."""
+        factor = draws.weight if self.is_treated else num_rows / self.stage.rows_per_step
+        return factor * self.methods.loss_weights.get(task, 1.0)
 
     def _gradient_row(self, task: str) -> int:
         """Which of the shared gradients belongs to this task; without a treatment all accumulate in the first."""
@@ -408,8 +431,8 @@ class Trainer:
 
     def _backward(self, passes: Sequence[Pass], tasks: list[str], lr: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each task's gradient, of its mean loss times its weight; returns those losses (T,). A step of a single pass
-        of all tasks is taken whole: then the second is what `_move` returns."""
-        if self._joined and len(passes) == 1:
+        and without a treatment is taken whole: then the second is what `_move` returns."""
+        if len(passes) == 1 and not self.is_treated and not self.methods.regularizers:
             numbers = self._take_whole(*self._seeded(passes[0]), lr)
             return numbers[: len(tasks)], numbers
         self._forget_gradients()
@@ -456,8 +479,20 @@ class Trainer:
     def _pass_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after a forward and a backward pass."""
         tasks, _, num_places = key
-        self.shared.point_to(self._gradient_row(tasks[0]))
-        return self._forward_backward(tasks, self._rows_of(tasks).gather(numbers, num_places), weights)
+        batch = self._rows_of(tasks).gather(numbers, num_places)
+        self.shared.point_to(0 if self._joined else self._gradient_row(tasks[0]))
+        bounds = self._bounds(tasks, batch, weights) if self._joined and self.is_treated else None
+        with ops.gradients_by_task(bounds):
+            return self._forward_backward(tasks, batch, weights)
+
+    def _bounds(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> TaskBounds:
+        """Where each task's rows of a joined pass and its row of the shared gradients lie. weights: (T, B)."""
+        assert batch.tokens is not None
+        counts = dict(zip(tasks, (weights > 0).sum(1), strict=True))
+        none = torch.zeros_like(counts[tasks[0]])
+        num_rows = torch.stack([counts.get(task, none) for task in self.stage.tasks])
+        tokens = batch.tokens
+        return TaskBounds.of(num_rows, tokens.packing.ends, len(tokens.input_ids), len(self.shared))
 
     def _forward_backward(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after its backward pass. weights: (T, B)."""
@@ -466,7 +501,7 @@ class Trainer:
         losses = []
         for task, of_task, of_row in zip(tasks, logits, weights, strict=True):
             labels = torch.where(of_row > 0, batch.labels, 0)  # another task's label is nothing to compare with
-            of_rows = torch.where(of_row > 0, TASKS[task].output.losses(of_task, labels), 0)
+            of_rows = torch.where(of_row > 0, self.methods.losses(task, of_task, labels), 0)
             losses.append((of_rows * of_row).sum())
         if self.methods.regularizers:
             losses[0] = losses[0] + weights[0].sum() * self._regularization(tasks[0], batch, logits[0])
@@ -476,7 +511,8 @@ class Trainer:
     def _regularization(self, task: str, batch: Batch, logits: Tensor) -> Tensor:
         """The regularizers' terms for these rows, a scalar."""
         if self.precision.dtype is not None:
-            logits = self.model(task, batch, self._masks.again())  # in float32
+            self._masks = self._masks.again()
+            logits = self.model(task, batch, self._masks)  # in float32
         terms = [regularizer.term(task, batch, self._masks, logits) for regularizer in self.methods.regularizers]
         return torch.stack(terms).sum()
 
@@ -492,12 +528,15 @@ class Trainer:
             if self.scaler.is_enabled and losses.isfinite().all():
                 return None
             raise self._error(rows, losses.tolist(), float(gramians.sum()), step)
-        factors = torch.ones(len(tasks), dtype=torch.float64)
+        draw_weights = torch.tensor(list(weights.values()), dtype=torch.float64)  # (T,)
+        factors = torch.ones_like(draw_weights)
         if self.methods.scales_equally:
-            factors = equal_lengths(gramians, torch.tensor(list(weights.values()), dtype=torch.float64))  # (T,)
+            factors = equal_lengths(gramians, draw_weights)  # (T,)
             gramians = gramians * factors[:, None] * factors
         generator = random.Random(self._seed("treatment", step))
-        coefficients = self.methods.treatment.coefficients(gramians, places, generator)  # (S, T, T)
+        coefficients = self.methods.treatment.coefficients(
+            gramians, places, generator, losses / draw_weights, 1 + step // self.stage.steps_per_epoch
+        )  # (S, T, T)
         combined = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)
         combined[:, places] = coefficients.sum(1) * factors  # nothing of a task that is not in the step
         combine(self.shared.gradients, combined, self.segments)
@@ -540,6 +579,8 @@ class Trainer:
         factor = clip_factor(norm, stage.max_grad_norm) / scale
         moved = [vector.moved_by(vector.gradients[0]) for vector in vectors]
         adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
+        if self.average:
+            self.average.after_step(is_skipped)
         numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])
         self.scaler.update((is_bad & ~self._halted).to(torch.float32))
         return numbers
@@ -578,6 +619,8 @@ class Trainer:
         states = {f"regularizer.{i}": regularizer.state for i, regularizer in enumerate(self.methods.regularizers)}
         if self.methods.treatment is not None:
             states["treatment"] = self.methods.treatment.state
+        if self.average:
+            states["average"] = self.average.state
         return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:

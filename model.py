@@ -1,4 +1,5 @@
-"""MultitaskBert: one encoder that the tasks share, and of each task a head and, where wanted, an adapter.
+"""MultitaskBert: one encoder that the tasks share, and of each task a head and, where wanted, an adapter and the layers
+nearest the head.
 
 Shape letters: N packed tokens, B rows, S sequences (B or 2 B), D hidden, F features, K outputs.
 """
@@ -66,11 +67,15 @@ class TaskModel(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which head each task has, and which adapter all of them have; what heads read of a sequence (POOLINGS), and how
-    the encoder reads a pair (PAIRS): a checkpoint that says nothing of those is of the defaults."""
+    """Which head each task has, which adapter all of them have, and how many of the top layers are each task's own.
+
+    pooling: what heads read of a sequence (POOLINGS). pairs: how the encoder reads a pair (PAIRS). The defaults are
+    those of a checkpoint that says nothing of them.
+    """
 
     heads: Mapping[str, Choice]
     adapter: Choice | None = None
+    copy_top_layers: int = 0
     pooling: str = "pooler"
     pairs: str = "cross"
 
@@ -93,7 +98,9 @@ class Layout:
             for task, head in self.heads.items()
         }
         adapter = None if self.adapter is None else self.adapter.to_dict()
-        return {"format": 2, "tasks": tasks, "adapter": adapter, "pooling": self.pooling, "pairs": self.pairs}
+        more: dict[str, Any] = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
+        more |= {"pooling": self.pooling, "pairs": self.pairs}
+        return {"format": 2, "tasks": tasks, "adapter": adapter, **more}
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> "Layout":
@@ -109,11 +116,14 @@ class Layout:
                     raise ValueError(f"head {task!r} with {saved['outputs']} outputs, expected among {known}")
             heads = {task: Choice.from_dict(saved["head"], HEADS) for task, saved in values["tasks"].items()}
             adapter = None if values["adapter"] is None else Choice.from_dict(values["adapter"], ADAPTERS)
+            copied = values.get("copy_top_layers", 0)
+            if type(copied) is not int or copied < 0:
+                raise ValueError(f"copy_top_layers is {copied!r}, expected a whole number of at least 0")
             pooling, pairs = values.get("pooling", cls.pooling), values.get("pairs", cls.pairs)
             for read, choices in ((pooling, POOLINGS), (pairs, PAIRS)):
                 if read not in choices:
                     raise ValueError(f"{read!r}, expected one of {', '.join(choices)}")
-            return cls(heads, adapter, pooling, pairs)
+            return cls(heads, adapter, copied, pooling, pairs)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where}: multitask_bert is not of a known format ({error})") from None
 
@@ -130,10 +140,11 @@ def _of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MultitaskBert(nn.Module):
-    """An encoder, and the heads and adapters of a layout. Raises ValueError for an adapter that does not fit."""
+    """An encoder, and the heads, adapters and top layers of a layout. Raises ValueError for what does not fit."""
 
     def __init__(self, encoder: Bert, layout: Layout, generator: torch.Generator) -> None:
-        """generator: for the new heads and adapters, each initialized in the order of the tasks."""
+        """encoder: a whole one, which gives its top layers away. generator: for the new heads and adapters, each
+        initialized in the order of the tasks."""
         super().__init__()
         self.encoder = encoder
         self.layout = layout
@@ -151,6 +162,13 @@ class MultitaskBert(nn.Module):
         initialize(self.heads, std, generator)
         for adapter in self.adapters.values():
             cast(Adapter, adapter).initialize(std, generator)
+        num_shared = len(encoder.layers) - layout.copy_top_layers
+        if num_shared < 0:
+            raise CheckpointError(
+                f"--copy_top_layers {layout.copy_top_layers}: the encoder has {len(encoder.layers)} layers"
+            )
+        encoder.layers, top = encoder.layers[:num_shared], encoder.layers[num_shared:]
+        self.top_layers = nn.ModuleDict({task: copy.deepcopy(top) for task in layout.tasks if len(top)})
 
     def forward(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
@@ -165,15 +183,15 @@ class MultitaskBert(nn.Module):
 
     @property
     def shares_passes(self) -> bool:
-        return self.layout.adapter is None and not self.layout.is_siamese
+        return self.layout.adapter is None and self.layout.copy_top_layers == 0 and not self.layout.is_siamese
 
     def pooled(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
         """(B, F) what the head of a task reads."""
         assert batch.tokens is not None, "a batch of features is for the heads alone"
-        is_mean, is_split = self.layout.pooling == "mean", self.layout.is_split(task)
-        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, first_only=not is_mean)
+        is_mean, is_split, top = self.layout.pooling == "mean", self.layout.is_split(task), self.top_layers_of(task)
+        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, not is_mean, top)
         if is_mean:
             states = ops.row_means(states, batch.tokens.packing)  # (N, D) -> (S, D)
         elif self.layout.pooling == "pooler":
@@ -188,6 +206,10 @@ class MultitaskBert(nn.Module):
     def adapter(self, task: str) -> LayerAdapter | None:
         """The task's addition to each encoder layer, or None for a model without adapters."""
         return cast(LayerAdapter, self.adapters[task]) if task in self.adapters else None
+
+    def top_layers_of(self, task: str) -> nn.ModuleList:
+        """The task's own encoder layers, none for most models."""
+        return cast(nn.ModuleList, self.top_layers[task]) if task in self.top_layers else nn.ModuleList()
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the parameters that the tasks share; the pooler's only where heads read it."""
@@ -204,13 +226,17 @@ class MultitaskBert(nn.Module):
         adapter = self.adapters[task] if task in self.adapters else nn.Module()
         return {f"adapters.{task}.{name}": parameter for name, parameter in adapter.named_parameters()}
 
+    def own_parameters(self, task: str) -> dict[str, nn.Parameter]:
+        """By name, the parameters of a task's head, adapter and top layers."""
+        of_layers = {f"top_layers.{task}.{name}": p for name, p in self.top_layers_of(task).named_parameters()}
+        return {**self.head_parameters(task), **self.adapter_parameters(task), **of_layers}
+
     def trained(self) -> Trained:
         """All parameters that predictions depend on."""
-        own = {task: {**self.head_parameters(task), **self.adapter_parameters(task)} for task in self.layout.tasks}
-        return Trained(self.shared_parameters(), own)
+        return Trained(self.shared_parameters(), {task: self.own_parameters(task) for task in self.layout.tasks})
 
     def parameters_by_part(self) -> list[list[str]]:
-        """Names of the shared parameters: those of the embeddings, of each layer, of the pooler where it is one."""
+        """Names of the shared parameters: those of the embeddings, of each shared layer, of the pooler where it is."""
         names = list(self.shared_parameters())
         layers = [f"encoder.layers.{i}." for i in range(len(self.encoder.layers))]
         parts = [[name for name in names if name.startswith(prefix)] for prefix in (*layers, "encoder.pooler.")]

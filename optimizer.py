@@ -1,4 +1,4 @@
-"""Parameters, their gradients and AdamW's moments in vectors of one layout.
+"""Parameters, their gradients, AdamW's moments and averages of the parameters in vectors of one layout.
 
 Every parameter becomes a view into one vector, and its `grad` a view into another, so that autograd accumulates
 straight into it and the optimizer is one pass over memory. For gradient treatments there is a gradient vector for each
@@ -7,7 +7,8 @@ task.
 Shape letters: P parameters, T tasks.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,40 @@ class FlatParameters:
             if name not in state or state[name].shape != target.shape:
                 raise ValueError(f"{name} is missing or of another shape than {tuple(target.shape)}")
             target.copy_(state[name])
+
+
+class WeightAverage:
+    """Exponential moving averages of the parameters in vectors: theta~ := d theta~ + (1 - d) theta after each step.
+
+    d is min(decay, (1 + t) / (10 + t)) after t steps, as in TensorFlow's ExponentialMovingAverage with num_updates: the
+    start is soon forgotten. state: theta~ (P,) of each vector by its name, and t, (); changed in place.
+    """
+
+    def __init__(self, vectors: Mapping[str, FlatParameters], decay: float) -> None:
+        self.values = {name: vector.values for name, vector in vectors.items() if len(vector)}
+        self.averages = {name: values.clone() for name, values in self.values.items()}
+        self.decay, self.step = decay, next(iter(self.values.values())).new_zeros(())
+        self.state = {**self.averages, "step": self.step}
+
+    @torch.no_grad()
+    def after_step(self, is_skipped: Tensor) -> None:
+        """is_skipped: (), 1 for a step that was left out; nothing moves then. All on the device, nothing waits."""
+        self.step += 1 - is_skipped
+        weight = (9 / (10 + self.step)).clamp(min=1 - self.decay) * (1 - is_skipped)  # 1 - d
+        for name, values in self.values.items():
+            self.averages[name].lerp_(values, weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the parameters are their averages; after it they are what they were, to the bit."""
+        before = {name: values.clone() for name, values in self.values.items()}
+        try:
+            for name, values in self.values.items():
+                values.copy_(self.averages[name])
+            yield
+        finally:
+            for name, values in self.values.items():
+                values.copy_(before[name])
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:

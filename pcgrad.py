@@ -1,4 +1,5 @@
-"""Gradient treatments: how the gradients of several tasks are aggregated (PCGrad, Gradient Vaccine, torchjd's).
+"""Gradient treatments: how the gradients of several tasks are aggregated (PCGrad, Gradient Vaccine; torchjd's in
+jacobian_descent.py).
 
 Every projection in these methods is a linear combination of the original task gradients. A treatment therefore maps the
 Gram matrix of the task gradients, T x T inner products, to a T x T matrix of coefficients; row i says what becomes of
@@ -8,7 +9,6 @@ A new treatment is a class and an entry of TREATMENTS.
 Shape letters: T tasks of a step, P shared parameters, S segments of them that are treated on their own.
 """
 
-import importlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import ops
+from jacobian_descent import torchjd_treatment
 from parameters import NoParameters, parameter
 
 
@@ -35,10 +36,13 @@ class Treatment(Protocol):
 
     def __init__(self, parameters: Any, num_tasks: int, num_segments: int) -> None: ...
 
-    def coefficients(self, gramians: Tensor, tasks: Sequence[int], generator: random.Random) -> Tensor:
+    def coefficients(
+        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+    ) -> Tensor:
         """(S, T, T) coefficients: task i's treated gradient is the sum over j of coefficients[s, i, j] * gradient[j].
 
         gramians: (S, T, T) inner products over each segment, float64. tasks: which of all tasks the T rows are.
+        losses: (T,) mean losses of the tasks' rows, float64. epoch: from 1.
         """
         ...
 
@@ -127,7 +131,9 @@ class PCGrad:
     def __init__(self, parameters: NoParameters, num_tasks: int, num_segments: int) -> None:
         self.state: dict[str, Tensor] = {}
 
-    def coefficients(self, gramians: Tensor, tasks: Sequence[int], generator: random.Random) -> Tensor:
+    def coefficients(
+        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+    ) -> Tensor:
         orders = random_orders(len(tasks), generator)
         return torch.stack([pcgrad_coefficients(gramian, orders) for gramian in gramians])  # (S, T, T)
 
@@ -146,7 +152,9 @@ class GradientVaccine:
         self.beta = parameters.beta
         self.state = {"targets": torch.zeros(num_segments, num_tasks, num_tasks, dtype=torch.float64)}
 
-    def coefficients(self, gramians: Tensor, tasks: Sequence[int], generator: random.Random) -> Tensor:
+    def coefficients(
+        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+    ) -> Tensor:
         orders = random_orders(len(tasks), generator)
         present = torch.tensor(list(tasks))
         coefficients = []
@@ -160,74 +168,10 @@ class GradientVaccine:
 TREATMENTS: dict[str, type[Treatment]] = {"pcgrad": PCGrad, "gradvac": GradientVaccine}
 
 
-def find_treatment(name: str) -> Callable[[Any, int, int], Treatment]:
-    """The treatment of a name: one of TREATMENTS, else a weighting of torchjd, which raises ValueError if there is none
-    when it is made."""
-    return TREATMENTS[name] if name in TREATMENTS else partial(JacobianDescent, name)
-
-
-# ------------------------------------------------------------------------------------------------------- torchjd
-
-
-class JacobianDescent:
-    """A Gramian weighting of torchjd by its name, such as UPGrad or MGDA; torchjd is an optional dependency.
-
-    Raises ValueError if torchjd is not installed or has no such weighting of Gramians.
-    """
-
-    def __init__(self, name: str, parameters: NoParameters, num_tasks: int, num_segments: int) -> None:
-        try:
-            aggregation = importlib.import_module("torchjd.aggregation")
-        except ImportError:
-            raise ValueError(
-                f"--treatment {name}: torchjd is not installed (pip install torchjd); without it there are "
-                + ", ".join(TREATMENTS)
-            ) from None
-        self.weighting = _gramian_weighting(aggregation, name)
-        self.state: dict[str, Tensor] = {}
-
-    def coefficients(self, gramians: Tensor, tasks: Sequence[int], generator: random.Random) -> Tensor:
-        with torch.random.fork_rng(devices=[]):  # some weightings draw from torch's global generator
-            torch.manual_seed(generator.getrandbits(63))
-            weights = [self.weighting(_scaled(gramian)) for gramian in gramians]
-        return torch.stack([torch.diag(weight.double()) for weight in weights])  # (S, T, T)
-
-
-def _scaled(gramian: Tensor) -> Tensor:
-    """A Gram matrix with mean diagonal 1: the weightings of torchjd compare with absolute tolerances."""
-    scale = gramian.diagonal().mean()
-    return gramian / scale if scale > 0 else gramian
-
-
-def gramian_weightings() -> list[str]:
-    """The names of torchjd's Gramian weightings that need no further argument; empty where it is not installed."""
-    try:
-        aggregation = importlib.import_module("torchjd.aggregation")
-    except ImportError:
-        return []
-    names = [name.removesuffix("Weighting") for name in dir(aggregation) if name.endswith("Weighting")]
-    return sorted(name for name in names if _is_gramian_weighting(aggregation, name))
-
-
-def _is_gramian_weighting(aggregation: Any, name: str) -> bool:
-    try:
-        _gramian_weighting(aggregation, name)
-    except ValueError:
-        return False
-    return True
-
-
-def _gramian_weighting(aggregation: Any, name: str) -> Callable[[Tensor], Tensor]:
-    kind = getattr(aggregation, f"{name}Weighting", None)
-    base = aggregation.UPGradWeighting.__bases__[0]  # the weightings of Gramians; not every version names it
-    if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
-        raise ValueError(f"--treatment {name}: torchjd has no such weighting of Gramians")
-    if hasattr(kind, "reset"):
-        raise ValueError(f"--treatment {name}: torchjd's keeps averages that a checkpoint would not hold")
-    try:
-        return kind()  # type: ignore[no-any-return]
-    except (TypeError, ImportError) as error:
-        raise ValueError(f"--treatment {name}: {error}") from None
+def find_treatment(name: str, arguments: Sequence[str] = ()) -> Callable[[Any, int, int], Treatment]:
+    """The treatment of a name: one of TREATMENTS, else a method of torchjd with these arguments, which when it is made
+    raises ValueError if it cannot be had."""
+    return TREATMENTS[name] if name in TREATMENTS else partial(torchjd_treatment, name, arguments)
 
 
 # --------------------------------------------------------------------------------------------- the long vectors

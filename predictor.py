@@ -103,7 +103,7 @@ def load(
 
     device: "auto" takes CUDA where there is a GPU. batch_size: texts of one forward pass. max_length: tokens of a row
     at most; 0: as in the run that the checkpoint is part of, else as many as the model has positions. Raises
-    CheckpointError if there are no trained heads.
+    CheckpointError if there are no trained heads, or not so many positions.
     """
     folder = checkpoint_folder(Path(path))
     layout = read_layout(folder)
@@ -111,7 +111,9 @@ def load(
         raise CheckpointError(f"{folder}: an encoder without heads, expected the checkpoint of a run")
     model = load_model(folder, layout, torch.Generator()).model
     max_positions = model.encoder.config.max_position_embeddings
-    max_length = min(max_length or _max_length_of_run(folder) or max_positions, max_positions)
+    max_length = max_length or _max_length_of_run(folder) or max_positions
+    if max_length > max_positions:
+        raise CheckpointError(f"max_length {max_length}: {folder} has {max_positions} positions, expected no more")
     tokenizer = Tokenizer(folder, max_length, layout.is_siamese)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,6 +25,7 @@ from evaluation import (
     Precision,
     compute_features,
     confusion_matrices,
+    evaluate,
     format_scores,
     format_table,
     mean_score,
@@ -34,6 +35,7 @@ from evaluation import (
     write_predictions,
 )
 from heads import Head
+from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
 from parameters import Choice
@@ -43,6 +45,7 @@ from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_trainer,
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
+from soup import check_ingredients, cook
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = 2  # of what `last/` holds besides the model
@@ -90,8 +93,11 @@ class StopSignals:
 
 def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
-    folder = checkpoint_folder(Path(config.checkpoint)) if config.checkpoint else find_checkpoint(config.model)
-    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, None, POOLING, PAIR)
+    start = config.checkpoint or next(iter(config.checkpoints), "")
+    folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
+    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=POOLING, pairs=PAIR)
+    if config.max_length > (most := encoder.max_position_embeddings):
+        raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     settled = replace(
         config,
@@ -100,11 +106,14 @@ def resolve(config: Config) -> tuple[Config, Path]:
         model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
+        checkpoints=tuple(str(Path(name).resolve()) for name in config.checkpoints),
         lr=config.lr or default_learning_rate(encoder.hidden_size),
+        mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
+        max_length=config.max_length or most,
+        copy_top_layers=config.copy_top_layers or layout.copy_top_layers,
         pooling=config.pooling or layout.pooling,
         pairs=config.pairs or layout.pairs,
-        max_length=min(config.max_length or encoder.max_position_embeddings, encoder.max_position_embeddings),
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
@@ -124,7 +133,7 @@ def default_eval_batch_size(device: str) -> int:
 
 
 def default_learning_rate(width: int) -> float:
-    """Peak learning rate of fine-tuning: 8e-5 for a hidden size of 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
+    """Peak learning rate of the whole encoder: 8e-5 for a hidden size of 384, 2.8e-5 for 768, 1.8e-5 for 1024."""
     return float(f"{8e-5 * (384 / width) ** 1.5:.2g}")
 
 
@@ -135,27 +144,36 @@ def free_name(folder: Path, name: str) -> Path:
 
 
 def model_layout(config: Config, folder: Path) -> Layout:
-    """Heads and adapters: what the checkpoint holds, with what the flags add to it."""
+    """Heads, adapters and top layers: what the checkpoint holds, with what the flags add to it."""
     saved = read_layout(folder) or Layout({})
     asked = {task: config.choice("head", name) for task, name in config.heads.items()}
     heads = {task: asked.get(task) or saved.heads.get(task) or config.choice("head", "linear") for task in config.tasks}
     adapter = config.choice("adapter", config.adapter) if config.adapter else saved.adapter
     if saved.adapter and adapter == Choice(saved.adapter.name, type(saved.adapter.parameters)()):
         adapter = saved.adapter  # asked for by name alone
-    return Layout(heads, adapter, config.pooling, config.pairs)
+    return Layout(heads, adapter, config.copy_top_layers, config.pooling, config.pairs)
 
 
 def plan_stages(config: Config, data: Data) -> list[Stage]:
     """What `--option` runs, in order."""
-    if config.option == "test":
+    if not config.trains:
         return []
+    first = [mlm_stage(config, data)] if config.mlm_epochs else []
     if config.option == "individual_pretrain":
-        return [make_stage(config, data, f"pretrain_{task}", (task,), is_frozen=True) for task in config.tasks]
+        each = [make_stage(config, data, f"pretrain_{task}", (task,), is_frozen=True) for task in config.tasks]
+        return [*first, *each]
     frozen = make_stage(config, data, "pretrain", config.tasks, is_frozen=True)
     if config.option == "pretrain":
-        return [frozen]
-    has_frozen = config.pretrain_epochs > 0 and not config.checkpoint
-    return [*([frozen] if has_frozen else []), make_stage(config, data, "finetune", config.tasks, is_frozen=False)]
+        return [*first, frozen]
+    first += [frozen] if config.pretrain_epochs > 0 and not config.checkpoint else []
+    return [*first, make_stage(config, data, "finetune", config.tasks, is_frozen=False)]
+
+
+def mlm_stage(config: Config, data: Data) -> Stage:
+    """Masked-language modelling on the training texts of all tasks."""
+    texts = replace(data, train={task: rows.by_sequence() for task, rows in data.train.items()})
+    stage = make_stage(config, texts, MLM, config.tasks, is_frozen=False)
+    return replace(stage, tasks=(MLM,), epochs=config.mlm_epochs, lr=config.mlm_lr)
 
 
 def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is_frozen: bool) -> Stage:
@@ -180,7 +198,7 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
 
 
 def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: StageData) -> Methods:
-    """The methods of a stage; the frozen one has no treatment and no regularizers."""
+    """The methods of a stage; the frozen one, which ends with its best epoch's heads, has the scheduler alone."""
     is_treated = config.is_treated and not stage.is_frozen
     num_examples = tuple(len(data.train[task]) for task in stage.tasks)
     draws = 1 if stage.is_frozen else config.draws
@@ -193,12 +211,15 @@ def make_methods(config: Config, stage: Stage, model: MultitaskBert, data: Stage
     if is_treated:
         parameters = config.choice("treatment", config.treatment).parameters
         try:
-            treatment = find_treatment(config.treatment)(parameters, len(stage.tasks), len(segments))
+            found = find_treatment(config.treatment, config.treatment_arguments)
+            treatment = found(parameters, len(stage.tasks), len(segments))
         except ValueError as error:  # a resumed run where torchjd is not installed
             raise FlagError(str(error)) from None
     chosen = [(name, config.choice("regularizer", name).parameters) for name in config.regularizers]
     regularizers = [REGULARIZERS[name](parameters, model, stage.num_steps) for name, parameters in chosen]
-    return Methods(scheduler, treatment, regularizers, segments, config.gradient_scale == "equal")
+    ema_decay = config.ema_decay if config.average == "ema" else 0.0
+    scales_equally = config.gradient_scale == "equal"
+    return Methods(scheduler, treatment, regularizers, segments, scales_equally, ema_decay, config.loss_weights)
 
 
 def trained_parameters(config: Config, stage: Stage, model: MultitaskBert) -> Trained:
@@ -233,7 +254,9 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.best_epochs: dict[str, int] = {}
         self.conflicts: dict[str, Any] = {}
+        self.soup: list[dict[str, Any]] = []
         self.known_features: dict[int, FeatureRows] = {}
+        self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
         self.metrics: MetricsLog
 
     def train(self) -> None:
@@ -242,6 +265,8 @@ class Run:
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
+        if self.config.option == "soup":
+            self.make_soup()
         first = state.get("stage", 0)
         for number in range(first, len(self.stages)):
             if number > first:
@@ -254,6 +279,24 @@ class Run:
             self.save_best()
             self.save(len(self.stages), None)  # heads of an ended stage read features as they are
 
+    def make_soup(self) -> None:
+        """Gives the model the mean of the checkpoints, and saves it."""
+        config, data, started = self.config, self.data.dev, time.perf_counter()
+
+        def scores() -> dict[str, dict[str, float]]:
+            with self.console.bar("soup", sum(map(len, data.values())), unit="row"):
+                size, say = config.eval_batch_size, self.console.say
+                return evaluate(self.model, data, size, self.precision, say, self.between)
+
+        self.soup = cook(self.model, config.checkpoints, config.soup == "greedy", scores, self.console.say)
+        self.save_best()
+        self.seconds["soup"] = round(time.perf_counter() - started, 3)
+
+    def between(self) -> None:
+        """Called between the batches of an evaluation."""
+        self.stop.check()
+        self.console.advance(self.config.eval_batch_size)
+
     def load_trainer(self, trainer: Trainer, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
         try:
             trainer.load_state(tensors, progress)
@@ -263,6 +306,8 @@ class Run:
     def make_trainer(self, number: int) -> Trainer:
         """The trainer of a stage."""
         stage, model = self.stages[number], self.model
+        if stage.name == MLM:
+            return self.make_mlm_trainer(stage)
         rows: list[dict[str, Rows]] = [{t: of[t] for t in stage.tasks} for of in (self.data.train, self.data.dev)]
         stage_model: TaskModel = model
         if stage.is_frozen:
@@ -273,6 +318,15 @@ class Run:
         trained.freeze_others(model)
         methods = make_methods(self.config, stage, model, data)
         return Trainer(stage, stage_model, trained, data, methods, self.precision, self.config.cuda_graphs)
+
+    def make_mlm_trainer(self, stage: Stage) -> Trainer:
+        folder, device = self.tokenizer_folder, self.precision.device
+        head, is_new = make_masked_head(self.model.encoder.config, folder, stage.seed)
+        if is_new:
+            self.console.say(f"{stage.name}: transform and output bias are new, the checkpoint has none")
+        self.masked_head = head.to(device)
+        tokenizer = Tokenizer(folder, self.config.max_length)
+        return masked_trainer(stage, self.model, self.masked_head, tokenizer, self.data.train, self.precision)
 
     def features(self, stage: Stage, task: str, rows: TokenizedRows) -> Rows:
         """Features of the frozen encoder, computed when they are first needed, and in units of the training rows'
@@ -287,14 +341,9 @@ class Run:
         """The features as the encoder gives them."""
         if id(rows) not in self.known_features:
             name, size = rows.task.name, self.config.eval_batch_size
-
-            def between() -> None:
-                self.stop.check()
-                self.console.advance(size)
-
             started = time.perf_counter()
             with self.console.bar(f"features of the frozen encoder, {name}", len(rows), unit="row"):
-                found = compute_features(self.model, name, rows, size, self.precision, between)
+                found = compute_features(self.model, name, rows, size, self.precision, self.between)
             self.known_features[id(rows)] = found
             key = f"{stage.name}_features"
             self.seconds[key] = round(self.seconds.get(key, 0) + time.perf_counter() - started, 3)
@@ -308,7 +357,8 @@ class Run:
                 for event in trainer.run(self.stop.check, save_every):
                     self.show(stage, event)
                     if event.is_best and not stage.is_frozen:
-                        self.save_best()
+                        with trainer.averaged():
+                            self.save_best()
                     if event.is_epoch or (save_every and event.record and event.record["step"] % save_every == 0):
                         self.save(number, trainer)
                     self.stop.check()
@@ -324,8 +374,10 @@ class Run:
                 moments = self.raw_features(stage, self.data.train[task]).moments
                 cast(Head, self.model.heads[task]).absorb(*moments)
             self.known_features.clear()
+        self.masked_head = None
         self.seconds[stage.name] = round(progress.seconds, 3)
-        self.best_epochs[stage.name] = progress.best_epoch
+        if progress.best_epoch:
+            self.best_epochs[stage.name] = progress.best_epoch
         if trainer.is_treated:
             self.conflicts[stage.name] = mean_conflicts(progress.conflicts)
 
@@ -339,10 +391,13 @@ class Run:
         if not event.is_epoch:
             self.console.advance(1, event.record)
             return
+        of = f"{stage.name} epoch {event.record['epoch']}/{stage.epochs}"
+        if "dev" not in event.record:
+            self.console.say(f"{of}: mean loss {event.record['mean_loss']:.3f}")
+            return
         scores = {task: event.record["dev"][task] for task in stage.tasks}
         mark = f"  (best of {stage.name})" if event.is_best else ""
-        of = f"epoch {event.record['epoch']}/{stage.epochs}"
-        self.console.say(f"{stage.name} {of}: dev {format_scores(scores)}{mark}")
+        self.console.say(f"{of}: dev {format_scores(scores)}{mark}")
 
     def save_best(self) -> None:
         replace_folder(self.directory.best, lambda folder: save_checkpoint(self.model, self.tokenizer_folder, folder))
@@ -351,7 +406,7 @@ class Run:
         """Writes `last/`: the model, and where stage `number` stands; without a trainer, that it has not begun."""
 
         def write(folder: Path) -> None:
-            save_checkpoint(self.model, self.tokenizer_folder, folder)
+            save_checkpoint(self.model, self.tokenizer_folder, folder, self.masked_head)
             state = {
                 "format": FORMAT,
                 "stage": number,
@@ -373,14 +428,9 @@ class Run:
             self.model = load_model(self.directory.best, self.model.layout, torch.Generator()).model.to(device)
         started = time.perf_counter()
         num_rows = sum(len(rows) for of in (self.data.dev, self.data.test) for rows in of.values())
-
-        def between() -> None:
-            self.stop.check()
-            self.console.advance(size)
-
         with self.console.bar("predictions", num_rows, unit="row"):
-            logits = predict_all(self.model, self.data.dev, size, self.precision, between)
-            test_logits = predict_all(self.model, self.data.test, size, self.precision, between)
+            logits = predict_all(self.model, self.data.dev, size, self.precision, self.between)
+            test_logits = predict_all(self.model, self.data.test, size, self.precision, self.between)
         dev, confusion = metrics_of(logits, self.data.dev, self.console.say), confusion_matrices(logits, self.data.dev)
         folder.mkdir(exist_ok=True)
         for task, rows in self.data.dev.items():
@@ -390,7 +440,7 @@ class Run:
             write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
         self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
         main_stages = [stage.name for stage in self.stages if stage.is_frozen == self.stages[-1].is_frozen]
-        epochs = {name: self.best_epochs[name] for name in main_stages}
+        epochs = {name: self.best_epochs[name] for name in main_stages if name in self.best_epochs}
         training = round(sum(self.seconds.get(stage.name, 0) for stage in self.stages), 3)
         results: dict[str, Any] = {
             "dev": {**dev, "mean": mean_score(dev)},
@@ -400,6 +450,7 @@ class Run:
             "peak_memory_mb": peak_memory_mb(self.precision.device),
             "confusion": confusion,
             **({"gradients": self.conflicts} if self.conflicts else {}),
+            **({"soup": self.soup} if self.soup else {}),
         }
         self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
@@ -407,7 +458,7 @@ class Run:
         self.console.say("\n" + format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}) + "\n")
         if missing := [task for task in config.tasks if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-        holds = "results, predictions" + (" and the best checkpoint are" if self.stages else " are")
+        holds = "results, predictions" + (" and the best checkpoint are" if self.directory.best.exists() else " are")
         times = f"training {duration(training)}, " if self.stages else ""
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
@@ -464,6 +515,8 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     config, folder = resolve(config)
     if resumed is None and Path(config.out).exists():
         RunDirectory.create(Path(config.out), {})  # raises before anything is loaded
+    if config.checkpoints:
+        check_ingredients(config.checkpoints, config.tasks)
     if resumed is not None and resumed.last.exists():
         folder = resumed.last
     layout = model_layout(config, folder)
@@ -496,10 +549,13 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
     speed = speed_report(config.device)
     is_slow = is_cpu and config.amp == "off" and speed != "compiled"
+    source = config.checkpoint or config.model
+    if config.checkpoints:
+        source = f"{config.soup} soup of {len(config.checkpoints)} checkpoints"
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     layers += f", pooling {config.pooling}, pairs {config.pairs}"
     lines = [
-        f"model       {config.checkpoint or config.model}: {layers}; {config.device}{threads}, {precision}",
+        f"model       {source}: {layers}; {config.device}{threads}, {precision}",
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),
         f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
         f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
@@ -510,10 +566,12 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         lines.append(f"            {task:<5} {', '.join(rows)}")
     for stage in run.stages:
         passes = f", {stage.accumulation_steps} passes" if stage.accumulation_steps > 1 else ""
-        draws = f", {config.draws} draws" if config.draws > 1 and not stage.is_frozen else ""
+        draws = f", {config.draws} draws" if config.draws > 1 and len(stage.tasks) > 1 and not stage.is_frozen else ""
+        note = ", encoder frozen" if stage.is_frozen else ""
+        note = ", its head is dropped afterwards" if stage.name == MLM else note
         lines.append(
             f"{stage.name:<11} {stage.epochs} epochs of {stage.steps_per_epoch} steps of {stage.rows_per_step} rows"
-            f"{passes}{draws}, learning rate {stage.lr:g}{', encoder frozen' if stage.is_frozen else ''}"
+            f"{passes}{draws}, learning rate {stage.lr:g}{note}"
         )
     if run.stages:
         is_fixed = config.is_treated and config.draws == len(config.tasks)
@@ -528,11 +586,15 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
 def _methods(config: Config) -> list[str]:
     """What is chosen beside the scheduler, in words."""
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
+    weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
+        *([f"losses weighted ({weights})"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
         *([f"adapters {config.adapter}"] if config.adapter else []),
+        *([f"the top {config.copy_top_layers} layers each task's own"] if config.copy_top_layers else []),
         *([f"training only {config.train}"] if config.train == config.adapter else []),
+        *([f"weights averaged (decay {config.ema_decay:g})"] if config.average == "ema" else []),
         *(f"augmentation {name}" for name in config.chosen("augment")),
     ]
 

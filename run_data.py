@@ -48,7 +48,7 @@ def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Dat
         hashes: dict[str, np.ndarray] = {}
         for split in SPLITS:
             path = folder / task.file_name(split)
-            if (split == "test" and not path.exists()) or (split == "train" and config.option == "test"):
+            if (split == "test" and not path.exists()) or (split == "train" and not config.trains):
                 continue
             file = load(path, task, split != "test", device)
             hashes[split] = file.text_hashes
@@ -91,11 +91,21 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
     ]
 
 
+def _whole_lengths(path: Path, rows: TokenizedRows, tokenizer: Tokenizer) -> np.ndarray:
+    """(R,) tokens of each row, both sentences of a pair together, before truncation."""
+    lengths = rows.tokens.lengths.copy()
+    full = np.flatnonzero(rows.tokens.longest == tokenizer.max_length)
+    if len(full):
+        examples = read_examples(path, rows.task, labelled=True).examples
+        lengths[full] = [tokenizer.num_tokens(examples[row].texts) for row in full]
+    return lengths
+
+
 def _training_rows(config: Config, path: Path, rows: TokenizedRows, tokenizer: Tokenizer, data: Data) -> TokenizedRows:
     """The rows to train on: without the longest, then with edited rows, so that classes end up equal in number."""
     kept = np.arange(len(rows))
     if config.drop_longest:
-        kept, longest = longest_cut(rows.tokens.lengths, config.drop_longest)
+        kept, longest = longest_cut(_whole_lengths(path, rows, tokenizer), config.drop_longest)
         num_dropped = len(rows) - len(kept)
         rows = rows.select(kept)
         data.notes.append(

@@ -36,7 +36,7 @@ def makers_of(
     """By a method's name, what makes its trainer. fresh: makes a model, with this adapter or without."""
 
     def trainer(model: MultitaskBert, **options: Any) -> Trainer:
-        shared = {"draws_per_step": len(rows), "precision": precision, "batch_size": batch_size}
+        shared = {"draws_per_step": len(rows), "precision": precision, "batch_size": batch_size, "cuda_graphs": True}
         return workload.full_trainer(model, rows, **shared, **options)
 
     def smart() -> Trainer:

@@ -16,15 +16,17 @@ Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H he
 from ops.activation import ACTIVATIONS, activated_linear
 from ops.adamw import Moments, Vector, adamw_step
 from ops.attention import attention, first_token_attention
+from ops.dispatch import has_fused_operations
 from ops.dropout import DropoutMasks, dropout
 from ops.embedding import embedding
 from ops.gradients import gramian, is_exact, weighted_sum
-from ops.graphs import Replayed, can_replay
+from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
 from ops.pooling import row_means
-from ops.residual_norm import linear_residual_norm
+from ops.residual_norm import layer_norm, linear_residual_norm
+from ops.task_gradients import TaskBounds, gradients_by_task
 from ops.transfer import Reading, to_device
 
 __all__ = [
@@ -36,17 +38,20 @@ __all__ = [
     "Packing",
     "Reading",
     "Replayed",
+    "TaskBounds",
     "TokenStore",
     "Vector",
     "activated_linear",
     "adamw_step",
     "attention",
-    "can_replay",
     "dropout",
     "embedding",
     "first_token_attention",
+    "gradients_by_task",
     "gramian",
+    "has_fused_operations",
     "is_exact",
+    "layer_norm",
     "linear",
     "linear_residual_norm",
     "row_means",

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import kernels
-from ops.linear import Linear, linear, onednn_product, sums_of_parts, triton_kernels, uses_onednn
+from ops.dispatch import triton_kernels
+from ops.linear import Linear, linear, onednn_product, sums_of_parts, uses_onednn
+from ops.task_gradients import task_bounds
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
@@ -64,11 +66,12 @@ class _TritonGelu(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, bias: Tensor) -> Tensor:
         inputs = inputs.contiguous()
         ctx.save_for_backward(inputs, bias)
+        ctx.bounds = task_bounds()
         return triton_kernels().gelu_forward(inputs, bias)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         inputs, bias = ctx.saved_tensors
-        grad_inputs, parts = triton_kernels().gelu_backward(grad.contiguous(), inputs, bias)
-        return grad_inputs, sums_of_parts(parts, [bias], ctx.needs_input_grad[1:])[0]
+        grad_inputs, parts = triton_kernels().gelu_backward(grad.contiguous(), inputs, bias, ctx.bounds)
+        return grad_inputs, sums_of_parts(parts, [bias], ctx.needs_input_grad[1:], ctx.bounds)[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ops.linear import triton_kernels
+from ops.dispatch import triton_kernels
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 

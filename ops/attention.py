@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import kernels
+from ops.dispatch import triton_kernels
 from ops.dropout import DropoutBits, DropoutMasks
-from ops.linear import rows_multiple, triton_kernels
+from ops.linear import rows_multiple
 from ops.packed import Packing
 
 

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ops.dispatch import has_fused_operations, triton_kernels
 
 SLACK = 16  # words behind the last element's that a kernel may read
 
@@ -17,6 +20,8 @@ def dropout(hidden_states: Tensor, prob: float, masks: "DropoutMasks | None") ->
     """Inverted dropout where masks are given (training); nothing without (evaluation)."""
     if masks is None or prob == 0:
         return hidden_states
+    if has_fused_operations(hidden_states.device):
+        return _TritonDropout.apply(hidden_states, prob, masks)  # type: ignore[no-any-return]
     if hidden_states.device.type == "cuda":
         masks.check_drawing()
         return F.dropout(hidden_states, prob)
@@ -39,30 +44,32 @@ class DropoutMasks:
     On the CPU a mask compares 16 random bits an element with the probability, several times as fast as drawing
     Bernoulli variables. The probability is met to within 1/131072; the scale is exact for the one that is met.
 
-    A GPU's fused kernels draw for themselves, from the device's default generator or from a seed in its memory, and
-    once more in their backward pass. Both are set when masks are made, outside of what a CUDA graph records, so that a
-    replayed pass draws anew; until its backward pass is done no masks of another seed can be made for the device.
+    A GPU's kernels draw for themselves from a seed in its memory and a mask's number, and once more in their backward
+    pass. The seed is set when masks are made, outside of what a CUDA graph records, so that a replayed pass draws anew;
+    until its backward pass is done no masks of another seed can be made for the device. Without kernels of ours masks
+    are drawn from the device's default generator, which is set to the seed as well.
     """
 
     _drawing: ClassVar[dict[torch.device, "DropoutMasks"]] = {}
     _seeds: ClassVar[dict[torch.device, Tensor]] = {}
 
-    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
-        """seed: from 0 to 2**63 - 1."""
+    def __init__(self, seed: int, device: torch.device | str = "cpu", is_again: bool = False) -> None:
+        """seed: from 0 to 2**63 - 1. is_again: it is the device's already."""
         self.seed, self.device = seed, torch.device(device)
         self._words: np.random.SFC64 | None = None
         if self.device.type == "cpu":
             self._words = np.random.SFC64(seed)
             return
-        torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
-        if self.device not in self._seeds:
-            self._seeds[self.device] = torch.empty(1, dtype=torch.int64, device=self.device)
-        self._seeds[self.device].fill_(seed)
+        if not (is_again and has_fused_operations(self.device)):
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+            if self.device not in self._seeds:
+                self._seeds[self.device] = torch.empty(1, dtype=torch.int64, device=self.device)
+            self._seeds[self.device].fill_(seed)
         self._drawing[self.device], self._num_keys = self, 0
 
     def again(self) -> "DropoutMasks":
         """Masks that repeat this object's from its first on: two passes with the same draw can be compared."""
-        return DropoutMasks(self.seed, self.device)
+        return DropoutMasks(self.seed, self.device, is_again=True)
 
     def mask(self, shape: Sequence[int], prob: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """A mask of a shape. prob: probability of dropping an element, from 0 to below 1."""
@@ -87,10 +94,25 @@ class DropoutMasks:
 
     def key(self) -> tuple[Tensor, int]:
         """What a kernel of ours draws a mask by, on a GPU: a seed in the device's memory, and the mask's number."""
-        self.check_drawing()
+        self.check_seed()
         self._num_keys += 1
         return self._seeds[self.device], self._num_keys
 
     def check_seed(self) -> None:
-        """On a GPU, before a backward pass draws by a key again."""
+        """On a GPU, before a pass draws by a key."""
         assert self._drawing[self.device].seed == self.seed, "other masks of this device were made after these"
+
+
+class _TritonDropout(torch.autograd.Function):
+    """By a kernel of ours, on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, prob: float, masks: DropoutMasks) -> Tensor:
+        ctx.masks, ctx.arguments = masks, (masks.key(), prob)
+        return triton_kernels().dropout(values.contiguous(), *ctx.arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.masks.check_seed()
+        return triton_kernels().dropout(grad.contiguous(), *ctx.arguments), None, None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ops.linear import triton_kernels
+from ops.dispatch import triton_kernels
 from ops.transfer import to_device
 
 CHUNK = 2**14

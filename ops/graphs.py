@@ -8,13 +8,6 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from ops.linear import triton_kernels
-
-
-def can_replay(device: torch.device) -> bool:
-    """Whether passes on a device can be recorded: the torch forms of some operations wait for the host."""
-    return device.type == "cuda" and triton_kernels() is not None
-
 
 class Replayed:
     """A function of tensors on a GPU and of a key, from the second call with a key on as a CUDA graph.

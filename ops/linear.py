@@ -6,7 +6,6 @@ same, sums are taken in another order. On a GPU under mixed precision the gradie
 added to what is there by its product.
 """
 
-import importlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ops.dispatch import triton_kernels
+from ops.task_gradients import TaskBounds, task_bounds
 
-def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """inputs weight^T + bias: (N, I), (O, I), (O,) -> (N, O)."""
+WHOLE = slice(None)
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, part: slice = WHOLE) -> Tensor:
+    """inputs weight^T + bias: (N, I), (O, I), (O,) -> (N, O). part: which of the outputs are wanted."""
+    if inputs.device.type == "cuda" and (torch.is_autocast_enabled("cuda") or task_bounds() is not None):
+        return _CudaLinear.apply(inputs, weight, bias, part)  # type: ignore[no-any-return]
+    if part != WHOLE:
+        weight, bias = weight[part], None if bias is None else bias[part]
     if uses_onednn(inputs):
         return _OnednnLinear.apply(inputs, weight, bias)  # type: ignore[no-any-return]
-    if inputs.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return _HalfLinear.apply(inputs, weight, bias, torch.get_autocast_dtype("cuda"))  # type: ignore[no-any-return]
     return F.linear(inputs, weight, bias)
 
 
@@ -107,25 +113,19 @@ class _OnednnLinear(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------------- CUDA
 
 
-@cache
-def triton_kernels() -> Any:
-    """The module of our kernels in Triton, or None where it cannot be imported."""
-    try:
-        return importlib.import_module("ops.triton_kernels")
-    except ImportError:
-        return None
-
-
-class _HalfLinear(torch.autograd.Function):
-    """Under autocast: factors in half precision, parameters and their gradients in float32."""
+class _CudaLinear(torch.autograd.Function):
+    """Under autocast factors are in half precision; parameters and their gradients are float32. Gradients are added to
+    what is there, each task's to its own within `gradients_by_task`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        half_inputs, half_weight = inputs.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(half_inputs, half_weight)
-        ctx.weight, ctx.bias, ctx.type_of_inputs = weight, bias, inputs.dtype
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+        is_half = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_half else inputs.dtype
+        factors = inputs.to(dtype), weight[part].to(dtype)
+        ctx.save_for_backward(*factors)
+        ctx.weight, ctx.bias, ctx.part, ctx.type_of_inputs, ctx.bounds = weight, bias, part, inputs.dtype, task_bounds()
         with torch.autocast("cuda", enabled=False):
-            return F.linear(half_inputs, half_weight, None if bias is None else bias.to(dtype))  # (N, O)
+            return F.linear(*factors, None if bias is None else bias[part].to(dtype))  # (N, O)
 
     @staticmethod
     @once_differentiable
@@ -134,28 +134,43 @@ class _HalfLinear(torch.autograd.Function):
         grad = grad.contiguous()
         wants_inputs, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_inputs = (grad @ weight).to(ctx.type_of_inputs) if wants_inputs else None  # (N, I)
-        grad_weight, whole = None, ctx.weight
-        if wants_weight and whole.is_leaf and whole.grad is not None:
-            torch.addmm(whole.grad, grad.t(), inputs, out_dtype=torch.float32, out=whole.grad)  # (O, I)
-        elif wants_weight:
-            grad_weight = torch.mm(grad.t(), inputs, out_dtype=torch.float32)  # (O, I)
-        return grad_inputs, grad_weight, _bias_gradient(grad, ctx.bias) if wants_bias else None, None
+        of_weight, is_added = None, wants_weight and ctx.weight.is_leaf and ctx.weight.grad is not None
+        if wants_weight:
+            of_weight = ctx.weight.grad if is_added else torch.zeros_like(ctx.weight)
+            into = of_weight[ctx.part]  # (O, I)
+            if ctx.bounds is None:
+                torch.addmm(into, grad.t(), inputs, out_dtype=torch.float32, out=into)
+            else:
+                triton_kernels().add_products(grad, inputs.contiguous(), into, ctx.bounds)
+        grad_bias = _bias_gradient(grad, ctx.bias, ctx.part, ctx.bounds) if wants_bias else None
+        return grad_inputs, None if is_added else of_weight, grad_bias, None
 
 
-def _bias_gradient(grad: Tensor, bias: Tensor) -> Tensor | None:
+def _bias_gradient(grad: Tensor, bias: Tensor, part: slice, bounds: TaskBounds | None) -> Tensor | None:
     """(N, O) -> (O,) float32, or None where it has been added to what is there."""
     triton = triton_kernels()
     if triton is None:
-        return grad.sum(0, dtype=torch.float32)
-    return sums_of_parts(triton.column_parts(grad), [bias], [True])[0]
+        whole = torch.zeros_like(bias)
+        whole[part] = grad.sum(0, dtype=torch.float32)
+        return whole
+    return sums_of_parts(triton.column_parts(grad, bounds), [bias], [True], bounds, part)[0]
 
 
-def sums_of_parts(parts: Tensor, parameters: Sequence[Tensor], are_wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients of K vectors (D,) from parts of sums, (programs, K, D) -> (D,) float32 each; None where none is wanted,
-    and where it has been added to what is there."""
+def sums_of_parts(
+    parts: Tensor,
+    parameters: Sequence[Tensor],
+    are_wanted: Sequence[bool],
+    bounds: TaskBounds | None,
+    part: slice = WHOLE,
+) -> list[Tensor | None]:
+    """Gradients of K vectors (D,) from parts of sums, (T, programs, K, D) -> (D,) float32 each; None where none is
+    wanted, and where it has been added to what is there. part: of the vectors, what the sums are for."""
     pairs = list(zip(parameters, are_wanted, strict=True))
     are_added = [is_wanted and p.is_leaf and p.grad is not None for p, is_wanted in pairs]
-    into = [p.grad if is_added else torch.zeros_like(p) for p, is_added in zip(parameters, are_added, strict=True)]
-    triton_kernels().add_parts(parts, into)
+    assert bounds is None or all(are_added)
+    into: list[Any] = [
+        p.grad if is_added else torch.zeros_like(p) for p, is_added in zip(parameters, are_added, strict=True)
+    ]
+    triton_kernels().add_parts(parts, [of[part] for of in into], 0 if bounds is None else bounds.stride)
     are_returned = [is_wanted and not is_added for is_wanted, is_added in zip(are_wanted, are_added, strict=True)]
     return [sums if is_returned else None for sums, is_returned in zip(into, are_returned, strict=True)]

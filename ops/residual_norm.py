@@ -3,12 +3,15 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ops import kernels
+from ops.dispatch import triton_kernels
 from ops.dropout import DropoutBits, DropoutMasks, dropout
-from ops.linear import Linear, linear, sums_of_parts, triton_kernels
+from ops.linear import Linear, linear, sums_of_parts
+from ops.task_gradients import TaskBounds, task_bounds
 
 
 def linear_residual_norm(
@@ -41,6 +44,34 @@ def residual_norm(
         return _ResidualNorm.apply(update, residual, term, norm.weight, norm.bias, bits, norm.eps)  # type: ignore[no-any-return]
     sums = residual + dropout(update, prob, masks)
     return norm(sums if term is None else sums + term)  # type: ignore[no-any-return]
+
+
+def layer_norm(inputs: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(inputs), (N, D)."""
+    bounds = task_bounds()
+    if bounds is None:
+        return norm(inputs)  # type: ignore[no-any-return]
+    normalized = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+    return _ScaleAndShift.apply(normalized, norm.weight, norm.bias, bounds)  # type: ignore[no-any-return]
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    """values * weight + shift, (N, D), with each task's gradients of weight and shift (D,)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, shift: Tensor, bounds: TaskBounds) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        ctx.parameters, ctx.bounds = (weight, shift), bounds
+        return values * weight + shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        for parameter, lines in zip(ctx.parameters, (grad * values, grad), strict=True):
+            parts = triton_kernels().column_parts(lines.contiguous(), ctx.bounds)
+            sums_of_parts(parts, [parameter], [True], ctx.bounds)
+        return grad * weight, None, None, None
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -105,6 +136,7 @@ class _TritonResidualNorm(torch.autograd.Function):
         forward = triton_kernels().residual_norm_forward
         sums, output, moments = forward(update, bias, residual, term, weight, shift, ctx.key, ctx.prob, eps)
         ctx.save_for_backward(sums, moments, weight)
+        ctx.bounds = task_bounds()
         ctx.types, ctx.parameters = (residual.dtype, None if term is None else term.dtype), (weight, shift, bias)
         return output  # type: ignore[no-any-return]
 
@@ -115,10 +147,12 @@ class _TritonResidualNorm(torch.autograd.Function):
         if ctx.masks is not None:
             ctx.masks.check_seed()
         backward = triton_kernels().residual_norm_backward
-        grad_update, grad_sums, parts = backward(grad.contiguous(), sums, moments, weight, ctx.key, ctx.prob)
+        grad_update, grad_sums, parts = backward(
+            grad.contiguous(), sums, moments, weight, ctx.key, ctx.prob, ctx.bounds
+        )
         residual, term = (None if dtype is None else grad_sums.to(dtype) for dtype in ctx.types)
         are_wanted = [ctx.needs_input_grad[place] for place in (4, 5, 1)]
         grad_weight, grad_shift, grad_bias = sums_of_parts(
-            parts, ctx.parameters, are_wanted
-        )  # (programs, 3, D) -> (D,)
+            parts, ctx.parameters, are_wanted, ctx.bounds
+        )  # (T, programs, 3, D) -> (D,)
         return grad_update, grad_bias, residual, term, grad_weight, grad_shift, None, None, None

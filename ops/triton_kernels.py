@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.task_gradients import TaskBounds
+
 PROGRAMS = 8 * 132  # of a backward pass at most, each with a part of the sums over rows
 
 
@@ -25,6 +27,22 @@ def _keep(seed, number, lines, first, prob, width, BLOCK: tl.constexpr):
     words = tl.join(tl.join(r0, r1), tl.join(r2, r3)).to(tl.uint32, bitcast=True)
     draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [places.shape[0], BLOCK])
     return tl.where(draws.to(tl.float32) >= prob * 65536, 1 / (1 - prob), 0.0)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _dropout(values, seed, number, prob, count, output, BLOCK: tl.constexpr):
+    line = tl.program_id(0)
+    place = line.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = tl.reshape(_keep(seed, number, line + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK, BLOCK), [BLOCK])
+    kept *= tl.load(values + place, place < count, 0.0).to(tl.float32)
+    tl.store(output + place, kept.to(output.dtype.element_ty), place < count)
+
+
+def dropout(values: Tensor, key: tuple[Tensor, int], prob: float) -> Tensor:
+    """Of values of any shape, which lie in one piece; or of the gradient of what that gave."""
+    output, count = torch.empty_like(values), values.numel()
+    _dropout[(triton.cdiv(count, 1024),)](values, *key, _drawn(prob), count, output, BLOCK=1024)
+    return output
 
 
 @triton.jit(do_not_specialize=["number"])
@@ -51,25 +69,30 @@ def _residual_norm_forward(
     tl.store(output + place, y.to(output.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["number", "num_rows", "turns"])
+@triton.jit
+def _lines(bounds, task, num_lines, SPLITS: tl.constexpr):
+    """The first of a task's lines, and behind its last: all of them where lines are not split by tasks."""
+    if SPLITS:
+        return tl.load(bounds + task), tl.load(bounds + task + 1)
+    return 0 * num_lines, num_lines
+
+
+@triton.jit(do_not_specialize=["number", "num_rows"])
 def _residual_norm_backward(
-    grad, sums, moments, weight, seed, number, prob, num_rows, turns, size, grad_update, grad_sums, parts,
-    DROPS: tl.constexpr, BLOCK: tl.constexpr,
+    grad, sums, moments, weight, seed, number, prob, num_rows, bounds, size, grad_update, grad_sums, parts,
+    DROPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
+    inside = column < size
     of_weight = tl.load(weight + column, column < size, 0.0).to(tl.float32)
     for_weight, for_shift = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for_bias = tl.zeros([BLOCK], tl.float32)
-    for turn in range(turns):
-        row = turn * tl.num_programs(0) + tl.program_id(0)
-        inside = (column < size) & (row < num_rows)
-        place = row.to(tl.int64) * size + column
+    first, end = _lines(bounds, tl.program_id(1), num_rows, SPLITS)
+    for row in range(first + tl.program_id(0), end, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * size + column
         g = tl.load(grad + place, inside, 0.0).to(tl.float32)
         x = tl.load(sums + place, inside, 0.0).to(tl.float32)
-        mean, scale = (
-            tl.load(moments + 2 * row, row < num_rows, 0.0),
-            tl.load(moments + 2 * row + 1, row < num_rows, 0.0),
-        )
+        mean, scale = tl.load(moments + 2 * row), tl.load(moments + 2 * row + 1)
         normalized = tl.where(inside, (x - mean) * scale, 0.0)
         for_weight += g * normalized
         for_shift += g
@@ -80,10 +103,10 @@ def _residual_norm_backward(
             found *= tl.reshape(_keep(seed, number, row + tl.zeros([1, 1], tl.int32), 0, prob, BLOCK, BLOCK), [BLOCK])
             tl.store(grad_update + place, found.to(grad_update.dtype.element_ty), inside)
         for_bias += tl.where(inside, found, 0.0)
-    place = tl.program_id(0) * 3 * size + column
-    tl.store(parts + place, for_weight, column < size)
-    tl.store(parts + place + size, for_shift, column < size)
-    tl.store(parts + place + 2 * size, for_bias, column < size)
+    place = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 3 * size + column
+    tl.store(parts + place, for_weight, inside)
+    tl.store(parts + place + size, for_shift, inside)
+    tl.store(parts + place + 2 * size, for_bias, inside)
 
 
 def _drawn(prob: float) -> float:
@@ -114,20 +137,33 @@ def residual_norm_forward(
     return sums, output, moments
 
 
+def _by_task(bounds: TaskBounds | None, values: Tensor) -> tuple[Tensor, bool, int]:
+    """What a kernel needs to sum over lines of values (N, ...) by task: the bounds, whether there are any, and T."""
+    within = values if bounds is None else bounds.within(values)
+    return within, bounds is not None, 1 if bounds is None else len(within) - 1
+
+
 def residual_norm_backward(
-    grad: Tensor, sums: Tensor, moments: Tensor, weight: Tensor, key: tuple[Tensor, int], prob: float
+    grad: Tensor,
+    sums: Tensor,
+    moments: Tensor,
+    weight: Tensor,
+    key: tuple[Tensor, int],
+    prob: float,
+    bounds: TaskBounds | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the update and of the sums, both (N, D), and parts (programs, 3, D) of those of weight, shift and
-    bias."""
+    """Gradients of the update and of the sums, both (N, D), and parts (T, programs, 3, D) of those of weight, shift
+    and bias, each task's or, without bounds, of all lines together (T = 1)."""
     num_rows, size = sums.shape
     grad_sums = torch.empty_like(sums)
     grad_update = torch.empty_like(sums) if prob > 0 else grad_sums
+    within, is_split, num_tasks = _by_task(bounds, sums)
     programs = min(PROGRAMS, triton.cdiv(num_rows, 8))
-    parts = torch.empty(programs, 3, size, dtype=torch.float32, device=sums.device)
+    parts = torch.empty(num_tasks, programs, 3, size, dtype=torch.float32, device=sums.device)
     block, prob = triton.next_power_of_2(size), _drawn(prob)
-    _residual_norm_backward[(programs,)](
-        grad, sums, moments, weight, *key, prob, num_rows, triton.cdiv(num_rows, programs), size, grad_update,
-        grad_sums, parts, DROPS=prob > 0, BLOCK=block,
+    _residual_norm_backward[(programs, num_tasks)](
+        grad, sums, moments, weight, *key, prob, num_rows, within, size, grad_update, grad_sums, parts,
+        DROPS=prob > 0, SPLITS=is_split, BLOCK=block,
     )  # fmt: skip
     return grad_update, grad_sums, parts
 
@@ -332,23 +368,28 @@ def attention_backward(
 # ------------------------------------------------------------------------------------------------- sums of columns
 
 
-@triton.jit(do_not_specialize=["num_rows", "turns"])
-def _column_sums(values, num_rows, size, turns, parts, LINES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows"])
+def _column_sums(
+    values, num_rows, bounds, size, parts, SPLITS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([LINES, BLOCK], tl.float32)
-    for turn in range(turns):
-        row = ((turn * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES))[:, None]
+    first, end = _lines(bounds, tl.program_id(2), num_rows, SPLITS)
+    for begin in range(first + tl.program_id(0) * LINES, end, tl.num_programs(0) * LINES):
+        row = (begin + tl.arange(0, LINES))[:, None]
         place = row.to(tl.int64) * size + column
-        total += tl.load(values + place, (row < num_rows) & (column < size), 0.0).to(tl.float32)
-    place = tl.program_id(0) * size + column
+        total += tl.load(values + place, (row < end) & (column < size), 0.0).to(tl.float32)
+    place = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * size + column
     tl.store(parts + place, tl.sum(total, 0)[None, :], column < size)
 
 
 @triton.jit(do_not_specialize=["num_parts", "turns"])
 def _add_parts(
-    parts, num_parts, size, turns, into0, into1, into2, K: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
-):
+    parts, num_parts, size, turns, stride, into0, into1, into2,
+    K: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     column, vector = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :], tl.program_id(1)
+    parts += tl.program_id(2) * num_parts * K * size
     total = tl.zeros([LINES, BLOCK], tl.float32)
     for turn in range(turns):
         row = (turn * LINES + tl.arange(0, LINES))[:, None]
@@ -358,28 +399,66 @@ def _add_parts(
         into = into1
     if vector == 2:
         into = into2
+    into += tl.program_id(2).to(tl.int64) * stride
     sums = tl.load(into + column, column < size, 0.0) + tl.sum(total, 0)[None, :]
     tl.store(into + column, sums, column < size)
 
 
-def column_parts(values: Tensor) -> Tensor:
-    """(programs, 1, O) float32 parts of the sums over the rows of (N, O)."""
+def column_parts(values: Tensor, bounds: TaskBounds | None = None) -> Tensor:
+    """(T, programs, 1, O) float32 parts of the sums over the lines of (N, O)."""
     num_rows, size = values.shape
     lines, block = 16, 256
     num_blocks = triton.cdiv(size, block)
     programs = min(triton.cdiv(1024, num_blocks), triton.cdiv(num_rows, lines))
-    parts = torch.empty(programs, 1, size, dtype=torch.float32, device=values.device)
-    turns = triton.cdiv(num_rows, programs * lines)
-    _column_sums[(programs, num_blocks)](values, num_rows, size, turns, parts, LINES=lines, BLOCK=block)
+    within, is_split, num_tasks = _by_task(bounds, values)
+    parts = torch.empty(num_tasks, programs, 1, size, dtype=torch.float32, device=values.device)
+    grid = (programs, num_blocks, num_tasks)
+    _column_sums[grid](values, num_rows, within, size, parts, SPLITS=is_split, LINES=lines, BLOCK=block)
     return parts
 
 
-def add_parts(parts: Tensor, into: Sequence[Tensor]) -> None:
-    """Adds the sums of (programs, K, D) over the programs to K vectors (D,) of float32, at most three."""
-    programs, count, size = parts.shape
+def add_parts(parts: Tensor, into: Sequence[Tensor], stride: int = 0) -> None:
+    """Adds the sums of (T, programs, K, D) over the programs to K vectors (D,) of float32, at most three, and those of
+    a task to what lies stride numbers behind the one before."""
+    num_tasks, programs, count, size = parts.shape
     targets = (*into, *[into[0]] * (3 - count))
-    grid = (triton.cdiv(size, 32), count)
-    _add_parts[grid](parts, programs, size, triton.cdiv(programs, 32), *targets, K=count, LINES=32, BLOCK=32)
+    grid = (triton.cdiv(size, 32), count, num_tasks)
+    _add_parts[grid](parts, programs, size, triton.cdiv(programs, 32), stride, *targets, K=count, LINES=32, BLOCK=32)
+
+
+# ------------------------------------------------------------------------------------- gradients of matrices by task
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _add_products(
+    left, right, bounds, num_left, num_right, into, stride,
+    PRECISION: tl.constexpr, LINES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0) * LEFT + tl.arange(0, LEFT), tl.program_id(1) * RIGHT + tl.arange(0, RIGHT)
+    total = tl.zeros([LEFT, RIGHT], tl.float32)
+    first, end = _lines(bounds, tl.program_id(2), 0, True)
+    for begin in range(first, end, LINES):
+        line = (begin + tl.arange(0, LINES))[:, None]
+        one = tl.load(left + line.to(tl.int64) * num_left + row, (line < end) & (row < num_left), 0.0)
+        other = tl.load(right + line.to(tl.int64) * num_right + column, (line < end) & (column < num_right), 0.0)
+        total = tl.dot(tl.trans(one), other, total, input_precision=PRECISION)
+    place = into + tl.program_id(2).to(tl.int64) * stride + row[:, None].to(tl.int64) * num_right + column
+    inside = (row[:, None] < num_left) & (column < num_right)
+    tl.store(place, tl.load(place, inside, 0.0) + total, inside)
+
+
+def add_products(left: Tensor, right: Tensor, into: Tensor, bounds: TaskBounds) -> None:
+    """Adds left^T right over each task's lines, (N, O), (N, I) -> (O, I), to into (float32) and to what lies as far
+    behind it as the bounds say."""
+    num_left, num_right = left.shape[1], right.shape[1]
+    is_float = left.dtype == torch.float32
+    tile, lines = (64, 32) if is_float else (128, 64)
+    within, _, num_tasks = _by_task(bounds, left)
+    grid = (triton.cdiv(num_left, tile), triton.cdiv(num_right, tile), num_tasks)
+    _add_products[grid](
+        left, right, within, num_left, num_right, into, bounds.stride, PRECISION="ieee" if is_float else "tf32",
+        LINES=lines, LEFT=tile, RIGHT=tile, num_warps=4 if is_float else 8,
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- GELU
@@ -393,22 +472,25 @@ def _gelu_forward(inputs, bias, count, size, output, BLOCK: tl.constexpr):
     tl.store(output + place, y.to(output.dtype.element_ty), place < count)
 
 
-@triton.jit(do_not_specialize=["num_rows", "turns"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _gelu_backward(
-    grad, inputs, bias, num_rows, size, turns, grad_inputs, parts, LINES: tl.constexpr, BLOCK: tl.constexpr
+    grad, inputs, bias, num_rows, bounds, size, grad_inputs, parts,
+    SPLITS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     shift = tl.load(bias + column, column < size, 0.0)
     total = tl.zeros([LINES, BLOCK], tl.float32)
-    for turn in range(turns):
-        row = ((turn * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES))[:, None]
-        place, inside = row.to(tl.int64) * size + column, (row < num_rows) & (column < size)
+    first, end = _lines(bounds, tl.program_id(2), num_rows, SPLITS)
+    for begin in range(first + tl.program_id(0) * LINES, end, tl.num_programs(0) * LINES):
+        row = (begin + tl.arange(0, LINES))[:, None]
+        place, inside = row.to(tl.int64) * size + column, (row < end) & (column < size)
         x = tl.load(inputs + place, inside, 0.0).to(tl.float32) + shift
         slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
         found = tl.load(grad + place, inside, 0.0).to(tl.float32) * slope
         tl.store(grad_inputs + place, found.to(grad_inputs.dtype.element_ty), inside)
         total += found
-    tl.store(parts + tl.program_id(0) * size + column, tl.sum(total, 0)[None, :], column < size)
+    place = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * size + column
+    tl.store(parts + place, tl.sum(total, 0)[None, :], column < size)
 
 
 def gelu_forward(inputs: Tensor, bias: Tensor) -> Tensor:
@@ -419,16 +501,18 @@ def gelu_forward(inputs: Tensor, bias: Tensor) -> Tensor:
     return output
 
 
-def gelu_backward(grad: Tensor, inputs: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the inputs (N, O), and parts (programs, 1, O) of that of the bias."""
+def gelu_backward(grad: Tensor, inputs: Tensor, bias: Tensor, bounds: TaskBounds | None) -> tuple[Tensor, Tensor]:
+    """The gradient of the inputs (N, O), and parts (T, programs, 1, O) of that of the bias."""
     num_rows, size = inputs.shape
     lines, block = 8, 256
     num_blocks = triton.cdiv(size, block)
     programs = min(triton.cdiv(2048, num_blocks), triton.cdiv(num_rows, lines))
-    parts = torch.empty(programs, 1, size, dtype=torch.float32, device=grad.device)
-    grad_inputs, turns = torch.empty_like(inputs), triton.cdiv(num_rows, programs * lines)
-    grid = (programs, num_blocks)
-    _gelu_backward[grid](grad, inputs, bias, num_rows, size, turns, grad_inputs, parts, LINES=lines, BLOCK=block)
+    within, is_split, num_tasks = _by_task(bounds, inputs)
+    parts, grad_inputs = grad.new_empty(num_tasks, programs, 1, size, dtype=torch.float32), torch.empty_like(inputs)
+    grid = (programs, num_blocks, num_tasks)
+    _gelu_backward[grid](
+        grad, inputs, bias, num_rows, within, size, grad_inputs, parts, SPLITS=is_split, LINES=lines, BLOCK=block
+    )
     return grad_inputs, parts
 
 

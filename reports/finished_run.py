@@ -23,7 +23,14 @@ MEAN = "mean"  # the score beside those of the tasks
 # Shapes of JSON values: a type; [shape of each]; {key: shape, ...: shape of other keys}; (None, shape) may be absent.
 NUMBER = int | float
 GAP = (None, NUMBER)  # null stands for NaN
-SETTINGS = {"option": str, "tasks": [str], "data": str, "seed": int, "data_files": {...: {"sha256": str}}}
+SETTINGS = {
+    "option": str,
+    "tasks": [str],
+    "data": str,
+    "seed": int,
+    "data_files": {...: {"sha256": str}},
+    "checkpoints": (None, [str]),
+}
 RESULTS_BESIDE_SCORES = {
     "parameters": {"total": NUMBER},
     "seconds": {"training": NUMBER},

@@ -60,7 +60,8 @@ def _scores_section(run: FinishedRun) -> Section:
             if name == task.output.selection_metric:
                 rows[-1] |= {INTERVAL: intervals.get(task.name), "majority class": run.majority.get(task.name)}
     rows.append({"task": MEAN, "value": results["dev"][MEAN], INTERVAL: intervals.get(MEAN)})
-    source, best = config.get("checkpoint") or config.get("model"), results.get("best_epoch")
+    source = config.get("checkpoint") or " ".join(config.get("checkpoints") or []) or config.get("model")
+    best = results.get("best_epoch")
     epochs = ", ".join(f"{stage} {epoch}" for stage, epoch in best.items()) if isinstance(best, dict) else best
     text = (
         f"{config['option']} of {source} on {config['data']}, seed {config['seed']}\n"

@@ -136,13 +136,14 @@ def tiny_model(
     adapter: Choice | None = None,
     head: Choice = LINEAR,
     seed: int = 0,
+    copied: int = 0,
     pooling: str = "pooler",
     pairs: str = "cross",
     **overrides: Any,
 ) -> MultitaskBert:
-    """A random encoder with random heads and, where wanted, fresh adapters."""
+    """A random encoder with random heads and, where wanted, fresh adapters and copied top layers."""
     encoder = tiny_encoder(seed, **overrides)
-    layout = Layout(dict.fromkeys(tasks, head), adapter, pooling, pairs)
+    layout = Layout(dict.fromkeys(tasks, head), adapter, copied, pooling, pairs)
     model = MultitaskBert(encoder, layout, generator(seed + 2))
     initialize(model.heads, STD, generator(seed + 3))
     return model

@@ -199,22 +199,26 @@ def test_a_bad_checkpoint_is_one_clear_line(kind: str, tmp_path: Path) -> None:
 
 
 def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
-    model = shaken(tiny_model(adapter=PAL, hidden_act="gelu_new", hidden_dropout_prob=0.2))
+    model = shaken(tiny_model(adapter=PAL, copied=1, hidden_act="gelu_new", hidden_dropout_prob=0.2))
     load: Any = transformers.BertModel.from_pretrained
     reference, info = load(saved(model, tmp_path), output_loading_info=True)
+    model.encoder.layers.append(model.top_layers_of("sst")[0])
     assert not info["missing_keys"] and not info["mismatched_keys"] and same_as(reference, model.encoder)
     assert (reference.config.hidden_act, reference.config.hidden_dropout_prob) == ("gelu_new", 0.2)
 
 
+SIAMESE = {"pooling": "mean", "pairs": "siamese"}
+
+
 @pytest.mark.parametrize("head", [LINEAR, MLP])
 @pytest.mark.parametrize(
-    ("adapter", "read"), [(None, {}), (PAL, {}), (LOW_RANK, {}), (PAL, {"pooling": "mean", "pairs": "siamese"})]
+    ("adapter", "more"), [(None, {}), (PAL, {"copied": 1}), (LOW_RANK, SIAMESE), (None, {"copied": 2, **SIAMESE})]
 )
 def test_a_saved_model_loads_bit_identical(
-    head: Choice, adapter: Choice | None, read: dict[str, Any], tmp_path: Path
+    head: Choice, adapter: Choice | None, more: dict[str, Any], tmp_path: Path
 ) -> None:
     """Also one whose parameters lie in one vector; float32, on the CPU, trainable, without a global generator."""
-    model = shaken(tiny_model(adapter=adapter, head=head, hidden_act="relu", **read))
+    model = shaken(tiny_model(adapter=adapter, head=head, hidden_act="relu", **more))
     FlatParameters(dict(model.named_parameters()))
     folder = saved(model, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
@@ -287,6 +291,20 @@ def test_adding_adapters_to_a_fine_tuned_checkpoint_starts_from_the_identical_ou
         assert any(p.any() for p in found.model.adapters.parameters())
 
 
+def test_top_layers_are_copied_from_a_plain_checkpoint_or_for_a_new_task_from_the_first_task_s(tmp_path: Path) -> None:
+    for name in ("plain", "copied"):
+        (tmp_path / name).mkdir()
+    plain = shaken(tiny_model(head=MLP))
+    found = loaded(saved(plain, tmp_path / "plain"), Layout(plain.layout.heads, None, 1))
+    assert found.new_parts == () and torch.equal(outputs(found.model), outputs(plain))
+    model = shaken(tiny_model(("para", "sst"), copied=1))
+    found = loaded(saved(model, tmp_path / "copied"), Layout(dict.fromkeys(("sts", "sst"), LINEAR), None, 1))
+    assert found.new_parts == ("head sts",)
+    assert torch.equal(outputs(found.model, ["sst"]), outputs(model, ["sst"]))
+    of_first = model.top_layers_of("para").state_dict()
+    assert all(torch.equal(of_first[n], t) for n, t in found.model.top_layers_of("sts").state_dict().items())
+
+
 def test_tasks_that_the_checkpoint_lacks_are_new_and_those_that_are_not_wanted_stay_out(tmp_path: Path) -> None:
     model = shaken(tiny_model(("sst", "para"), adapter=PAL))
     found = loaded(saved(model, tmp_path), Layout({"sst": LINEAR, "sts": MLP}, PAL))
@@ -313,23 +331,29 @@ def test_a_plain_encoder_gets_new_heads_and_adapters(tmp_path: Path) -> None:
         (Layout({"sst": LINEAR}, PAL), r"its head of sst is mlp {'layers': 2}, the flags ask for linear"),
         (Layout({"sst": Choice("mlp", MlpHead.Parameters(1))}, PAL), "the flags ask for mlp {'layers': 1}"),
         (Layout({"sst": MLP}, None), "its adapters are pal {'kind': 'attention', .*}, the flags ask for none"),
-        (Layout({"sst": MLP}, PAL, "mean"), "its --pooling is pooler, the flags ask for mean"),
-        (Layout({"sst": MLP}, PAL, "pooler", "siamese"), "its --pairs is cross, the flags ask for siamese"),
+        (Layout({"sst": MLP}, PAL, pooling="mean"), "its --pooling is pooler, the flags ask for mean"),
+        (Layout({"sst": MLP}, PAL, pairs="siamese"), "its --pairs is cross, the flags ask for siamese"),
         (Layout({"sst": MLP}, LOW_RANK), "its adapters are pal .*, the flags ask for pal {'kind': 'low_rank'"),
+        (Layout({"sst": MLP}, PAL, 2), "the top 1 layers are each task's own, the flags ask for --copy_top_layers 2"),
     ],
 )
 def test_a_checkpoint_of_another_architecture_is_refused(layout: Layout, message: str, tmp_path: Path) -> None:
-    folder = saved(tiny_model(adapter=PAL, head=MLP), tmp_path)
+    folder = saved(tiny_model(adapter=PAL, head=MLP, copied=1), tmp_path)
     with pytest.raises(CheckpointError, match=message) as error:
         loaded(folder, layout)
     assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("heads.sst.output.weight", r"\(5, 32\)"), ("adapters.sts.up.0.bias", r"\(32,\)")]
+    ("name", "shape"),
+    [
+        ("heads.sst.output.weight", r"\(5, 32\)"),
+        ("adapters.sts.up.0.bias", r"\(32,\)"),
+        ("top_layers.sts.0.qkv.weight", r"\(96, 32\)"),
+    ],
 )
 def test_missing_and_misshapen_tensors_are_refused(name: str, shape: str, tmp_path: Path) -> None:
-    folder = saved(tiny_model(adapter=PAL), tmp_path)
+    folder = saved(tiny_model(adapter=PAL, copied=1), tmp_path)
     for value, found in ((None, "missing"), (torch.zeros(3), r"float32 of shape \(3,\)")):
         rewrite_weights(folder, {name: value})
         with pytest.raises(CheckpointError, match=rf"{name} is {found}, expected .* of shape {shape}"):
@@ -346,6 +370,7 @@ def test_missing_and_misshapen_tensors_are_refused(name: str, shape: str, tmp_pa
         ({"tasks": {"sst": {"outputs": 5, "head": {"name": "tree", "parameters": {}}}}}, "'tree', expected one of lin"),
         ({"adapter": {"name": "pal", "parameters": {"width": 3}}}, "unexpected keyword argument 'width'"),
         ({"adapter": {"name": "pal", "parameters": {"kind": "dense"}}}, "--pal_kind dense: expected one of attention"),
+        ({"copy_top_layers": -1}, "copy_top_layers is -1, expected a whole number"),
         ({"format": 1}, "'head_layers'"),
         ({"pooling": "max"}, "'max', expected one of pooler, cls, mean"),
         ({"pairs": "triple"}, "'triple', expected one of cross, siamese"),

@@ -382,11 +382,28 @@ def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: 
         assert path.read_bytes() == (second / "predictions" / path.name).read_bytes()
 
 
+def test_the_best_checkpoint_is_that_of_the_average_and_the_last_that_of_the_raw_weights(
+    runs: Runs, out: Path, made_up: Any
+) -> None:
+    kept = made_up(lambda tasks, epoch: {1: 0.3, 2: 0.8, 3: 0.5}[epoch])
+    flags = "--pretrain_epochs 0 --epochs 3 --lr 1e-3 --pal"
+    runs.run(out, f"{flags} --average ema --ema_decay 0.9")
+    best = weights(out, "best")
+    assert torch.equal(best["heads.sts.output.weight"], kept["sst+para+sts", 2]["heads.sts.output.weight"])
+    assert torch.equal(best["bert.pooler.dense.weight"], kept["sst+para+sts", 2]["encoder.pooler.weight"])
+    kept.clear()
+    without = runs.run(out.with_name("without"), flags)
+    assert differing(weights(out), weights(without)) == set()
+    assert "bert.pooler.dense.weight" in differing(best, weights(without, "best"))
+
+
 BASE = "--pretrain_epochs 0 --epochs 1 --scheduler round_robin --draws_per_step 4 --lr 1e-3 --batch_size 8"
 CASES = [(context, flag) for context, *flags in rows("flags.txt") for flag in flags]
 KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboard", "--threads 1"]
 # Where, not how.
-NOT_TRIED = "option model data out resume checkpoint task input output cache device cuda_graphs wordnet"
+NOT_TRIED = (
+    "option model data out resume checkpoint checkpoints soup task input output cache device cuda_graphs wordnet"
+)
 
 
 def outcome(run: Path) -> dict[str, Tensor]:
@@ -477,9 +494,12 @@ METHODS = {
     "plain": "",
     "pcgrad": "--pcgrad --scheduler pal",
     "gradvac": "--gradvac --scheduler random --granularity layer --pal --warmup 0",
-    "bregman": "--bregman --accumulation_steps 2 --scheduler round_robin",
-    "siamese": "--pairs siamese --pooling mean --bregman --pal --drop_longest 0.1",
+    "ema": "--average ema --pal --ema_decay 0.6",
+    "bregman": "--bregman --copy_top_layers 1 --accumulation_steps 2 --scheduler round_robin",
+    "siamese": "--pairs siamese --pooling mean --mlm_epochs 1 --bregman --pal --drop_longest 0.1",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
+    "PCD": "--treatment PCD --granularity layer",
+    "UW": "--treatment UW --treatment_arguments lr=0.1 --gradient_scale own",
 }
 
 
@@ -490,7 +510,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     tensors = [load_file(out / "last" / "trainer.safetensors") for out in (found, expected)]
     assert differing(*tensors) == set()
     assert steps(found) == steps(expected)
-    numbers = ("stage", "epoch", "step", "loss", "lr", "gradient_norm", "dev", "cosines", "draws")
+    numbers = ("stage", "epoch", "step", "loss", "mean_loss", "lr", "gradient_norm", "dev", "cosines", "draws")
     logs = [[{k: r.get(k) for k in numbers} for r in records(out)] for out in (found, expected)]
     assert logs[0] == logs[1]
     results = [read(out / "results.json") for out in (found, expected)]
@@ -524,6 +544,7 @@ def test_a_stage_that_has_ended_is_not_begun_again(runs: Runs, out: Path, monkey
     [
         ("--option individual_pretrain --head mlp --patience 1 --save_every 2", 9),
         ("--checkpoint {plain} --pal --train pal --smart --save_every 2", 4),
+        ("--mlm_epochs 2 --save_every 2", 6),
     ],
 )
 def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out: Path) -> None:
@@ -721,7 +742,9 @@ BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
     (None, "--model /nowhere/at/all", ["--model /nowhere/at/all"]),
     (None, "--pal --pal_size 32", ["--pal_size 32", "31"]),
     (None, "--pal --pal_layers 3", ["--pal_layers 3", "2 layers"]),
+    (None, "--copy_top_layers 3", ["--copy_top_layers 3", "2 layers"]),
     (None, "--device cuda", ["--device cuda"]),
+    (None, "--max_length 65", ["--max_length 65", "64 positions"]),
     (None, "--checkpoint {trained} --head linear", ["is mlp {'layers': 2}", "ask for linear"]),
     (None, "--checkpoint {trained} --head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),
     (None, "--checkpoint {trained} --head sts=linear", ["head of sts is mlp", "linear"]),

@@ -13,7 +13,8 @@ PUBLIC_FLAGS = """
     option tasks model data out resume checkpoint scheduler temperature_tau draws_per_step pcgrad gradvac gradvac_beta
     treatment smart bregman pal pal_size augment drop_longest head mlp_layers epochs pretrain_epochs steps_per_epoch
     batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience
-    seed threads device amp task input output
+    mlm_epochs mlm_lr seed threads device amp task input output average ema_decay rdrop rdrop_alpha task_weights
+    copy_top_layers checkpoints soup
 """
 METHOD_FLAGS = [
     (table, name, flag)
@@ -108,7 +109,8 @@ def test_heads_of_all_tasks_and_of_single_ones(line: str, heads: list[str]) -> N
 
 def test_settings_survive_the_run_directory() -> None:
     line = "--tasks para sts --scheduler temperature --temperature_tau 3 --gradvac --gradvac_beta 0.2 --amp fp16"
-    config = settings(line + " --lr 1e-4 --smart --bregman --pal --pal_size 6 --head mlp sts=linear --mlp_layers 2")
+    line += " --lr 1e-4 --task_weights para=3 --smart --bregman --pal --pal_size 6 --head mlp sts=linear --mlp_layers 2"
+    config = settings(f"{line} --copy_top_layers 1")
     read = from_dict(json.loads(json.dumps({**config.to_dict(), "versions": {"python": "3"}})))
     assert read.to_dict() == config.to_dict() and read.heads == config.heads
     for table in TABLES:
@@ -148,9 +150,3 @@ def test_all_problems_are_reported_at_once() -> None:
 @pytest.mark.parametrize("line", cases("accepted.txt"))
 def test_combinations_that_make_sense_are_accepted(line: str) -> None:
     parse(line.split())
-
-
-def test_a_weighting_is_refused_where_torchjd_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("config.gramian_weightings", lambda: [])
-    (found,) = problems("--treatment UPGrad")
-    assert "torchjd" in found and "pcgrad" in found

@@ -326,6 +326,10 @@ def test_siamese_pairs_are_two_sequences_each_from_position_0_of_type_0_and_cut_
         assert tokens.row_of_token[: sum(sizes)].tolist() == of_rows
         assert tokens.row_of_token[sum(sizes) :].eq(len(order)).all()
         assert batch.labels.tolist() == [0.5 * name for name in names]
+    alone = data.by_sequence().batch(range(6)).tokens
+    assert alone is not None and alone.packing.lengths.tolist() == [len(sequence) for sequence in sequences]
+    assert alone.input_ids[:21].tolist() == [i for sequence in sequences for i in sequence]
+    assert alone.row_of_token[:3].tolist() == [0] * 3 and len(alone) == 6
     assert encoded(tokenizer, [("hello World",)]) == encoded(Tokenizer(tmp_path, 5), [("hello World",)])
 
 

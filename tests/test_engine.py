@@ -33,7 +33,7 @@ from pcgrad import TREATMENTS, find_treatment
 from run import Run
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
-from smart import REGULARIZERS
+from smart import REGULARIZERS, RDrop
 from tasks import TASKS
 
 ALL = ("sst", "para", "sts")
@@ -104,10 +104,12 @@ def make(
     draws: int = 3,
     regularizers: Sequence[str] = (),
     adapters: bool = False,
+    copied: int = 0,
     dropout: float = 0.0,
     dtype: torch.dtype | None = None,
     head: Choice = LINEAR,
     before: Callable[[str, Batch], None] = lambda task, batch: None,
+    ema_decay: float = 0.0,
     **of_stage: Any,
 ) -> Setup:
     """A trainer of a tiny model, put together as the command does it."""
@@ -118,7 +120,9 @@ def make(
     }  # fmt: skip
     stage = Stage(tasks=tuple(tasks), **{**defaults, **of_stage})
     rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    model = tiny_model(ALL, Choice("pal", parameters_of("pal", size=8, heads=2)) if adapters else None, head, **rates)
+    model = tiny_model(
+        ALL, Choice("pal", parameters_of("pal", size=8, heads=2)) if adapters else None, head, copied=copied, **rates
+    )
     fill_adapters(model)
     precision, used = Precision(CPU, dtype), Forward(model, before)
     rows: list[dict[str, Any]] = [
@@ -136,6 +140,7 @@ def make(
         SCHEDULERS[scheduler](parameters_type(SCHEDULERS[scheduler])(), setting),
         find_treatment(treatment)(parameters_type(TREATMENTS.get(treatment))(), len(tasks), 1) if treatment else None,
         [REGULARIZERS[name](parameters_of(name), model, stage.num_steps) for name in regularizers],
+        ema_decay=ema_decay,
     )
     return Setup(Trainer(stage, used, trained, StageData(*rows), methods, precision), model)
 
@@ -243,6 +248,32 @@ def test_forward_runs_inside_autocast_and_backward_and_regularizers_outside(dtyp
     assert given == [torch.float32] * 3
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_r_drop_draws_on_behind_the_pass_of_its_logits_with_the_masks_made_last(
+    dtype: torch.dtype | None, monkeypatch: Patch
+) -> None:
+    """A GPU has no others."""
+    made, tasks = list[DropoutMasks](), list[str]()
+    init, original = DropoutMasks.__init__, RDrop.term
+
+    def kept(masks: DropoutMasks, *given: Any, **named: Any) -> None:
+        made.append(masks)
+        init(masks, *given, **named)
+
+    def term(regularizer: RDrop, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
+        assert masks is made[-1]
+        again = masks.again()
+        assert torch.equal(regularizer.model(task, batch, again), logits)
+        assert torch.equal(again.mask((99,), 0.5), masks.mask((99,), 0.5))
+        tasks.append(task)
+        return original(regularizer, task, batch, masks, logits)
+
+    monkeypatch.setattr(DropoutMasks, "__init__", kept)
+    monkeypatch.setattr(RDrop, "term", term)
+    make(regularizers=list(REGULARIZERS), dtype=dtype, dropout=0.3).step()
+    assert tasks == list(ALL)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("treatment", ["", *TREATED])
 def test_mixed_precision_takes_nearly_the_step_of_full_precision(dtype: torch.dtype, treatment: str) -> None:
@@ -301,11 +332,13 @@ def test_the_loss_scale_cancels_before_anything_looks_at_the_gradients(treatment
 
 @pytest.mark.parametrize("treatment", ["", "gradvac"])
 def test_an_overflow_skips_the_step_and_moves_no_running_average(treatment: str) -> None:
-    setup = make(treatment=treatment, dtype=torch.float16, regularizers=["bregman"], steps_per_epoch=9)
+    setup = make(
+        treatment=treatment, dtype=torch.float16, regularizers=["bregman"], steps_per_epoch=9, ema_decay=0.9
+    )  # fmt: skip
     scale = setup.trainer.scaler.scale.fill_(2.0**8)
     setup.step(0)
     state, parameters = setup.state(), setup.parameters()
-    assert {name.split(".")[0] for name in state} >= {"regularizer", "optimizer"}
+    assert {name.split(".")[0] for name in state} >= {"regularizer", "optimizer", "average"}
     scale.fill_(2.0**60)
     record = setup.step(1)
     assert (record["skipped"], record["loss_scale"]) == ("overflow", 2.0**60)
@@ -397,6 +430,17 @@ def test_the_best_head_comes_back_with_all_that_was_trained_with_it(monkeypatch:
     assert (setup.trainer.progress.best_epoch, setup.trainer.progress.best_score) == (2, 0.7)
 
 
+def test_what_is_scored_is_the_average_and_training_goes_on_with_the_raw_weights(monkeypatch: Patch) -> None:
+    plain, averaged = make(epochs=3, eval_every=1, adapters=True), make(epochs=3, ema_decay=0.9, adapters=True)
+    plain.run()
+    kept = score_epochs(monkeypatch, averaged, [0.1])
+    averaged.run()
+    assert not moved(plain.parameters(), averaged.parameters())
+    assert moved(kept[0], plain.parameters()) == set(kept[0])
+    with averaged.trainer.averaged():
+        assert not moved(kept[0], averaged.parameters())
+
+
 def test_fine_tuning_ends_after_patience_epochs_without_a_gain_with_its_last_parameters(monkeypatch: Patch) -> None:
     setup = make(epochs=9, eval_every=1, patience=2)
     kept = score_epochs(monkeypatch, setup, [0.1, 0.3, 0.2, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9])
@@ -441,7 +485,9 @@ def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
     monkeypatch.setattr(engine, "evaluate", lambda *_: {"sst": {"accuracy": next(scores)}})
     options: dict[str, Any] = {"epochs": 2, "steps_per_epoch": 4, "batch_size": 5, "eval_every": 1, "dropout": 0.2}
     tuning = {"treatment": "gradvac", "draws": 5, "scheduler": "pal", "regularizers": ["smart", "bregman"]}
-    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else {**tuning, "adapters": True}
+    tuning |= {"adapters": True, "ema_decay": 0.9}
+    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else tuning
+    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else {**tuning, "adapters": True, "copied": 1}
     whole, first, second = (make(**options) for _ in range(3))
     events = whole.run()
     for _ in zip(range(stop), first.trainer.run(), strict=False):
@@ -455,9 +501,10 @@ def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
 
 def test_the_state_of_another_stage_is_refused() -> None:
     plain = make()
-    for other, error in ((make(adapters=True), ValueError), (make(regularizers=["bregman"]), KeyError)):
+    others: list[dict[str, Any]] = [{"adapters": True}, {"regularizers": ["bregman"]}, {"ema_decay": 0.9}]
+    for options, error in zip(others, (ValueError, KeyError, KeyError), strict=True):
         with pytest.raises(error):
-            other.trainer.load_state(plain.state(), {})
+            make(**options).trainer.load_state(plain.state(), {})
 
 
 @pytest.mark.parametrize("treatment", ["", "gradvac"])
@@ -478,7 +525,7 @@ def test_a_step_may_be_told_of_when_the_next_one_has_been_ordered(treatment: str
     """As on a GPU: the same records; where the trainer is to stand still, or a step fails, none is under way."""
     lines = []
     for num_waiting in (0, 1):
-        setup = make(treatment=treatment, epochs=2, steps_per_epoch=5, regularizers=["bregman"])
+        setup = make(treatment=treatment, epochs=2, steps_per_epoch=5, regularizers=["bregman"], ema_decay=0.9)
         setup.trainer.num_waiting, found = num_waiting, []
         for event in setup.trainer.run(settle_every=2):
             if event.record is None:
@@ -505,7 +552,7 @@ def test_a_step_may_be_told_of_when_the_next_one_has_been_ordered(treatment: str
 @pytest.mark.parametrize("part", ["encoder.pooler.weight", "heads.para.output.weight"])
 @pytest.mark.parametrize("treatment", ["", "pcgrad", "gradvac"])
 def test_a_gradient_that_is_not_finite_stops_before_anything_moves(part: str, treatment: str) -> None:
-    setup = make(treatment=treatment, regularizers=["bregman"])
+    setup = make(treatment=treatment, regularizers=["bregman"], ema_decay=0.9)
     setup.step(0)
     parameters, state = setup.parameters(), setup.state()
     dict(setup.model.named_parameters())[part].register_hook(lambda grad: grad * math.nan)
@@ -558,7 +605,7 @@ def test_every_scheduler_and_treatment_takes_a_step_and_touches_no_global_genera
 ) -> None:
     setup = make(
         scheduler=scheduler, treatment=treatment, draws=5 if treatment else 1, regularizers=list(REGULARIZERS),
-        adapters=True, accumulation_steps=2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, dropout=0.1,
+        adapters=True, copied=1, accumulation_steps=2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, dropout=0.1,
     )  # fmt: skip
     generators = random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
     before, record = setup.parameters(), setup.step()

@@ -62,7 +62,9 @@ class Evened:
         self.rate = parameters.rate
         self.state = {"norms": torch.ones(num_segments, num_tasks, dtype=torch.float64)}
 
-    def coefficients(self, gramians: Tensor, tasks: Sequence[int], generator: random.Random) -> Tensor:
+    def coefficients(
+        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+    ) -> Tensor:
         norms, present = self.state["norms"], list(tasks)
         norms[:, present] += self.rate * (gramians.diagonal(dim1=1, dim2=2).sqrt() - norms[:, present])
         return torch.diag_embed(1 / norms[:, present])  # (S, T, T)

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import engine
 import multitask_classifier
 import ops
-from helpers import generator
+from benchmarks import workload
+from evaluation import Precision
+from helpers import generator, tiny_config, tiny_model
 from ops import DropoutMasks, Linear, Packing, Replayed
 from ops.adamw import Moments, Vector, adamw_by_definition
 from run_record import MetricsLog
@@ -99,6 +102,20 @@ def test_attention_drops_probabilities_at_the_rate_and_the_same_ones_in_its_back
     place = value.argmax(1)
     shares = torch.where(of_queries[None] == rows[:, None], mask.T[place] / per_query, 0)  # (N keys, queries)
     torch.testing.assert_close(gradient[:, -64:].cpu(), shares @ weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_dropout_keeps_the_same_elements_in_its_backward_pass_and_again(dtype: torch.dtype) -> None:
+    values = (random(70, 33).abs() + 0.5).to(CUDA, dtype).requires_grad_()
+    masks = DropoutMasks(4, CUDA)
+    first, second = ops.dropout(values, 0.25, masks), ops.dropout(values, 0.25, masks)
+    kept = first.detach() > 0
+    assert abs(float(kept.float().mean()) - 0.75) < 0.03 and not torch.equal(kept, second > 0)
+    expected = torch.where(kept, values / 0.75, 0)
+    torch.testing.assert_close(first, expected, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=0.0)
+    (gradient,) = torch.autograd.grad(first.sum(), values)
+    assert torch.equal(gradient > 0, kept)
+    assert torch.equal(ops.dropout(values, 0.25, masks.again()), first)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -229,6 +246,29 @@ def test_adamw_is_its_definition_and_leaves_a_skipped_step_out() -> None:
     assert all(torch.equal(x, y) for x, y in zip(before, (ours, moments.exp_avg, moments.step), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_one_pass_over_all_tasks_rows_gives_the_gradient_of_each(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, cuda_graphs: bool
+) -> None:
+    """The gradients that a treatment gets, step by step, are those of a pass for each task."""
+    lengths = {"sst": np.arange(3, 40), "para": np.arange(5, 60), "sts": np.array([6, 9])}
+    rows = workload.random_rows(lengths, 50, tiny_config(), CUDA)
+    found: dict[bool, list[Tensor]] = {True: [], False: []}
+    for is_joined, gradients in found.items():
+        monkeypatch.setattr(engine, "has_fused_operations", lambda device, answer=is_joined: answer)
+        monkeypatch.setattr(engine, "combine", lambda of_step, *rest, into=gradients: into.append(of_step.clone()))
+        model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(CUDA)
+        options = {"draws_per_step": 3, "treatment": "pcgrad", "rows_per_step": 20, "cuda_graphs": cuda_graphs}
+        trainer = workload.full_trainer(model, rows, precision=Precision(CUDA, dtype), **options)
+        assert (trainer._joined is not None) == is_joined
+        for step in range(12):
+            trainer.take_step(1, step)
+    for one, other in zip(*found.values(), strict=True):
+        distance, norm = (one - other).norm(dim=1), other.norm(dim=1)  # (T,)
+        assert (norm > 0).all() and (distance < (1e-4 if dtype is None else 3e-2) * norm).all()
+
+
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 SETTINGS = [
@@ -237,7 +277,9 @@ SETTINGS = [
     "--scheduler round_robin", "--scheduler temperature", "--head mlp", "--amp bf16", "--amp fp16 --pcgrad",
     "--amp fp16 --bregman", "--amp bf16 --pcgrad --smart", "--no-cuda_graphs --amp bf16", "--accumulation_steps 3",
     "--pooling mean --pairs siamese", "--pooling cls --amp bf16", "--pooling mean --pairs siamese --amp fp16 --pcgrad",
-    "--pooling mean --pairs siamese --smart --pal",
+    "--pooling mean --pairs siamese --smart --pal", "--pooling mean --pcgrad", "--average ema",
+    "--average ema --pal --train pal", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
+    "--copy_top_layers 1 --amp bf16", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
 ]  # fmt: skip
 
 
@@ -272,7 +314,12 @@ def killed_at(line: int, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--amp bf16", "--amp fp16 --pcgrad", "--gradvac --smart --bregman --pal", "--pooling mean --pairs siamese"],
+    [
+        "--amp bf16 --average ema",
+        "--amp fp16 --pcgrad --copy_top_layers 1",
+        "--gradvac --smart --bregman --pal",
+        "--pooling mean --pairs siamese",
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     command: Callable[[Path, str], list[str]], flags: str, tmp_path: Path

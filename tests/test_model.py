@@ -9,6 +9,7 @@ from test_bert import LENGTHS, assert_same_gradients, by_row, gradients, referen
 from torch import Tensor, nn
 
 import ops
+from bert import CheckpointError
 from datasets import Batch, Example, Tokenizer, tokenize
 from heads import MlpHead
 from helpers import (
@@ -43,7 +44,7 @@ PAL = Choice("pal", ProjectedAttention.Parameters())
 def test_poolings_equal_those_of_transformers_on_a_padded_batch(pooling: str) -> None:
     """In values and in the gradients of the encoder."""
     reference = reference_model(tiny_config(num_attention_heads=2))
-    model = MultitaskBert(same_encoder(reference), Layout({"sst": LINEAR}, None, pooling), generator())
+    model = MultitaskBert(same_encoder(reference), Layout({"sst": LINEAR}, pooling=pooling), generator())
     tokens = tokens_of(LENGTHS, tiny_config())
     ids, types, mask = (
         nn.utils.rnn.pad_sequence(list(by_row(tokens, part)), batch_first=True)
@@ -123,6 +124,40 @@ def test_heads_read_the_pooled_output_and_have_the_widths_of_their_tasks() -> No
         assert logits.shape == (6, TASKS[task].output.num_outputs)
 
 
+@pytest.mark.parametrize("copied", [1, 2])
+@pytest.mark.parametrize("adapter", [None, PAL])
+def test_copied_top_layers_start_with_the_identical_output(copied: int, adapter: Choice | None) -> None:
+    plain, model = tiny_model(adapter=adapter), tiny_model(adapter=adapter, copied=copied)
+    assert torch.equal(outputs(model), outputs(plain))
+    for task in ALL:
+        batch = random_batch(task, 6)
+        assert torch.equal(model(task, batch, DropoutMasks(1)), plain(task, batch, DropoutMasks(1)))
+        for i, layer in enumerate(model.top_layers_of(task), 2 - copied):
+            for ours, theirs in zip(layer.parameters(), plain.encoder.layers[i].parameters(), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("copied", [1, 2, 3])
+def test_each_task_reads_through_the_shared_layers_and_then_its_own(copied: int) -> None:
+    model = shaken(tiny_model(adapter=PAL, copied=copied, num_hidden_layers=3))
+    assert len(model.encoder.layers) == 3 - copied and not model.shares_passes
+    for task in ALL:
+        batch, whole = random_batch(task, 6), tiny_encoder(num_hidden_layers=3)
+        state = model.encoder.state_dict()
+        for i in range(copied):
+            layer = model.top_layers_of(task)[i].state_dict()
+            state.update({f"layers.{3 - copied + i}.{name}": value for name, value in layer.items()})
+        whole.load_state_dict(state)
+        assert batch.tokens is not None
+        states = whole(batch.tokens, adapter=model.adapter(task))[batch.tokens.first_tokens]
+        torch.testing.assert_close(model.pooled(task, batch), whole.pool(states), rtol=0, atol=1e-5)
+
+
+def test_more_top_layers_than_there_are_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match=r"^--copy_top_layers 3: the encoder has 2 layers$"):
+        tiny_model(copied=3)
+
+
 def test_training_applies_dropout_in_encoder_and_head_and_evaluation_applies_none() -> None:
     model, batch, masks = tiny_model(), random_batch("sst", 6), RecordedMasks(1)
     assert torch.equal(model("sst", batch), model("sst", batch))
@@ -154,7 +189,7 @@ def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_frozen_encoder_gives_the_logits_of_the_whole_model() -> None:
-    model = tiny_model(adapter=PAL, head=MLP)
+    model = shaken(tiny_model(adapter=PAL, head=MLP, copied=1))
     for task in ALL:
         batch = random_batch(task, 5)
         features = Batch(batch.labels, features=model.pooled(task, batch).detach())
@@ -183,9 +218,9 @@ def test_new_heads_and_adapters_depend_on_the_generator_only() -> None:
         assert of_sst.detach().std().item() == pytest.approx(0.02, rel=0.2)
 
 
-@pytest.mark.parametrize("adapter", [None, PAL])
-def test_every_parameter_is_shared_or_one_task_s(adapter: Choice | None) -> None:
-    model = tiny_model(adapter=adapter, head=MLP)
+@pytest.mark.parametrize(("adapter", "copied"), [(None, 0), (PAL, 0), (PAL, 1), (None, 2)])
+def test_every_parameter_is_shared_or_one_task_s(adapter: Choice | None, copied: int) -> None:
+    model = tiny_model(adapter=adapter, head=MLP, copied=copied)
     parts = model.trained()
     groups = [parts.shared, *parts.own.values()]
     names, named = [name for group in groups for name in group], dict(model.named_parameters())
@@ -194,7 +229,8 @@ def test_every_parameter_is_shared_or_one_task_s(adapter: Choice | None) -> None
     assert all(name.startswith("encoder.") for name in parts.shared) and tuple(parts.own) == ALL
     for task, own in parts.own.items():
         assert all(name.split(".")[1] == task for name in own)
-        assert own == {**model.head_parameters(task), **model.adapter_parameters(task)}
+        others = {**model.head_parameters(task), **model.adapter_parameters(task)}
+        assert own.keys() >= others.keys() and len(own) == len(others) + 12 * copied
         assert bool(model.adapter_parameters(task)) == (adapter is not None)
 
 
@@ -209,29 +245,34 @@ def test_what_a_stage_does_not_train_requires_no_gradient() -> None:
 
 
 def test_only_the_encoder_and_a_task_s_own_parts_have_a_gradient_from_it() -> None:
-    model = shaken(tiny_model(adapter=PAL, head=MLP))
+    model = shaken(tiny_model(adapter=PAL, head=MLP, copied=1))
     model("para", random_batch("para", 4)).square().sum().backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {*model.shared_parameters(), *model.trained().own["para"]}
 
 
-def test_parts_are_embeddings_layers_and_pooler_in_order() -> None:
-    model = tiny_model(num_hidden_layers=11)
+@pytest.mark.parametrize("copied", [0, 4])
+def test_parts_are_embeddings_layers_and_pooler_in_order(copied: int) -> None:
+    model = tiny_model(num_hidden_layers=11, copied=copied)
     first, *layers, last = model.parameters_by_part()
     assert [*first, *(name for part in layers for name in part), *last] == list(model.shared_parameters())
     assert {name.split(".")[1].split("_")[-1] for name in first} == {"embeddings", "norm"} and len(first) == 5
     assert last == ["encoder.pooler.weight", "encoder.pooler.bias"]
+    assert len(layers) == 11 - copied
     for i, part in enumerate(layers):
         assert len(part) == 12 and all(name.startswith(f"encoder.layers.{i}.") for name in part)
 
 
-def test_parameter_counts_add_up() -> None:
+@pytest.mark.parametrize("copied", [0, 1])
+def test_parameter_counts_add_up(copied: int) -> None:
     def count(of: Sequence[MultitaskBert]) -> int:
         return sum(p.numel() for model in of for p in model.parameters())
 
-    model = tiny_model(("sst", "sts"), adapter=PAL, head=MLP)
+    model = tiny_model(("sst", "sts"), adapter=PAL, head=MLP, copied=copied)
     alone = [tiny_model((task,), adapter=PAL, head=MLP) for task in ("sst", "sts")]
-    shared = sum(p.numel() for p in tiny_encoder().parameters())
+    encoder = tiny_encoder()
+    shared = sum(p.numel() for p in encoder.parameters())
+    shared -= copied * sum(p.numel() for p in encoder.layers[1].parameters())
     assert parameter_counts(model) == {
         "total": count([model]),
         "shared": shared,
@@ -241,7 +282,7 @@ def test_parameter_counts_add_up() -> None:
 
 
 def test_a_duplicate_has_parameters_of_its_own() -> None:
-    model = tiny_model()
+    model = tiny_model(copied=1)
     before, copy = outputs(model), model.duplicate()
     assert torch.equal(outputs(copy), before)
     shaken(copy)

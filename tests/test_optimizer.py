@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers import generator, tiny_model
 from ops.adamw import Moments, Vector, adamw_by_definition, adamw_step
-from optimizer import FlatParameters, clip_factor, gradient_norm
+from optimizer import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from pal import ProjectedAttention
 from parameters import Choice
 
@@ -92,6 +92,31 @@ def test_there_may_be_no_matrices_no_biases_and_nothing_at_all(names: str, num_d
     adamw_step([flat.moved_by(flat.gradients[0])], torch.tensor(0.1), 0.5, torch.ones(()), torch.zeros(()))
     for name, value in before.items():  # the first step of AdamW is of length lr
         torch.testing.assert_close(named[name].detach(), value * (0.95 if value.dim() > 1 else 1) - 0.1)
+
+
+def test_the_average_is_its_formula_moves_with_no_skipped_step_and_goes_into_the_parameters_and_out_again() -> None:
+    """The decay is the warm-up's for the first steps, then the flag's; there may be a vector of nothing."""
+    named, noise = small(), generator(5)
+    vectors = {"shared": FlatParameters({}), "own": FlatParameters(named)}
+    values, average = vectors["own"].values, WeightAverage(vectors, decay=0.4)
+    expected, num_steps = values.double(), 0
+    for is_skipped in (0, 0, 1, 0, 0, 1, 0, 0, 0, 0):
+        values.add_(torch.randn(len(values), generator=noise))
+        before = average.state["own"].clone()
+        average.after_step(torch.tensor(float(is_skipped)))
+        num_steps += 1 - is_skipped
+        if not is_skipped:
+            decay = min(0.4, (1 + num_steps) / (10 + num_steps))
+            expected = decay * expected + (1 - decay) * values.double()
+        assert torch.equal(average.state["own"], before) == bool(is_skipped) and average.state["step"] == num_steps
+        torch.testing.assert_close(average.state["own"], expected.float(), rtol=1e-5, atol=1e-6)
+    raw = values.clone()
+    with average.in_place():
+        assert torch.equal(named["b"], average.state["own"][14:17]) and not torch.equal(values, raw)
+    assert torch.equal(values, raw)
+    with pytest.raises(InterruptedError), average.in_place():
+        raise InterruptedError
+    assert torch.equal(values, raw)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])

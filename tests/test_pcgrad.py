@@ -21,7 +21,6 @@ from pcgrad import (
     equal_lengths,
     find_treatment,
     gradvac_coefficients,
-    gramian_weightings,
     gramians_of,
     pcgrad_coefficients,
     pcgrad_weights,
@@ -31,6 +30,7 @@ from pcgrad import (
 
 KINDS = ("random", "conflicting", "nearly parallel", "nearly opposite", "opposite", "zero", "large", "mixed sizes")
 P = 158
+UNUSED = (torch.zeros(0), 1)  # losses and epoch
 
 
 def vector_pcgrad(gradients: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
@@ -100,7 +100,7 @@ def update(
     """(P,) what the treatment makes of the gradients of these tasks."""
     gradients = rows[list(tasks)].clone()
     gramians = exact(lambda dtype: gramians_of(gradients, segments, dtype))
-    combine(gradients, treatment.coefficients(gramians, tasks, random.Random(seed)).sum(1), segments)
+    combine(gradients, treatment.coefficients(gramians, tasks, random.Random(seed), *UNUSED).sum(1), segments)
     return gradients[0]
 
 
@@ -174,7 +174,7 @@ def test_gradient_vaccine_equals_the_vector_form(kind: str, num_tasks: int, beta
         targets = treatment.state["targets"]
         targets.copy_(torch.rand(1, num_tasks, num_tasks, generator=generator) * 1.6 - 0.7)
         before = targets[0].clone()
-        coefficients = treatment.coefficients((rows @ rows.T)[None], range(num_tasks), random.Random(seed))
+        coefficients = treatment.coefficients((rows @ rows.T)[None], range(num_tasks), random.Random(seed), *UNUSED)
         expected, moved = vector_gradvac(rows, before, beta, random_orders(num_tasks, random.Random(seed)))
         assert_same_update(coefficients[0].sum(0) @ rows, expected.sum(0), torch.cat([rows, expected]))
         # Nothing but rounding is left of a gradient after its opposite; no cosine of that is worth comparing.
@@ -188,7 +188,7 @@ def test_two_tasks_that_agree_see_their_target_rise_from_0_to_their_cosine() -> 
     targets = treatment.state["targets"]
     assert not targets.any()
     for step in range(1500):
-        coefficients = treatment.coefficients(gram, [0, 1], random.Random(step))
+        coefficients = treatment.coefficients(gram, [0, 1], random.Random(step), *UNUSED)
         if step == 9:
             assert targets[0, 1, 0] == pytest.approx(0.6 * (1 - 0.99**10))  # beta is 0.01 by default
         assert torch.allclose(coefficients[0], torch.eye(2).double(), atol=1e-12)
@@ -213,7 +213,7 @@ def test_tasks_that_are_absent_keep_their_targets() -> None:
     g = gradients_of("random", 3, 8).double()
     gram = g @ g.T
     present = [0, 2, 3]
-    treatment.coefficients(torch.stack([gram, 2 * gram]), present, random.Random(0))
+    treatment.coefficients(torch.stack([gram, 2 * gram]), present, random.Random(0), *UNUSED)
     for i, j in itertools.product(range(4), range(4)):
         is_moved = i != j and i in present and j in present
         assert torch.equal(targets[:, i, j], before[:, i, j]) != is_moved, (i, j)
@@ -338,58 +338,6 @@ def test_gradient_vaccine_equals_torchjd_s(monkeypatch: Patch) -> None:
         coefficients, targets[num_tasks] = gradvac_coefficients(gram, targets[num_tasks], 0.1, orders)
         scale = float(expected.abs().max())
         assert torch.allclose(coefficients.sum(0), expected, rtol=1e-8, atol=1e-8 * scale)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-14, 1e40])
-def test_a_weighting_of_torchjd_gives_its_weights_at_any_scale(scale: float) -> None:
-    aggregation = pytest.importorskip("torchjd.aggregation")
-    g = gradients_of("conflicting", 3, 8).double()
-    gram = g @ g.T
-    coefficients = make("UPGrad", 3).coefficients(gram[None] * scale, [0, 1, 2], random.Random(0))
-    expected = aggregation.UPGradWeighting()(gram / gram.diagonal().mean())
-    assert torch.allclose(coefficients[0], torch.diag(expected), atol=1e-6)
-    assert not torch.allclose(expected, torch.full((3,), float(expected[0])).double(), atol=1e-2)
-
-
-def test_weightings_of_torchjd_draw_from_the_step_s_generator_and_from_no_other() -> None:
-    pytest.importorskip("torchjd.aggregation")
-    g = gradients_of("conflicting", 5, 8).double()
-    results = []
-    for noise, seed in enumerate((1, 1, 2)):
-        torch.manual_seed(noise)
-        before = torch.get_rng_state()
-        results.append(make("PCGrad", 5).coefficients((g @ g.T)[None], range(5), random.Random(seed)))
-        assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-
-
-def test_the_weightings_of_torchjd_that_can_be_named_all_give_finite_weights_and_keep_no_averages() -> None:
-    pytest.importorskip("torchjd.aggregation")
-    names = gramian_weightings()
-    assert {"UPGrad", "MGDA", "PCGrad"} <= set(names)
-    assert "GradVac" not in names  # ours is in the checkpoint, torchjd's would start anew when a run is resumed
-    g = gradients_of("conflicting", 3, 8).double()
-    for name in names:
-        treatment = make(name, 3)
-        results = [treatment.coefficients((g @ g.T)[None], range(3), random.Random(0)) for _ in range(2)]
-        assert results[0].isfinite().all()
-        assert torch.equal(*results), name
-
-
-@pytest.mark.parametrize("name", ["nonsense", "Gramian", "GradVac", "CAGrad", "Random", ""])
-def test_an_unknown_treatment_is_refused_and_without_torchjd_its_weightings_are(name: str, monkeypatch: Patch) -> None:
-    with pytest.raises(ValueError, match="--treatment"):
-        make(name, 3)
-
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr("importlib.import_module", missing)
-    with pytest.raises(ValueError, match=r"--treatment UPGrad: torchjd is not installed .*pcgrad, gradvac"):
-        make("UPGrad", 3)
-    assert gramian_weightings() == []
-    make("pcgrad", 3)
 
 
 def test_cosines_stay_within_1_and_are_nan_for_a_zero_gradient() -> None:

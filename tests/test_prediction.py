@@ -207,6 +207,8 @@ def test_rows_are_cut_as_in_the_run(predicted: Lines, start_point: Path, data: P
     assert predicted("sts", text, run, max_length=64) != expected
     (run / "config.json").write_text('{"max_length": 20}')  # no run's
     assert load(run / "best").tokenizer.max_length == 64
+    with pytest.raises(ValueError, match=r"max_length 65: .* has 64 positions"):
+        load(run, max_length=65)
 
 
 @pytest.mark.parametrize("task", TASKS)

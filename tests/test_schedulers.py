@@ -55,6 +55,17 @@ def test_pal_counts_examples_and_not_batches() -> None:
     assert scheduler.probabilities(1) == pytest.approx([0.18, 0.32, 0.5])
 
 
+def test_random_and_round_robin_differ_under_a_treatment_but_where_each_task_is_drawn_once() -> None:
+    plans = {
+        (name, draws): [counts_of(make(name, draws, True).plan(1, step, random.Random(step))) for step in range(99)]
+        for name in ("random", "round_robin")
+        for draws in (3, 16)
+    }
+    assert plans["random", 3] == plans["round_robin", 3] == [dict.fromkeys(TASKS, 1)] * 99
+    assert {count for plan in plans["round_robin", 16] for count in plan.values()} == {5, 6}
+    assert {1, 2, 5, 9} < {count for plan in plans["random", 16] for count in plan.values()}
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("epoch", [1, 3, 5])
 @pytest.mark.parametrize(("draws", "every_task"), [(1, False), (4, False), (3, True), (4, True), (16, True)])
