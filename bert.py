@@ -154,8 +154,8 @@ class Bert(nn.Module):
         """Input embeddings (N, D): words, positions and token types, the perturbation (N, D), LayerNorm, dropout."""
         embeddings = (
             ops.embedding(tokens.input_ids, self.word_embeddings.weight)
-            + ops.embedding(tokens.position_ids, self.position_embeddings.weight)
-            + ops.embedding(tokens.token_type_ids, self.token_type_embeddings.weight)
+            + ops.embedding(tokens.position_ids, self.position_embeddings.weight, is_vocabulary=False)
+            + ops.embedding(tokens.token_type_ids, self.token_type_embeddings.weight, is_vocabulary=False)
         )  # (N,) -> (N, D)
         if perturbation is not None:
             embeddings = embeddings + perturbation

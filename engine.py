@@ -2,6 +2,7 @@
 
 _launch            plan = scheduler.plan(...): how often each task is drawn, {"para": 9, "sst": 4, "sts": 3}; its rows
 _passes            which rows go through the model together: those of a task, or without a treatment of all tasks
+                   (on a GPU also with one: `_bounds` then tells the tasks' rows apart, see ops/task_gradients.py)
 _forward_backward  forward, loss (+ regularizers), backward: autograd adds into the task's row of the shared gradients
                    (on a GPU ops/linear.py adds some of them itself)
 _treat             Gram matrix -> treatment -> weighted sum, in the first row

@@ -117,6 +117,11 @@ def resolve(config: Config) -> tuple[Config, Path]:
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
+    if settled.mlm_epochs and settled.copy_top_layers:
+        raise FlagError(
+            f"--mlm_epochs {settled.mlm_epochs}: the top {settled.copy_top_layers} layers of --checkpoint are each "
+            "task's own, expected one whole encoder"
+        )
     return settled, folder
 
 
@@ -601,14 +606,15 @@ def _methods(config: Config) -> list[str]:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine, commit and whether operations are compiled, for config.json."""
-    packages = ("torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    packages = ("numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    own = {"python": platform.python_version(), "torch": torch.__version__}  # which build it is too
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         commit = ""
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {**own, **{name: version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "commit": commit or None,
         "compiled": speed_report(device),

@@ -6,9 +6,10 @@ torch, oneDNN, a kernel of our own for the CPU that is compiled when it is first
                                 CPU                               CUDA with Triton          else
 attention, residual norm, GELU  kernels.c in float32              triton_kernels.py         torch
 linear                          oneDNN where it is faster         half precision: linear.py torch
+a task's part of a gradient     a pass for each task              triton_kernels.py         a pass for each task
 AdamW                           torch's fused kernel              triton_kernels.py         torch's fused kernel
 Gram matrix, weighted sum       torch                             triton_kernels.py         torch
-dropout                         bits of numpy's, dropout.py       with the kernels above    torch
+dropout                         bits of numpy's, dropout.py       triton_kernels.py         torch
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """

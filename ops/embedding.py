@@ -10,15 +10,15 @@ from torch.autograd.function import once_differentiable
 from ops.task_gradients import TaskBounds, task_bounds
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """weight[ids]: (N,), (V, D) -> (N, D).
+def embedding(ids: Tensor, weight: Tensor, is_vocabulary: bool = True) -> Tensor:
+    """weight[ids]: (N,), (V, D) -> (N, D). is_vocabulary: the matrix has far more lines than there are ids.
 
-    On a CPU a backward pass into a gradient that is there adds its N rows to it, instead of making a matrix of the
+    On a CPU a backward pass into a gradient that is there then adds its N rows to it, instead of making a matrix of the
     whole vocabulary first. (A GPU would wait for the host to add them.)
     """
     if (bounds := task_bounds()) is not None:
         return _EmbeddingByTask.apply(ids, weight, bounds)  # type: ignore[no-any-return]
-    adds_rows = weight.device.type == "cpu" and weight.is_leaf and weight.grad is not None
+    adds_rows = is_vocabulary and weight.device.type == "cpu" and weight.is_leaf and weight.grad is not None
     return F.embedding(ids, weight, sparse=adds_rows)
 
 

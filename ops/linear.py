@@ -134,7 +134,7 @@ class _CudaLinear(torch.autograd.Function):
         grad = grad.contiguous()
         wants_inputs, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_inputs = (grad @ weight).to(ctx.type_of_inputs) if wants_inputs else None  # (N, I)
-        of_weight, is_added = None, wants_weight and ctx.weight.is_leaf and ctx.weight.grad is not None
+        of_weight, is_added = None, wants_weight and _holds_gradient(ctx.weight)
         if wants_weight:
             of_weight = ctx.weight.grad if is_added else torch.zeros_like(ctx.weight)
             into = of_weight[ctx.part]  # (O, I)
@@ -144,6 +144,11 @@ class _CudaLinear(torch.autograd.Function):
                 triton_kernels().add_products(grad, inputs.contiguous(), into, ctx.bounds)
         grad_bias = _bias_gradient(grad, ctx.bias, ctx.part, ctx.bounds) if wants_bias else None
         return grad_inputs, None if is_added else of_weight, grad_bias, None
+
+
+def _holds_gradient(parameter: Tensor) -> bool:
+    """Whether there is a gradient to add to."""
+    return parameter.is_leaf and parameter.grad is not None
 
 
 def _bias_gradient(grad: Tensor, bias: Tensor, part: slice, bounds: TaskBounds | None) -> Tensor | None:
@@ -166,7 +171,7 @@ def sums_of_parts(
     """Gradients of K vectors (D,) from parts of sums, (T, programs, K, D) -> (D,) float32 each; None where none is
     wanted, and where it has been added to what is there. part: of the vectors, what the sums are for."""
     pairs = list(zip(parameters, are_wanted, strict=True))
-    are_added = [is_wanted and p.is_leaf and p.grad is not None for p, is_wanted in pairs]
+    are_added = [is_wanted and _holds_gradient(p) for p, is_wanted in pairs]
     assert bounds is None or all(are_added)
     into: list[Any] = [
         p.grad if is_added else torch.zeros_like(p) for p, is_added in zip(parameters, are_added, strict=True)

@@ -31,7 +31,7 @@ class TaskBounds:
         """num_rows: (T,) of each task. ends: (B,) behind each row's last token."""
         rows = torch.cat([num_rows.new_zeros(1), num_rows.cumsum(0)])  # (T + 1,)
         tokens = torch.cat([ends.new_zeros(1), ends])[rows]  # (T + 1,)
-        tokens[-1] = num_tokens  # those of no row too, so that nothing there is left undefined
+        tokens[-1].fill_(num_tokens)  # those of no row too, so that nothing there is left undefined
         return cls(rows.int(), tokens.int(), num_tokens, stride)
 
     def within(self, values: Tensor) -> Tensor:
