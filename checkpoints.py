@@ -279,8 +279,8 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
 
     A plain Hugging Face BERT checkpoint gives the encoder. Heads of the layout that the checkpoint lacks are new; so
     are adapters, if it has none at all: the model then predicts exactly as before. Own top layers that it lacks are
-    copies of the encoder's. Raises CheckpointError if the checkpoint holds a head or adapter of another kind, or
-    another number of top layers.
+    copies of the encoder's. Raises CheckpointError if the checkpoint holds a head or adapter of another kind, another
+    number of top layers, or heads for another pooling or other pairs.
     """
     encoder, lacking = load_bert(folder, generator)
     model = MultitaskBert(encoder, layout, generator)
@@ -290,6 +290,11 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
             raise CheckpointError(
                 f"{folder}: its head of {task} is {_in_words(saved.heads[task])}, the flags ask for "
                 f"{_in_words(layout.heads[task])}"
+            )
+    for name in ("pooling", "pairs") if set(saved.tasks) & set(layout.tasks) else ():
+        if getattr(saved, name) != getattr(layout, name):
+            raise CheckpointError(
+                f"{folder}: its --{name} is {getattr(saved, name)}, the flags ask for {getattr(layout, name)}"
             )
     if saved.adapter not in (None, layout.adapter):
         raise CheckpointError(
@@ -301,7 +306,7 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
             f"--copy_top_layers {layout.copy_top_layers}"
         )
     tensors = read_tensors(folder) if saved.tasks else {}
-    new_parts = ["pooler"] if lacking else []
+    new_parts = ["pooler"] if lacking and layout.pooling == "pooler" else []
     parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
         ("head", model.heads, True),
         ("adapter", model.adapters, saved.adapter is not None),

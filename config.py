@@ -14,6 +14,7 @@ from checkpoints import EMBEDDED_MODEL
 from datasets import AUGMENTATIONS
 from heads import HEADS
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
+from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
@@ -31,6 +32,8 @@ OPTIONS = {
     "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
+POOLING, PAIR = "pooler", "cross"  # of a new model
+BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp")
 }
@@ -51,11 +54,16 @@ class FlagError(ValueError):
     """Flags that make no sense; one problem a line."""
 
 
+def _listed(choices: Mapping[str, str]) -> str:
+    """The values of a flag, and what each is."""
+    return "; ".join(f"{name}: {what}" for name, what in choices.items())
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run. What is 0 or empty is chosen automatically, until run.resolve has filled it in."""
 
-    option: str = parameter("finetune", "; ".join(f"{name}: {what}" for name, what in OPTIONS.items()), choices=OPTIONS)
+    option: str = parameter("finetune", _listed(OPTIONS), choices=OPTIONS)
     tasks: tuple[str, ...] = parameter((), "tasks to train together; one is single-task training (default: all)")
     model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files")
@@ -121,6 +129,12 @@ class Config:
     train: str = parameter("all", "what fine-tuning trains: all, or the adapters alone, by name: {}", metavar="PART")
     head: tuple[str, ...] = parameter(
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
+    )
+    pooling: str = parameter(
+        "", f"what heads read; {_listed(POOLINGS)} (default: {POOLING}, or the checkpoint's)", metavar="NAME"
+    )
+    pairs: str = parameter(
+        "", f"how a pair is read; {_listed(PAIRS)} (default: {PAIR}, or the checkpoint's)", metavar="NAME"
     )
 
     augment: str = parameter("none", "augmentation of the training rows: none, {}", metavar="NAME")
@@ -354,6 +368,8 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
         ("scheduler", [config.scheduler], list(SCHEDULERS)),
+        ("pooling", [config.pooling] if "pooling" in given else [], list(POOLINGS)),
+        ("pairs", [config.pairs] if "pairs" in given else [], list(PAIRS)),
         ("augment", [config.augment], ["none", *AUGMENTATIONS]),
         ("train", [config.train], ["all", *ADAPTERS]),
         ("head", list(config.heads.values()), list(HEADS)),
@@ -401,11 +417,13 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """A line for each flag that lacks what it needs."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
     of_several = ("draws_per_step", "scheduler", "task_weights", "copy_top_layers")
+    of_checkpoint = ("checkpoint", "model", "head", "pooling", "pairs")
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
     tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
+    has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
@@ -415,10 +433,11 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (is_full, f"{option} does not fine-tune, expected only with finetune", tuning),
         (config.trains, f"{option} does not train", training),
         (config.option == "soup", "expected only with --option soup", ("checkpoints", "soup")),
-        (config.option != "soup", f"{option} takes it from --checkpoints", ("checkpoint", "model", "head")),
+        (config.option != "soup", f"{option} takes it from --checkpoints", of_checkpoint),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
+        (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():

@@ -130,10 +130,11 @@ def _example(
 class Tokenizer:
     """The tokenizer of a checkpoint: texts to token ids, `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`."""
 
-    def __init__(self, folder: Path, max_length: int) -> None:
-        """folder: holds tokenizer.json, or vocab.txt. max_length: tokens of a row, the three special ones included."""
+    def __init__(self, folder: Path, max_length: int, is_siamese: bool = False) -> None:
+        """folder: holds tokenizer.json, or vocab.txt. max_length: tokens of a sequence, the special ones included.
+        is_siamese: the texts of a pair are a sequence each, `[CLS] a [SEP]` and `[CLS] b [SEP]`."""
         self.folder = folder
-        self.max_length = max_length
+        self.max_length, self.is_siamese = max_length, is_siamese
         self._tokenizer = _load_tokenizer(folder)
         self.cls_id = self._special(folder, "[CLS]", "cls_token")
         self.sep_id = self._special(folder, "[SEP]", "sep_token")
@@ -155,15 +156,17 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids."""
-        return hashlib.sha256(f"{self.max_length} {self._tokenizer.to_str()}".encode()).hexdigest()
+        content = f"{self.max_length} {self.is_siamese} {self._tokenizer.to_str()}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def num_tokens(self, texts: tuple[str, ...]) -> int:
         """Tokens of a row before truncation, the special ones included."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return 1 + sum(len(encoding.ids) + 1 for encoding in encodings)
+        num_sequences = len(texts) if self.is_siamese else 1
+        return num_sequences + sum(len(encoding.ids) + 1 for encoding in encodings)
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
-        """Token ids of rows of one or two texts each, truncated on the longer text where a row is too long."""
+        """Token ids of rows of one or two texts each, truncated on the longer text where a sequence is too long."""
         parts = [self._encode_chunk(rows[i : i + ROWS_PER_CALL]) for i in range(0, len(rows), ROWS_PER_CALL)]
         return TokenRows.concatenate(parts)
 
@@ -175,16 +178,21 @@ class Tokenizer:
         ids: list[int] = []
         lengths, firsts = [], []
         for start in range(0, len(pieces), num_texts):
-            row = truncate(pieces[start : start + num_texts], self.max_length - 1 - num_texts)
-            before = len(ids)
-            ids.append(self.cls_id)
+            row, before = pieces[start : start + num_texts], len(ids)
+            if self.is_siamese:
+                row = [part[: self.max_length - 2] for part in row]
+            else:
+                row = truncate(row, self.max_length - 1 - num_texts)
             for i, part in enumerate(row):
+                if i == 0 or self.is_siamese:
+                    ids.append(self.cls_id)
                 ids.extend(part)
                 ids.append(self.sep_id)
                 if i == 0:
                     firsts.append(len(ids) - before)
             lengths.append(len(ids) - before)
-        return TokenRows(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(firsts, np.int32))
+        is_split = self.is_siamese and num_texts == 2
+        return TokenRows(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(firsts, np.int32), is_split)
 
 
 def truncate(texts: Sequence[list[int]], budget: int) -> list[list[int]]:
@@ -237,14 +245,23 @@ def _load_tokenizer(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Token ids of R rows in flat arrays: ids (sum of lengths,), lengths (R,), firsts (R,) tokens of type 0."""
+    """Token ids of R rows in flat arrays: ids (sum of lengths,), lengths (R,), firsts (R,) tokens of the first text.
+
+    is_split: the first text and the second are a sequence each.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
     firsts: np.ndarray
+    is_split: bool = False
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def longest(self) -> np.ndarray:
+        """(R,) tokens of each row's longest sequence."""
+        return np.maximum(self.firsts, self.lengths - self.firsts) if self.is_split else self.lengths
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -253,14 +270,16 @@ class TokenRows:
 
     @classmethod
     def concatenate(cls, parts: Sequence["TokenRows"]) -> "TokenRows":
-        """The rows of all parts, in order."""
+        """The rows of all parts, in order; all are split, or none."""
         columns = [[part.ids for part in parts], [part.lengths for part in parts], [part.firsts for part in parts]]
-        return cls(*(np.concatenate([np.empty(0, np.int32), *column]) for column in columns))
+        ids, lengths, firsts = (np.concatenate([np.empty(0, np.int32), *column]) for column in columns)
+        (is_split,) = {part.is_split for part in parts} or {False}
+        return cls(ids, lengths, firsts, is_split)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows: packed tokens or, for a frozen encoder, pooled features (B, D); labels (B,), NaN where unknown."""
+    """Rows: packed tokens or, for a frozen encoder, pooled features (B, F); labels (B,), NaN where unknown."""
 
     labels: Tensor
     tokens: PackedTokens | None = None
@@ -309,7 +328,8 @@ class TokenizedRows:
 
     @cached_property
     def _store(self) -> TokenStore:
-        return TokenStore.of(self.tokens.ids, self.tokens.lengths, self.tokens.firsts, self.device)
+        tokens = self.tokens
+        return TokenStore.of(tokens.ids, tokens.lengths, tokens.firsts, self.device, tokens.is_split)
 
     @cached_property
     def _labels(self) -> Tensor:
@@ -328,11 +348,21 @@ class TokenizedRows:
     def by_length(self) -> np.ndarray:
         return np.argsort(-self.tokens.lengths, kind="stable")
 
+    def by_sequence(self) -> "TokenizedRows":
+        """The two sequences of split rows as a row each; other rows as they are."""
+        tokens = self.tokens
+        if not tokens.is_split:
+            return self
+        lengths = np.stack([tokens.firsts, tokens.lengths - tokens.firsts], 1).ravel()  # (R,) -> (2 R,)
+        names, labels = [name for name in self.ids for _ in range(2)], np.repeat(self.labels, 2)
+        return TokenizedRows(self.task, names, labels, TokenRows(tokens.ids, lengths, lengths), self.device)
+
     def select(self, rows: np.ndarray) -> "TokenizedRows":
         """These rows only, in this order."""
         tokens, lengths = self.tokens, self.tokens.lengths[rows]
         pieces = [tokens.ids[first : first + n] for first, n in zip(tokens.starts[rows], lengths, strict=True)]
-        tokens = TokenRows(np.concatenate([np.empty(0, np.int32), *pieces]), lengths, tokens.firsts[rows])
+        ids = np.concatenate([np.empty(0, np.int32), *pieces])
+        tokens = TokenRows(ids, lengths, tokens.firsts[rows], tokens.is_split)
         return TokenizedRows(self.task, [self.ids[r] for r in rows], self.labels[rows], tokens, self.device)
 
     def followed_by(self, others: "TokenizedRows") -> "TokenizedRows":
@@ -344,7 +374,7 @@ class TokenizedRows:
 
 @dataclass
 class FeatureRows:
-    """Rows as pooled features (R, D) of a frozen encoder."""
+    """Rows as pooled features (R, F) of a frozen encoder: what a head reads."""
 
     features: Tensor
     labels: np.ndarray
@@ -360,12 +390,12 @@ class FeatureRows:
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each feature, (D,); 1 for the deviation of a constant."""
+        """Mean and deviation of each feature, (F,); 1 for the deviation of a constant."""
         deviation = self.features.std(0, correction=0)
         return self.features.mean(0), torch.where(deviation > 0, deviation, 1.0)
 
     def standardized(self, mean: Tensor, deviation: Tensor) -> "FeatureRows":
-        """(features - mean) / deviation, both (D,)."""
+        """(features - mean) / deviation, both (F,)."""
         return FeatureRows((self.features - mean) / deviation, self.labels)
 
     def num_places(self, rows: np.ndarray) -> int:

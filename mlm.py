@@ -119,7 +119,7 @@ def masked_trainer(
     precision: Precision,
 ) -> Trainer:
     """Trains the encoder and the head on the texts of all tasks' training rows."""
-    rows = reduce(TokenizedRows.followed_by, train.values())
+    rows = reduce(TokenizedRows.followed_by, (of.by_sequence() for of in train.values()))
     encoder = {name: p for name, p in model.shared_parameters().items() if not name.startswith("encoder.pooler.")}
     trained = Trained(encoder, {MLM: dict(head.named_parameters())})
     trained.freeze_others(model)

@@ -1,7 +1,7 @@
 """MultitaskBert: one encoder that the tasks share, and of each task a head and, where wanted, an adapter and the layers
 nearest the head.
 
-Shape letters: N packed tokens, B rows, D hidden, K outputs.
+Shape letters: N packed tokens, B rows, S sequences (B or 2 B), D hidden, F features, K outputs.
 """
 
 import copy
@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+import ops
 from bert import Bert, CheckpointError, LayerAdapter, Uninitialized, initialize
 from datasets import Batch
 from heads import HEADS
@@ -19,6 +20,16 @@ from ops import DropoutMasks
 from pal import ADAPTERS, Adapter
 from parameters import Choice
 from tasks import TASKS
+
+POOLINGS = {
+    "pooler": "[CLS] behind the encoder's pooler",
+    "cls": "[CLS] as the last layer leaves it",
+    "mean": "the mean over the tokens, special ones included",
+}
+PAIRS = {
+    "cross": "one sequence, [CLS] a [SEP] b [SEP]",
+    "siamese": "each sentence alone; the head reads both, their difference and product",
+}
 
 
 @dataclass(frozen=True)
@@ -56,15 +67,29 @@ class TaskModel(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which head each task has, which adapter all of them have, and how many of the top layers are each task's own."""
+    """Which head each task has, which adapter all of them have, and how many of the top layers are each task's own.
+
+    pooling: what heads read of a sequence (POOLINGS). pairs: how the encoder reads a pair (PAIRS). The defaults are
+    those of a checkpoint that says nothing of them.
+    """
 
     heads: Mapping[str, Choice]
     adapter: Choice | None = None
     copy_top_layers: int = 0
+    pooling: str = "pooler"
+    pairs: str = "cross"
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.heads)
+
+    @property
+    def is_siamese(self) -> bool:
+        return self.pairs == "siamese"
+
+    def is_split(self, task: str) -> bool:
+        """Whether a row of the task is two sequences."""
+        return self.is_siamese and len(TASKS[task].text_columns) == 2
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json of a checkpoint holds it."""
@@ -73,7 +98,8 @@ class Layout:
             for task, head in self.heads.items()
         }
         adapter = None if self.adapter is None else self.adapter.to_dict()
-        more = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
+        more: dict[str, Any] = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
+        more |= {"pooling": self.pooling, "pairs": self.pairs}
         return {"format": 2, "tasks": tasks, "adapter": adapter, **more}
 
     @classmethod
@@ -89,11 +115,15 @@ class Layout:
                     known = ", ".join(f"{t.name} ({t.output.num_outputs})" for t in TASKS.values())
                     raise ValueError(f"head {task!r} with {saved['outputs']} outputs, expected among {known}")
             heads = {task: Choice.from_dict(saved["head"], HEADS) for task, saved in values["tasks"].items()}
-            adapter = values["adapter"]
+            adapter = None if values["adapter"] is None else Choice.from_dict(values["adapter"], ADAPTERS)
             copied = values.get("copy_top_layers", 0)
             if type(copied) is not int or copied < 0:
                 raise ValueError(f"copy_top_layers is {copied!r}, expected a whole number of at least 0")
-            return cls(heads, None if adapter is None else Choice.from_dict(adapter, ADAPTERS), copied)
+            pooling, pairs = values.get("pooling", cls.pooling), values.get("pairs", cls.pairs)
+            for read, choices in ((pooling, POOLINGS), (pairs, PAIRS)):
+                if read not in choices:
+                    raise ValueError(f"{read!r}, expected one of {', '.join(choices)}")
+            return cls(heads, adapter, copied, pooling, pairs)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where}: multitask_bert is not of a known format ({error})") from None
 
@@ -119,9 +149,10 @@ class MultitaskBert(nn.Module):
         self.encoder = encoder
         self.layout = layout
         config, std = encoder.config, encoder.config.initializer_range
+        widths = {task: config.hidden_size * (4 if layout.is_split(task) else 1) for task in layout.tasks}
         with Uninitialized():
             heads = {
-                task: HEADS[head.name](head.parameters, config, TASKS[task].output.num_outputs)
+                task: HEADS[head.name](head.parameters, config, widths[task], TASKS[task].output.num_outputs)
                 for task, head in layout.heads.items()
             }
             self.heads = nn.ModuleDict(cast(Mapping[str, nn.Module], heads))
@@ -147,24 +178,29 @@ class MultitaskBert(nn.Module):
 
     def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
         """Of each of the tasks the logits (B, K) of all rows."""
-        pooled = self.pooled(tasks[0], batch, masks)  # (B, D)
+        pooled = self.pooled(tasks[0], batch, masks)  # (B, F)
         return [self.predict(task, pooled, masks) for task in tasks]
 
     @property
     def shares_passes(self) -> bool:
-        return self.layout.adapter is None and self.layout.copy_top_layers == 0
+        return self.layout.adapter is None and self.layout.copy_top_layers == 0 and not self.layout.is_siamese
 
     def pooled(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
-        """(B, D) what the head of a task reads."""
+        """(B, F) what the head of a task reads."""
         assert batch.tokens is not None, "a batch of features is for the heads alone"
-        top = self.top_layers_of(task)
-        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, first_only=True, top_layers=top)
-        return self.encoder.pool(states)
+        is_mean, is_split, top = self.layout.pooling == "mean", self.layout.is_split(task), self.top_layers_of(task)
+        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, not is_mean, top)
+        if is_mean:
+            states = ops.row_means(states, batch.tokens.packing)  # (N, D) -> (S, D)
+        elif self.layout.pooling == "pooler":
+            states = self.encoder.pool(states)  # (S, D)
+        assert len(states) == len(batch) * (2 if is_split else 1), "rows that were tokenized for other --pairs"
+        return pair_features(states) if is_split else states
 
     def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:
-        """Logits (B, K) of a task's head from (B, D)."""
+        """Logits (B, K) of a task's head from (B, F)."""
         return self.heads[task](pooled, masks)  # type: ignore[no-any-return]
 
     def adapter(self, task: str) -> LayerAdapter | None:
@@ -176,8 +212,10 @@ class MultitaskBert(nn.Module):
         return cast(nn.ModuleList, self.top_layers[task]) if task in self.top_layers else nn.ModuleList()
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, the parameters that the tasks share."""
-        return {f"encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
+        """By name, the parameters that the tasks share; the pooler's only where heads read it."""
+        named = {f"encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
+        is_read = self.layout.pooling == "pooler"
+        return {name: of for name, of in named.items() if is_read or not name.startswith("encoder.pooler.")}
 
     def head_parameters(self, task: str) -> dict[str, nn.Parameter]:
         """By name, the parameters of a task's head."""
@@ -194,19 +232,30 @@ class MultitaskBert(nn.Module):
         return {**self.head_parameters(task), **self.adapter_parameters(task), **of_layers}
 
     def trained(self) -> Trained:
-        """All parameters."""
+        """All parameters that predictions depend on."""
         return Trained(self.shared_parameters(), {task: self.own_parameters(task) for task in self.layout.tasks})
 
     def parameters_by_part(self) -> list[list[str]]:
-        """Names of the shared parameters: those of the embeddings, of each shared layer, of the pooler."""
+        """Names of the shared parameters: those of the embeddings, of each shared layer, of the pooler where it is."""
         names = list(self.shared_parameters())
         layers = [f"encoder.layers.{i}." for i in range(len(self.encoder.layers))]
         parts = [[name for name in names if name.startswith(prefix)] for prefix in (*layers, "encoder.pooler.")]
-        return [[name for name in names if not any(name in part for part in parts)], *parts]
+        parts = [[name for name in names if not any(name in part for part in parts)], *parts]
+        return [part for part in parts if part]
 
     def duplicate(self) -> "MultitaskBert":
         """A copy with parameters of its own."""
         return copy.deepcopy(self)
+
+
+def pair_features(states: Tensor) -> Tensor:
+    """[u, v, |u - v|, u * v] (B, 4 D) of the two vectors of each row, one row behind the other in (2 B, D).
+
+    As in InferSent (Conneau et al. 2017, arXiv 1705.02364). u and v have places of their own in it: a head on these is
+    not symmetric in the two sentences by itself.
+    """
+    u, v = states.view(-1, 2, states.shape[1]).unbind(1)  # (2 B, D) -> (B, D) each
+    return torch.cat([u, v, (u - v).abs(), u * v], 1)
 
 
 class FrozenEncoder:

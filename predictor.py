@@ -114,7 +114,7 @@ def load(
     max_length = max_length or _max_length_of_run(folder) or max_positions
     if max_length > max_positions:
         raise CheckpointError(f"max_length {max_length}: {folder} has {max_positions} positions, expected no more")
-    tokenizer = Tokenizer(folder, max_length)
+    tokenizer = Tokenizer(folder, max_length, layout.is_siamese)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(model, tokenizer, torch.device(device), batch_size, autocast)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
-from config import Config, FlagError, from_dict
+from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
 from console import Console, duration
 from datasets import SPLITS, DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
@@ -95,7 +95,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     start = config.checkpoint or next(iter(config.checkpoints), "")
     folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
-    encoder = read_bert_config(folder)
+    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=POOLING, pairs=PAIR)
     if config.max_length > (most := encoder.max_position_embeddings):
         raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
@@ -111,7 +111,9 @@ def resolve(config: Config) -> tuple[Config, Path]:
         mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
         max_length=config.max_length or most,
-        copy_top_layers=config.copy_top_layers or (read_layout(folder) or Layout({})).copy_top_layers,
+        copy_top_layers=config.copy_top_layers or layout.copy_top_layers,
+        pooling=config.pooling or layout.pooling,
+        pairs=config.pairs or layout.pairs,
         threads=torch.get_num_threads(),
         eval_batch_size=config.eval_batch_size or default_eval_batch_size(resolve_device(config.device)),
     )
@@ -154,7 +156,7 @@ def model_layout(config: Config, folder: Path) -> Layout:
     adapter = config.choice("adapter", config.adapter) if config.adapter else saved.adapter
     if saved.adapter and adapter == Choice(saved.adapter.name, type(saved.adapter.parameters)()):
         adapter = saved.adapter  # asked for by name alone
-    return Layout(heads, adapter, config.copy_top_layers)
+    return Layout(heads, adapter, config.copy_top_layers, config.pooling, config.pairs)
 
 
 def plan_stages(config: Config, data: Data) -> list[Stage]:
@@ -174,7 +176,8 @@ def plan_stages(config: Config, data: Data) -> list[Stage]:
 
 def mlm_stage(config: Config, data: Data) -> Stage:
     """Masked-language modelling on the training texts of all tasks."""
-    stage = make_stage(config, data, MLM, config.tasks, is_frozen=False)
+    texts = replace(data, train={task: rows.by_sequence() for task, rows in data.train.items()})
+    stage = make_stage(config, texts, MLM, config.tasks, is_frozen=False)
     return replace(stage, tasks=(MLM,), epochs=config.mlm_epochs, lr=config.mlm_lr)
 
 
@@ -509,7 +512,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
                 f"(--checkpoint {config.resume} starts a new run from its model)"
             )
         flags = config
-        config = replace(from_dict(saved), out=str(resumed.path))
+        config = replace(from_dict({**BEFORE, **saved}), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:
@@ -523,7 +526,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
         folder = resumed.last
     layout = model_layout(config, folder)
     device = torch.device(config.device)
-    tokenizer = Tokenizer(folder, config.max_length)
+    tokenizer = Tokenizer(folder, config.max_length, layout.is_siamese)
     data = load_data(config, tokenizer, device)
     try:
         loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
@@ -555,6 +558,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     if config.checkpoints:
         source = f"{config.soup} soup of {len(config.checkpoints)} checkpoints"
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
+    layers += f", pooling {config.pooling}, pairs {config.pairs}"
     lines = [
         f"model       {source}: {layers}; {config.device}{threads}, {precision}",
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),

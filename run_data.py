@@ -92,9 +92,9 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
 
 
 def _whole_lengths(path: Path, rows: TokenizedRows, tokenizer: Tokenizer) -> np.ndarray:
-    """(R,) tokens of the concatenated input of each row before truncation."""
+    """(R,) tokens of each row, both sentences of a pair together, before truncation."""
     lengths = rows.tokens.lengths.copy()
-    full = np.flatnonzero(lengths == tokenizer.max_length)
+    full = np.flatnonzero(rows.tokens.longest == tokenizer.max_length)
     if len(full):
         examples = read_examples(path, rows.task, labelled=True).examples
         lengths[full] = [tokenizer.num_tokens(examples[row].texts) for row in full]

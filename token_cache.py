@@ -19,7 +19,7 @@ import torch
 from datasets import DataFile, TokenizedRows, Tokenizer, TokenRows, parse_examples, read_content, text_hashes, tokenize
 from tasks import Task
 
-MAGIC = "multitask-bert tokens 1"  # the number changes with anything that changes an entry's content
+MAGIC = "multitask-bert tokens 2"  # the number changes with anything that changes an entry's content
 Warn = Callable[[str], None]
 
 
@@ -93,6 +93,7 @@ def _packed(file: TokenFile, key: str) -> bytes:
     names = np.frombuffer(json.dumps(rows.ids).encode(), dtype=np.uint8)
     arrays = {"ids": tokens.ids, "lengths": tokens.lengths, "firsts": tokens.firsts, "labels": rows.labels}
     arrays |= {"text_hashes": file.text_hashes, "skipped": np.array(file.skipped, dtype=np.int64), "names": names}
+    arrays["is_split"] = np.array([tokens.is_split])
     payload = save(arrays)
     return f"{MAGIC} {key} {hashlib.sha256(payload).hexdigest()}\n".encode() + payload
 
@@ -109,7 +110,7 @@ def _unpacked(content: bytes, key: str, task: Task, sha256: str, device: torch.d
         arrays = load(payload)
     except SafetensorError as error:
         raise ValueError(str(error)) from None
-    tokens = TokenRows(arrays["ids"], arrays["lengths"], arrays["firsts"])
+    tokens = TokenRows(arrays["ids"], arrays["lengths"], arrays["firsts"], bool(arrays["is_split"][0]))
     names = json.loads(arrays["names"].tobytes())
     rows = TokenizedRows(task, names, arrays["labels"], tokens, device)
     return TokenFile(rows, arrays["text_hashes"], tuple(arrays["skipped"].tolist()), sha256)

@@ -25,6 +25,7 @@ from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
+from ops.pooling import row_means
 from ops.residual_norm import layer_norm, linear_residual_norm
 from ops.task_gradients import TaskBounds, gradients_by_task
 from ops.transfer import Reading, to_device
@@ -54,6 +55,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_residual_norm",
+    "row_means",
     "speed_report",
     "to_device",
     "weighted_sum",

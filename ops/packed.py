@@ -100,8 +100,9 @@ def group_by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
 class PackedTokens:
     """The tokens of B rows, one row behind the other, then the few that belong to no row.
 
-    input_ids, token_type_ids, position_ids: (N,); row_of_token: (N,) which row a token belongs to, B for none;
-    first_tokens: (B,) index of each row's [CLS].
+    A row is one sequence, or two, which do not see each other: those are the rows of the packing. input_ids,
+    token_type_ids, position_ids: (N,); row_of_token: (N,) which of the B rows a token belongs to, B for none;
+    first_tokens: (B,) or (2 B,) index of each sequence's [CLS].
     """
 
     input_ids: Tensor
@@ -124,7 +125,8 @@ class TokenStore:
     """The tokens of R rows on a device, one row behind the other, which batches are gathered from.
 
     ids: (tokens of all rows,); starts, lengths, firsts: (R,) a row's first token, its tokens, and those of type 0.
-    host_lengths: (R,) the lengths, on the host.
+    host_lengths: (R,) the lengths, on the host. longest: no sequence has more tokens. is_split: what would be of type 0
+    and of type 1 is a sequence each, of type 0.
     """
 
     ids: Tensor
@@ -132,19 +134,23 @@ class TokenStore:
     lengths: Tensor
     firsts: Tensor
     host_lengths: np.ndarray = field(repr=False)
+    longest: int
+    is_split: bool
 
     @classmethod
     def of(
-        cls, ids: np.ndarray, lengths: np.ndarray, firsts: np.ndarray, device: torch.device | str = "cpu"
+        cls,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        firsts: np.ndarray,
+        device: torch.device | str = "cpu",
+        is_split: bool = False,
     ) -> "TokenStore":
         lengths = np.array(lengths, np.int64)
+        longest = int(np.maximum(firsts, lengths - firsts).max() if is_split else lengths.max())
         columns = (ids, np.cumsum(lengths) - lengths, lengths, firsts)
         first, second, third, fourth = (torch.from_numpy(np.array(column, np.int64)).to(device) for column in columns)
-        return cls(first, second, third, fourth, lengths)
-
-    @cached_property
-    def longest(self) -> int:
-        return int(self.host_lengths.max())
+        return cls(first, second, third, fourth, lengths, longest, is_split)
 
     def num_places(self, rows: np.ndarray) -> int:
         """N for these rows: their tokens, filled up."""
@@ -159,7 +165,7 @@ class TokenStore:
     def gather(self, rows: Tensor, num_places: int) -> PackedTokens:
         """The same for rows (B,) on the device: all that depends on them is computed there, and nothing waits for
         it."""
-        count, lengths = len(rows), self.lengths[rows]
+        count, lengths, firsts = len(rows), self.lengths[rows], self.firsts[rows]
         ends = lengths.cumsum(0)  # (B,)
         place = torch.arange(num_places, device=rows.device)  # (N,)
         row_of_token = torch.searchsorted(ends, place, right=True)  # (N,)
@@ -168,6 +174,11 @@ class TokenStore:
         is_owned = row_of_token < count
         position = torch.where(is_owned, place - first_tokens[row], 0)
         ids = torch.where(is_owned, self.ids[self.starts[rows][row] + position], 0)
-        types = (is_owned & (position >= self.firsts[rows][row])).long()
+        types = (is_owned & (position >= firsts[row])).long()
+        if self.is_split:
+            position, types = position - types * firsts[row], torch.zeros_like(types)
+            middles = first_tokens + firsts  # (B,)
+            ends = torch.stack([middles, ends], 1).flatten()  # (B,) -> (2 B,)
+            first_tokens = torch.stack([first_tokens, middles], 1).flatten()
         packing = Packing(ends, self.longest)
         return PackedTokens(ids, types, position, row_of_token, first_tokens, packing)

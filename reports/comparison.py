@@ -103,9 +103,9 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_COMPARED]
     defaults: dict[str, Any] = {}
     if any(name not in run.config for run in runs for name in names):
-        from config import Config  # loads torch
+        from config import BEFORE, Config  # loads torch
 
-        defaults = Config().to_dict()
+        defaults = {**Config().to_dict(), **BEFORE}
     flags = [{name: run.config.get(name, defaults.get(name)) for name in names} for run in runs]
     for run, of in zip(runs, flags, strict=True):
         if of.get("checkpoint"):

@@ -91,30 +91,35 @@ def shaken(model: MultitaskBert, seed: int = 40) -> MultitaskBert:
 @torch.no_grad()
 def outputs(model: MultitaskBert, tasks: Sequence[str] = tuple(TASKS)) -> Tensor:
     """Logits of the tasks, one behind the other."""
-    return torch.cat([model(task, random_batch(task, 6)).flatten() for task in tasks])
+    batches = {task: random_batch(task, 6, is_split=model.layout.is_split(task)) for task in tasks}
+    return torch.cat([model(task, batch).flatten() for task, batch in batches.items()])
 
 
-def random_tokens(num_rows: int, seed: int = 0, config: BertConfig | None = None) -> PackedTokens:
-    """Rows of 2 to 20 tokens, the first part of each of token type 0, the rest of type 1."""
+def random_tokens(
+    num_rows: int, seed: int = 0, config: BertConfig | None = None, is_split: bool = False
+) -> PackedTokens:
+    """Rows of 2 to 20 tokens, the first part of each of token type 0, the rest of type 1, or a sequence each."""
     config = config or tiny_config()
     random = np.random.default_rng(seed)
     lengths = random.integers(2, min(20, config.max_position_embeddings) + 1, num_rows)
     rows = [random.integers(0, config.vocab_size, length).tolist() for length in lengths]
     types = []
     for length in lengths:
-        first = int(random.integers(1, length + 1))
+        first = int(random.integers(1, length + (not is_split)))
         types.append([0] * first + [min(1, config.type_vocab_size - 1)] * int(length - first))
-    return pack(rows, types)
+    return pack(rows, types, is_split)
 
 
-def pack(rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> PackedTokens:
+def pack(rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]], is_split: bool = False) -> PackedTokens:
     """Rows of token ids and token types as a packed batch. The types of a row are zeros, then ones."""
     firsts = np.array([list(of_row).count(0) for of_row in types])
-    store = TokenStore.of(np.concatenate(rows), np.array([len(row) for row in rows]), firsts)
+    store = TokenStore.of(np.concatenate(rows), np.array([len(row) for row in rows]), firsts, "cpu", is_split)
     return store.batch(np.arange(len(rows)))
 
 
-def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | None = None) -> Batch:
+def random_batch(
+    task: str, num_rows: int, seed: int = 0, config: BertConfig | None = None, is_split: bool = False
+) -> Batch:
     """Random rows with labels that the task allows."""
     output, random = TASKS[task].output, np.random.default_rng(seed + 1)
     if isinstance(output, Classes):
@@ -123,7 +128,7 @@ def random_batch(task: str, num_rows: int, seed: int = 0, config: BertConfig | N
         labels = random.uniform(output.low, output.high, num_rows).astype(np.float32)
     else:
         labels = random.integers(0, 2, num_rows).astype(np.float32)
-    return Batch(torch.from_numpy(labels), tokens=random_tokens(num_rows, seed, config))
+    return Batch(torch.from_numpy(labels), tokens=random_tokens(num_rows, seed, config, is_split))
 
 
 def tiny_model(
@@ -132,11 +137,14 @@ def tiny_model(
     head: Choice = LINEAR,
     seed: int = 0,
     copied: int = 0,
+    pooling: str = "pooler",
+    pairs: str = "cross",
     **overrides: Any,
 ) -> MultitaskBert:
     """A random encoder with random heads and, where wanted, fresh adapters and copied top layers."""
     encoder = tiny_encoder(seed, **overrides)
-    model = MultitaskBert(encoder, Layout(dict.fromkeys(tasks, head), adapter, copied), generator(seed + 2))
+    layout = Layout(dict.fromkeys(tasks, head), adapter, copied, pooling, pairs)
+    model = MultitaskBert(encoder, layout, generator(seed + 2))
     initialize(model.heads, STD, generator(seed + 3))
     return model
 

@@ -207,11 +207,18 @@ def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
     assert (reference.config.hidden_act, reference.config.hidden_dropout_prob) == ("gelu_new", 0.2)
 
 
+SIAMESE = {"pooling": "mean", "pairs": "siamese"}
+
+
 @pytest.mark.parametrize("head", [LINEAR, MLP])
-@pytest.mark.parametrize(("adapter", "copied"), [(None, 0), (PAL, 1), (LOW_RANK, 0), (None, 2)])
-def test_a_saved_model_loads_bit_identical(head: Choice, adapter: Choice | None, copied: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "more"), [(None, {}), (PAL, {"copied": 1}), (LOW_RANK, SIAMESE), (None, {"copied": 2, **SIAMESE})]
+)
+def test_a_saved_model_loads_bit_identical(
+    head: Choice, adapter: Choice | None, more: dict[str, Any], tmp_path: Path
+) -> None:
     """Also one whose parameters lie in one vector; float32, on the CPU, trainable, without a global generator."""
-    model = shaken(tiny_model(adapter=adapter, head=head, copied=copied, hidden_act="relu"))
+    model = shaken(tiny_model(adapter=adapter, head=head, hidden_act="relu", **more))
     FlatParameters(dict(model.named_parameters()))
     folder = saved(model, tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
@@ -252,6 +259,17 @@ def test_a_checkpoint_in_the_first_format_loads(
     layout, found = read_layout(folder), loaded(folder)
     assert layout == Layout({"sst": head, "sts": head}, adapter)
     assert found.new_parts == () and torch.equal(outputs(found.model, layout.tasks), outputs(model, layout.tasks))
+
+
+def test_a_checkpoint_that_does_not_say_what_its_heads_read_is_of_the_pooler_and_of_joined_pairs(
+    tmp_path: Path,
+) -> None:
+    model = shaken(tiny_model())
+    folder = saved(model, tmp_path)
+    described = read_config(folder)["multitask_bert"]
+    assert (described.pop("pooling"), described.pop("pairs")) == ("pooler", "cross")
+    rewrite_config(folder, multitask_bert=described)
+    assert read_layout(folder) == model.layout and torch.equal(outputs(loaded(folder).model), outputs(model))
 
 
 @pytest.mark.cuda
@@ -304,6 +322,7 @@ def test_a_plain_encoder_gets_new_heads_and_adapters(tmp_path: Path) -> None:
     assert same_as(reference, found.model.encoder)
     rewrite_weights(tmp_path, {"pooler": None})
     assert loaded(tmp_path, Layout({"sst": LINEAR})).new_parts == ("pooler", "head sst")
+    assert loaded(tmp_path, Layout({"sst": LINEAR}, pooling="cls")).new_parts == ("head sst",)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +331,8 @@ def test_a_plain_encoder_gets_new_heads_and_adapters(tmp_path: Path) -> None:
         (Layout({"sst": LINEAR}, PAL), r"its head of sst is mlp {'layers': 2}, the flags ask for linear"),
         (Layout({"sst": Choice("mlp", MlpHead.Parameters(1))}, PAL), "the flags ask for mlp {'layers': 1}"),
         (Layout({"sst": MLP}, None), "its adapters are pal {'kind': 'attention', .*}, the flags ask for none"),
+        (Layout({"sst": MLP}, PAL, pooling="mean"), "its --pooling is pooler, the flags ask for mean"),
+        (Layout({"sst": MLP}, PAL, pairs="siamese"), "its --pairs is cross, the flags ask for siamese"),
         (Layout({"sst": MLP}, LOW_RANK), "its adapters are pal .*, the flags ask for pal {'kind': 'low_rank'"),
         (Layout({"sst": MLP}, PAL, 2), "the top 1 layers are each task's own, the flags ask for --copy_top_layers 2"),
     ],
@@ -351,6 +372,8 @@ def test_missing_and_misshapen_tensors_are_refused(name: str, shape: str, tmp_pa
         ({"adapter": {"name": "pal", "parameters": {"kind": "dense"}}}, "--pal_kind dense: expected one of attention"),
         ({"copy_top_layers": -1}, "copy_top_layers is -1, expected a whole number"),
         ({"format": 1}, "'head_layers'"),
+        ({"pooling": "max"}, "'max', expected one of pooler, cls, mean"),
+        ({"pairs": "triple"}, "'triple', expected one of cross, siamese"),
     ],
 )
 def test_a_description_that_the_program_does_not_know_is_refused(

@@ -242,12 +242,20 @@ print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
     assert run_python("-c", script).splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("flags", ["--option pretrain", "--option individual_pretrain --head mlp --mlp_layers 2"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--option pretrain",
+        "--option individual_pretrain --head mlp --mlp_layers 2",
+        "--option pretrain --pooling mean --pairs siamese",
+        "--option pretrain --pooling cls --pairs siamese --head mlp",
+    ],
+)
 def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(flags: str, runs: Runs, out: Path) -> None:
     before, after = load_file(runs.tiny / "model.safetensors"), weights(runs.run(out, flags), "best")
     assert {name for name in after if not name.startswith("heads.")} == set(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    stages = ["pretrain"] if flags == "--option pretrain" else [f"pretrain_{task}" for task in TASKS]
+    stages = ["pretrain"] if "--option pretrain" in flags else [f"pretrain_{task}" for task in TASKS]
     assert steps(out) == [(stage, step) for stage in stages for step in range(1, 7)]
     dev = [json.loads(line).get("dev") for line in (out / "metrics.jsonl").read_text().splitlines()]
     results = read(out / "results.json")
@@ -488,6 +496,7 @@ METHODS = {
     "gradvac": "--gradvac --scheduler random --granularity layer --pal --warmup 0",
     "ema": "--average ema --pal --ema_decay 0.6",
     "bregman": "--bregman --copy_top_layers 1 --accumulation_steps 2 --scheduler round_robin",
+    "siamese": "--pairs siamese --pooling mean --mlm_epochs 1 --bregman --pal --drop_longest 0.1",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
     "PCD": "--treatment PCD --granularity layer",
     "UW": "--treatment UW --treatment_arguments lr=0.1 --gradient_scale own",
@@ -543,6 +552,24 @@ def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out
     runs.kill(out, flags, "step", number)
     run(["--resume", str(out)])
     assert_same_run(out, runs.whole(flags))
+
+
+def test_a_run_that_does_not_say_what_heads_read_goes_on_as_it_began(runs: Runs, out: Path, monkeypatch: Patch) -> None:
+    """Whatever the defaults are by then, also where it was killed before its first checkpoint."""
+    whole = runs.whole()
+    for name, value in (("POOLING", "mean"), ("PAIR", "siamese")):
+        monkeypatch.setattr(running, name, value)
+    for number in (1, 8):
+        runs.kill(out, "--save_every 2", "step", number)
+        assert (out / "last").exists() == (number == 8)
+        for path in (out / "config.json", *out.glob("*/config.json")):
+            values = read(path)
+            for part in (values, values.get("layout", {}), values.get("multitask_bert", {})):
+                part.pop("pooling", None), part.pop("pairs", None)
+            path.write_text(json.dumps(values))
+        run(["--resume", str(out)])
+        assert_same_run(out, whole)
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize(("method", "point", "number", "what", "stage", "step"), rows("stopped.txt"))
@@ -721,6 +748,8 @@ BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
     (None, "--checkpoint {trained} --head linear", ["is mlp {'layers': 2}", "ask for linear"]),
     (None, "--checkpoint {trained} --head mlp --mlp_layers 3", ["mlp {'layers': 2}", "mlp {'layers': 3}"]),
     (None, "--checkpoint {trained} --head sts=linear", ["head of sts is mlp", "linear"]),
+    (None, "--checkpoint {trained} --pooling mean", ["its --pooling is pooler", "ask for mean"]),
+    (None, "--option test --checkpoint {trained} --pairs siamese", ["its --pairs is cross", "ask for siamese"]),
     (None, "--checkpoint {trained} --pal --pal_size 4", ["adapters are pal", "'size': 8", "'size': 4"]),
     (None, "--checkpoint {trained} --pal --pal_kind low_rank", ["adapters are pal", "'attention'", "'low_rank'"]),
 ]

@@ -305,6 +305,34 @@ def test_a_batch_holds_the_rows_asked_for_in_that_order(pairs: TokenizedRows) ->
     assert pairs.by_length().tolist() == [1, 0, 2]  # the longest first
 
 
+def test_siamese_pairs_are_two_sequences_each_from_position_0_of_type_0_and_cut_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(tiny_vocabulary(tmp_path, lower=False), 5, is_siamese=True)
+    texts = [("hello", "World hello World World"), ("hello hello hello hello hello", ""), ("cafe", "cafe")]
+    data = tokenize(STS, [Example(str(i), row, 0.5 * i, i) for i, row in enumerate(texts)], tokenizer, CPU)
+    assert data.tokens.lengths.tolist() == [8, 7, 6] and data.by_length().tolist() == [0, 1, 2]
+    sequences = [[2, 6, 3], [2, 7, 6, 7, 3], [2, 6, 6, 6, 3], [2, 3], [2, 10, 3], [2, 10, 3]]
+    joined = data.select(np.array([2])).followed_by(data.select(np.array([0, 1])))
+    for rows, order in ((data, [1, 0, 2]), (data, [2]), (joined, [2, 1, 0])):
+        batch, names = rows.batch(order), [int(rows.ids[row]) for row in order]
+        expected = [sequence for name in names for sequence in sequences[2 * name : 2 * name + 2]]
+        tokens, sizes = batch.tokens, [len(sequence) for sequence in expected]
+        assert tokens is not None and tokens.packing.lengths.tolist() == sizes and tokens.packing.longest == 5
+        ids, positions = (part.tolist()[: sum(sizes)] for part in (tokens.input_ids, tokens.position_ids))
+        assert ids == [i for sequence in expected for i in sequence]
+        assert positions == [i for size in sizes for i in range(size)]
+        assert not tokens.token_type_ids.any() and not tokens.position_ids[sum(sizes) :].any()
+        assert tokens.first_tokens.tolist() == [i for i, position in enumerate(positions) if position == 0]
+        of_rows = [number // 2 for number, size in enumerate(sizes) for _ in range(size)]
+        assert tokens.row_of_token[: sum(sizes)].tolist() == of_rows
+        assert tokens.row_of_token[sum(sizes) :].eq(len(order)).all()
+        assert batch.labels.tolist() == [0.5 * name for name in names]
+    alone = data.by_sequence().batch(range(6)).tokens
+    assert alone is not None and alone.packing.lengths.tolist() == [len(sequence) for sequence in sequences]
+    assert alone.input_ids[:21].tolist() == [i for sequence in sequences for i in sequence]
+    assert alone.row_of_token[:3].tolist() == [0] * 3 and len(alone) == 6
+    assert encoded(tokenizer, [("hello World",)]) == encoded(Tokenizer(tmp_path, 5), [("hello World",)])
+
+
 def test_selected_and_joined_rows_are_the_same_rows(pairs: TokenizedRows) -> None:
     chosen = pairs.select(np.array([1, 0]))
     assert chosen.ids == ["y", "x"] and chosen.labels.tolist() == [2.0, 1.5] and len(chosen) == 2

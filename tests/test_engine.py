@@ -84,14 +84,15 @@ class Setup:
         return list(self.trainer.run())
 
 
-def random_rows(task: str, num_rows: int, seed: int) -> TokenizedRows:
+def random_rows(task: str, num_rows: int, seed: int, is_split: bool = False) -> TokenizedRows:
     """Rows of 4 to 12 tokens with the labels of a random batch."""
     draw = np.random.default_rng(seed)
     lengths = draw.integers(4, 13, num_rows).astype(np.int32)
     ids = draw.integers(0, 100, int(lengths.sum())).astype(np.int32)
     firsts = draw.integers(1, lengths).astype(np.int32)
     labels = random_batch(task, num_rows, seed).labels.numpy()
-    return TokenizedRows(TASKS[task], [str(i) for i in range(num_rows)], labels, TokenRows(ids, lengths, firsts), CPU)
+    tokens = TokenRows(ids, lengths, firsts, is_split)
+    return TokenizedRows(TASKS[task], [str(i) for i in range(num_rows)], labels, tokens, CPU)
 
 
 def make(

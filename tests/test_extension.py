@@ -96,8 +96,8 @@ class ScaledHead(LinearHead):
     class Parameters:
         factor: float = parameter(2.0, "factor on the logits", "> 0")
 
-    def __init__(self, parameters: Parameters, encoder: BertConfig, num_outputs: int) -> None:
-        super().__init__(NoParameters(), encoder, num_outputs)
+    def __init__(self, parameters: Parameters, encoder: BertConfig, num_features: int, num_outputs: int) -> None:
+        super().__init__(NoParameters(), encoder, num_features, num_outputs)
         self.factor = parameters.factor
 
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:

@@ -21,7 +21,7 @@ import ops
 from benchmarks import workload
 from evaluation import Precision
 from helpers import generator, tiny_config, tiny_model
-from ops import DropoutMasks, Linear, Packing
+from ops import DropoutMasks, Linear, Packing, Replayed
 from ops.adamw import Moments, Vector, adamw_by_definition
 from run_record import MetricsLog
 
@@ -197,6 +197,25 @@ def test_gradients_are_added_to_what_is_there_unless_a_parameter_is_held_still()
     assert all(torch.equal(p.grad, was) for p, was in zip(parameters, before, strict=True) if p.grad is not None)
 
 
+def test_row_means_are_the_same_bits_every_time_and_in_a_graph() -> None:
+    total = sum(LENGTHS)
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    here, there = Packing.of(LENGTHS), Packing(ends.to(CUDA), 130)
+    for dtype in HALF:
+        inputs = [random(total + 5, 48)]
+        assert_same_function(lambda x: ops.row_means(x, there), lambda x: ops.row_means(x, here), inputs, dtype)
+    states, weights = random(total + 5, 48).to(CUDA).requires_grad_(), random(len(LENGTHS), 48).to(CUDA)
+
+    def means_and_gradient(key: int, ends: Tensor) -> Tensor:
+        means = ops.row_means(states, Packing(ends, 130))
+        (gradient,) = torch.autograd.grad(means, states, weights)
+        return torch.cat([means, gradient])
+
+    replayed, others = Replayed(means_and_gradient), torch.tensor(LENGTHS[::-1]).cumsum(0)
+    for of in (ends, ends, ends, others, ends):  # from the second on a graph
+        assert torch.equal(replayed(0, of.to(CUDA)), means_and_gradient(0, of.to(CUDA)))
+
+
 @pytest.mark.parametrize("size", [1, 100, 70_000])
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 5])
 def test_inner_products_and_weighted_sums(size: int, num_tasks: int) -> None:
@@ -257,8 +276,9 @@ SETTINGS = [
     "--pal", "--pal --pcgrad --pal_kind low_rank", "--pal --train pal", "--scheduler random --draws_per_step 4",
     "--scheduler round_robin", "--scheduler temperature", "--head mlp", "--amp bf16", "--amp fp16 --pcgrad",
     "--amp fp16 --bregman", "--amp bf16 --pcgrad --smart", "--no-cuda_graphs --amp bf16", "--accumulation_steps 3",
-    "--average ema", "--average ema --pal --train pal",
-    "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
+    "--pooling mean --pairs siamese", "--pooling cls --amp bf16", "--pooling mean --pairs siamese --amp fp16 --pcgrad",
+    "--pooling mean --pairs siamese --smart --pal", "--pooling mean --pcgrad", "--average ema",
+    "--average ema --pal --train pal", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
     "--copy_top_layers 1 --amp bf16", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
 ]  # fmt: skip
 
@@ -294,7 +314,12 @@ def killed_at(line: int, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--amp bf16 --average ema", "--amp fp16 --pcgrad --copy_top_layers 1", "--gradvac --smart --bregman --pal"],
+    [
+        "--amp bf16 --average ema",
+        "--amp fp16 --pcgrad --copy_top_layers 1",
+        "--gradvac --smart --bregman --pal",
+        "--pooling mean --pairs siamese",
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     command: Callable[[Path, str], list[str]], flags: str, tmp_path: Path

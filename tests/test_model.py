@@ -1,15 +1,19 @@
 """The multi-task model: what a prediction depends on, whose each parameter is, and the frozen encoder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from test_bert import LENGTHS, assert_same_gradients, by_row, gradients, reference_model, same_encoder, tokens_of
+from torch import Tensor, nn
 
 import ops
 from bert import CheckpointError
-from datasets import Batch
+from datasets import Batch, Example, Tokenizer, tokenize
 from heads import MlpHead
 from helpers import (
+    LINEAR,
     RecordedMasks,
     generator,
     outputs,
@@ -17,10 +21,12 @@ from helpers import (
     random_batch,
     random_tokens,
     shaken,
+    tiny_config,
     tiny_encoder,
     tiny_model,
+    write_vocabulary,
 )
-from model import FrozenEncoder, Layout, MultitaskBert, Trained, parameter_counts
+from model import POOLINGS, FrozenEncoder, Layout, MultitaskBert, Trained, parameter_counts
 from ops import DropoutMasks
 from pal import ProjectedAttention
 from parameters import Choice
@@ -32,6 +38,78 @@ PAL = Choice("pal", ProjectedAttention.Parameters())
 
 
 # -------------------------------------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_poolings_equal_those_of_transformers_on_a_padded_batch(pooling: str) -> None:
+    """In values and in the gradients of the encoder."""
+    reference = reference_model(tiny_config(num_attention_heads=2))
+    model = MultitaskBert(same_encoder(reference), Layout({"sst": LINEAR}, pooling=pooling), generator())
+    tokens = tokens_of(LENGTHS, tiny_config())
+    ids, types, mask = (
+        nn.utils.rnn.pad_sequence(list(by_row(tokens, part)), batch_first=True)
+        for part in (tokens.input_ids, tokens.token_type_ids, torch.ones_like(tokens.input_ids))
+    )  # (B, L) each
+    output = reference(input_ids=ids, token_type_ids=types, attention_mask=mask)
+    states = output.last_hidden_state  # (B, L, D)
+    expected = {
+        "pooler": output.pooler_output,
+        "cls": states[:, 0],
+        "mean": (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
+    }[pooling]
+    found = model.pooled("sst", Batch(torch.zeros(len(LENGTHS)), tokens=tokens))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model.encoder, [found]), gradients(reference, [expected]))
+
+
+@pytest.mark.parametrize(("pooling", "adapter"), [("pooler", None), ("cls", PAL), ("mean", PAL), ("mean", None)])
+def test_siamese_logits_are_those_of_sentences_encoded_alone(
+    pooling: str, adapter: Choice | None, tmp_path: Path
+) -> None:
+    """Whatever the rows beside a row; in the gradients too."""
+    model = shaken(tiny_model(adapter=adapter, head=MLP, pooling=pooling, pairs="siamese"))
+    write_vocabulary(tmp_path)
+    texts = [("the film", "a very good song"), ("not", ""), ("bad bad bad bad bad bad bad", "do i cook"), ("a", "a")]
+    examples = [Example("", row, 0.0, 0) for row in texts]
+    rows = tokenize(TASKS["sts"], examples, Tokenizer(tmp_path, 7, is_siamese=True), torch.device("cpu"))
+    alone = Tokenizer(tmp_path, 7)
+
+    def sentence(text: str) -> Tensor:
+        ids = alone.encode([(text,)]).ids.tolist()
+        states = model.encoder(pack([ids], [[0] * len(ids)]), adapter=model.adapter("sts"))[: len(ids)]
+        first = states[0] if pooling == "cls" else torch.tanh(model.encoder.pooler(states[0]))
+        return states.mean(0) if pooling == "mean" else first  # (D,)
+
+    pairs = [(sentence(a), sentence(b)) for a, b in texts]
+    features = torch.stack([torch.cat([u, v, (u - v).abs(), u * v]) for u, v in pairs])
+    expected = model.heads["sts"](features, None)
+    for order in ([0, 1, 2, 3], [3, 0], [2], [1]):
+        torch.testing.assert_close(model("sts", rows.batch(order)), expected[order], rtol=0, atol=1e-5)
+    ours, theirs = gradients(model, [model("sts", rows.batch(range(3)))]), gradients(model, [expected[:3]])
+    assert_same_gradients(ours, theirs)  # of u = v, in the last row, |u - v| has none but by rounding
+    batch, plain = random_batch("sst", 4), shaken(tiny_model(("sst",), adapter, MLP, pooling=pooling))
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    assert torch.equal(model("sst", batch), plain("sst", batch))  # one text is one sequence
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_last_layer_is_computed_for_all_tokens_only_where_their_mean_is_wanted(pooling: str) -> None:
+    model, batch, masks = tiny_model(pooling=pooling), random_batch("sst", 6), RecordedMasks(1)
+    model("sst", batch, masks)
+    assert batch.tokens is not None
+    assert len(masks.drawn[-2][1]) == 32 * (len(batch.tokens.input_ids) if pooling == "mean" else 6)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_pooler_that_is_not_read_is_neither_trained_nor_counted(pooling: str) -> None:
+    model, plain = tiny_model(pooling=pooling), tiny_model()
+    unread = {"encoder.pooler.weight", "encoder.pooler.bias"}
+    assert plain.shared_parameters().keys() - model.shared_parameters().keys() == unread
+    model.trained().freeze_others(model)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == unread
+    counts, with_pooler = parameter_counts(model), parameter_counts(plain)
+    assert with_pooler["shared"] - counts["shared"] == with_pooler["total"] - counts["total"] == 32 * 33
+    assert model.parameters_by_part() == plain.parameters_by_part()[:-1]
 
 
 def test_heads_read_the_pooled_output_and_have_the_widths_of_their_tasks() -> None:

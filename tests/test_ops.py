@@ -456,6 +456,24 @@ def test_positions_count_from_zero_in_every_row(multiple: int, unowned: int, mon
     assert len(tokens) == 3 and tokens.num_tokens == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_row_means_are_the_mean_of_each_row_and_of_nothing_else(dtype: torch.dtype) -> None:
+    """In value and gradient; what stands behind the last row is not even looked at."""
+    total = sum(LENGTHS)
+    states = random(total + 9, 24).to(dtype)
+    states[total:] = torch.nan
+    states.requires_grad_()
+    exact = states.detach()[:total].double().requires_grad_()
+    found, expected = ops.row_means(states, Packing.of(LENGTHS)), torch.stack([r.mean(0) for r in exact.split(LENGTHS)])
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
+    weights = random(len(LENGTHS), 24)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert states.grad is not None and exact.grad is not None and not states.grad[total:].any()
+    torch.testing.assert_close(states.grad[:total], exact.grad.to(dtype))
+
+
 def test_groups_hold_every_row_once_and_waste_at_most_a_quarter() -> None:
     lengths = np.random.default_rng(0).integers(1, 61, 200)
     groups = list(group_by_length(lengths))

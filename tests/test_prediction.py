@@ -60,6 +60,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, start_point: Path, data: P
     return train(tmp_path_factory.mktemp("runs") / "run", start_point, data)
 
 
+@pytest.fixture(scope="module")
+def siamese(tmp_path_factory: pytest.TempPathFactory, tiny: Path, data: Path) -> Path:
+    """A run whose heads read the mean of each sentence."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    line = f"--option pretrain --model {tiny} --data {data} --out {out} --device cpu --cache off --no-tensorboard "
+    line += "--pretrain_epochs 2 --pretrain_lr 0.1 --pooling mean --pairs siamese"
+    assert multitask_classifier.main(line.split()) == 0
+    return out
+
+
 def dev_rows(data: Path, task: str) -> list[tuple[str, ...]]:
     file = read_examples(data / TASKS[task].file_name("dev"), TASKS[task], labelled=True)
     return [example.texts for example in file.examples]
@@ -133,6 +143,16 @@ def test_predictions_are_those_of_the_runs_prediction_file(
     assert [line.split("\t")[0] for line in lines] == expected
     assert {path.name for path in tmp_path.iterdir()} == {"input.txt", "output.tsv"}
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_checkpoint_is_predicted_with_as_it_was_trained(
+    task: str, predicted: Lines, siamese: Path, data: Path, tmp_path: Path
+) -> None:
+    expected = values_of_file(siamese, task)
+    assert [line.split("\t")[0] for line in predicted(task, content(dev_rows(data, task)), siamese)] == expected
+    run = train(tmp_path / "again", siamese, data, f"--lr 1e-12 --tasks {task}")
+    assert values_of_file(run, task) == expected
 
 
 @pytest.mark.parametrize("task", TASKS)

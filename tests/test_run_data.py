@@ -17,16 +17,16 @@ from tasks import TASKS
 pytestmark = pytest.mark.usefixtures("small_wordnet")
 
 
-def load(data: Path, tiny: Path, flags: str = "", max_length: int = 64) -> Data:
+def load(data: Path, tiny: Path, flags: str = "", max_length: int = 64, is_siamese: bool = False) -> Data:
     config = parse(["--data", str(data), "--cache", "off", *flags.split()])
-    return load_data(config, Tokenizer(tiny, max_length), torch.device("cpu"))
+    return load_data(config, Tokenizer(tiny, max_length, is_siamese), torch.device("cpu"))
 
 
 def content(rows: TokenizedRows) -> list[object]:
     return [
         rows.ids,
         np.nan_to_num(rows.labels, nan=-1).tolist(),
-        *(part.tolist() for part in vars(rows.tokens).values()),
+        *(np.asarray(part).tolist() for part in vars(rows.tokens).values()),
     ]
 
 
@@ -54,10 +54,13 @@ def test_exactly_the_longest_rows_are_left_out(flags: str, data: Path, tiny: Pat
         assert any(f"the longest that stays has {max(lengths[kept])} tokens" in note for note in found.notes)
 
 
-def test_rows_are_as_long_as_before_truncation_where_the_longest_are_left_out(data: Path, tiny: Path) -> None:
-    whole, found = (load(data, tiny, "--drop_longest 0.2", max_length) for max_length in (64, 6))
+@pytest.mark.parametrize("is_siamese", [False, True])
+def test_rows_are_as_long_as_before_truncation_where_the_longest_are_left_out(
+    is_siamese: bool, data: Path, tiny: Path
+) -> None:
+    whole, found = (load(data, tiny, "--drop_longest 0.2", length, is_siamese) for length in (64, 6))
     for task in TASKS:
-        assert found.train[task].tokens.lengths.max() == 6
+        assert found.train[task].tokens.longest.max() == 6
         assert found.train[task].ids == whole.train[task].ids
         name = TASKS[task].file_name("train")
         assert found.files[name]["longest_tokens"] == whole.files[name]["longest_tokens"]

@@ -52,7 +52,7 @@ def assert_equal(found: TokenFile, expected: TokenFile) -> None:
     assert (found.skipped, found.sha256, found.rows.ids) == (expected.skipped, expected.sha256, expected.rows.ids)
     assert found.rows.task is expected.rows.task
     arrays = [[file.text_hashes, file.rows.labels, *vars(file.rows.tokens).values()] for file in (found, expected)]
-    for ours, theirs in zip(*arrays, strict=True):
+    for ours, theirs in zip(*(map(np.asarray, of) for of in arrays), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
 
@@ -68,21 +68,26 @@ def test_a_second_load_parses_nothing_and_gives_the_same(
         assert reading == [path] and found.skipped == skipped and np.isnan(found.rows.labels).all() != labelled
 
 
-@pytest.mark.parametrize("what", ["content", "vocabulary", "length", "labels", "task"])
+@pytest.mark.parametrize("what", ["content", "vocabulary", "length", "labels", "task", "pairs"])
 def test_whatever_the_tokens_follow_from_makes_another_entry(
     what: str, path: Path, cache: TokenCache, reading: list[Path], tmp_path: Path
 ) -> None:
-    if what == "task":
+    if what in ("task", "pairs"):
         path.write_text("id\tsentence\tsentence1\tsentence2\tsentiment\tis_duplicate\na\tgood\tbad\tfilm\t1\t1\n")
-    cache.load(path, SST, True, CPU)
-    task, labelled, words = PARA if what == "task" else SST, what != "labels", cache.tokenizer
+    task, labelled, words = PARA if what in ("task", "pairs") else SST, what != "labels", cache.tokenizer
+    cache.load(path, task if what == "pairs" else SST, True, CPU)
     if what == "content":
         path.write_text(ROWS.replace("good", "bad"))
     elif what == "vocabulary":
         words = tokenizer(tmp_path / "others", "film good bad")
     elif what == "length":
         words = tokenizer(tmp_path / "shorter", max_length=4)
-    found = TokenCache(cache.folder, words, pytest.fail).load(path, task, labelled, CPU)
+    elif what == "pairs":
+        words = Tokenizer(tmp_path / "words", 16, is_siamese=True)
+    cache = TokenCache(cache.folder, words, pytest.fail)
+    found = cache.load(path, task, labelled, CPU)
+    assert len(reading) == 2
+    assert_equal(cache.load(path, task, labelled, CPU), found)
     assert len(reading) == 2
     assert_equal(found, tokenize_file(read_examples(path, task, labelled), task, words, CPU))
 
@@ -96,7 +101,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "one bit": lambda entry: entry.write_bytes((of := entry.read_bytes())[:-3] + bytes([of[-3] ^ 1]) + of[-2:]),
     "empty": lambda entry: entry.write_bytes(b""),
     "foreign": lambda entry: entry.write_text(json.dumps({"ids": [1, 2]})),
-    "another version": replaced(b"tokens 1", b"tokens 0"),
+    "another version": replaced(b"tokens 2", b"tokens 0"),
     "another key": lambda entry: replaced(entry.read_bytes().split()[3], b"0" * 64)(entry),
     "a folder": lambda entry: (entry.unlink(), entry.mkdir()),
 }

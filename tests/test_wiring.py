@@ -58,12 +58,15 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
     rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     adapter = config.choice("adapter", config.adapter) if config.adapter else None
     head = config.choice("head", config.head[0] if config.head else "linear")
-    model = tiny_model(config.tasks, adapter, head, copied=config.copy_top_layers, **sizes, **rates).double()
+    read = {"pooling": config.pooling or "pooler", "pairs": config.pairs or "cross"}
+    copied = config.copy_top_layers
+    model = tiny_model(config.tasks, adapter, head, copied=copied, **read, **sizes, **rates).double()
+    is_split = {task: config.pairs == "siamese" and task != "sst" for task in config.tasks}
     fill_adapters(model)
     randomize_vectors(model.top_layers, 7)
     data = Data(
-        train={task: random_rows(task, SIZES[task], 10 + i) for i, task in enumerate(config.tasks)},
-        dev={task: random_rows(task, 4, 20 + i) for i, task in enumerate(config.tasks)},
+        train={task: random_rows(task, SIZES[task], 10 + i, is_split[task]) for i, task in enumerate(config.tasks)},
+        dev={task: random_rows(task, 4, 20 + i, is_split[task]) for i, task in enumerate(config.tasks)},
     )
     for rows in (*data.train.values(), *data.dev.values()):
         rows.labels = rows.labels.astype(np.float64)
@@ -132,7 +135,9 @@ class Naive:
         self.scored = dict(self.values)
         moving = [name for name in self.values if name.split(".")[0] in self.moves]
         own = {task: [name for name in moving if name.split(".")[1] == task] for task in self.tasks}
-        self.groups = {"shared": [name for name in moving if name.startswith("encoder.")], **own}
+        unread = "encoder.pooler." if self.model.layout.pooling != "pooler" else "-"
+        shared = [name for name in moving if name.startswith("encoder.") and not name.startswith(unread)]
+        self.groups = {"shared": shared, **own}
         self.num_steps = self.epochs * -(-sum(len(self.data.train[task]) for task in self.tasks) // ROWS)
 
     def seed(self, *purpose: str | int) -> int:
@@ -411,6 +416,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ema": (f"{PAL} --average ema --ema_decay 0.2 --draws_per_step 2", {"ema": 0.2, "draws": 2}),
     "ema, adapters alone": (f"{PAL} --average ema --train pal", {"ema": 0.999, "moves": ["adapters"]}),
     "adapters alone": (f"{PAL} --train pal --draws_per_step 2", {"moves": ["adapters"], "draws": 2}),
+    "siamese": ("--pooling mean --pairs siamese --draws_per_step 4", {"draws": 4}),
+    "siamese, smart, pcgrad, layer": (
+        f"--pooling cls --pairs siamese {SMART} {BREGMAN} {PAL} --pcgrad --granularity layer --draws_per_step 4",
+        {"smart": True, "bregman": True, "treatment": "pcgrad", "by_layer": True, "draws": 4},
+    ),
+    "frozen, siamese": ("--option pretrain --head mlp --pooling mean --pairs siamese", FROZEN),
     "frozen": ("--option pretrain --head mlp --scheduler temperature", {"scheduler": "temperature", **FROZEN}),
     "frozen, before fine-tuning": (
         f"{SMART} {BREGMAN} {PAL} --pcgrad --task_weights sst=4 --copy_top_layers 1",
@@ -425,7 +436,7 @@ def test_the_parameters_after_every_step_are_those_of_a_naive_run(case: str) -> 
     assert_as_naive(case, 0.0)
 
 
-@pytest.mark.parametrize("case", ["pal", "rdrop", "all regularizers, pcgrad", "frozen, before fine-tuning"])
+@pytest.mark.parametrize("case", ["pal", "rdrop", "all regularizers, pcgrad", "siamese", "frozen, before fine-tuning"])
 def test_they_are_with_dropout_too(case: str) -> None:
     assert_as_naive(case, 0.2)
 
