@@ -527,7 +527,6 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_run(
 ) -> None:
     runs.kill(out, f"{METHODS[method]} --save_every {save_every}", point, int(number))
     run(["--resume", str(out)])
-    assert steps(out) == both()
     assert_same_run(out, runs.whole(METHODS[method]))
     assert not list(out.glob("*.tmp")) + list(out.glob("*.new")) + list(out.glob("*.old"))
 
