@@ -4,22 +4,27 @@
 """
 
 import argparse
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from checkpoints import EMBEDDED_MODEL
+from torch.nn import ModuleDict
+
+from bert import CheckpointError
+from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
 from datasets import AUGMENTATIONS
 from heads import HEADS
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
-from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
+from parameters import Choice, Flag, NoParameters, flags_of, nearest, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
+from task_files import TaskFileError, add_task_file
 from tasks import TASKS
 
 NO_TREATMENT = "sum"  # the tasks' gradients are added up
@@ -65,6 +70,7 @@ class Config:
 
     option: str = parameter("finetune", _listed(OPTIONS), choices=OPTIONS)
     tasks: tuple[str, ...] = parameter((), "tasks to train together; one is single-task training (default: all)")
+    task_file: tuple[str, ...] = parameter((), "TOML files with tasks of your own, which join --tasks", metavar="FILE")
     model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
@@ -318,12 +324,6 @@ def _add(group: Any, flag: Flag) -> None:
         group.add_argument(f"--{flag.name}", type=kind, metavar=metavar or kind.__name__.upper(), help=help)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean X?" where a known word is like this one."""
-    found = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def _with_underscores(argument: str) -> str:
     """--batch-size as --batch_size; --no-tensorboard keeps its first."""
     flag, equals, value = argument.partition("=")
@@ -340,10 +340,23 @@ def parse(arguments: Sequence[str]) -> Config:
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
     given = vars(parsed)
+    add_tasks(given)
     config = from_dict({"tasks": list(TASKS), **given})
     if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
     return config
+
+
+def add_tasks(given: Mapping[str, Any]) -> None:
+    """The tasks of task files and of the checkpoints to start from join TASKS. Raises FlagError."""
+    try:
+        for name in given.get("task_file", ()):
+            add_task_file(Path(name))
+        for name in filter(None, [given.get("checkpoint"), *given.get("checkpoints", ())]):
+            with suppress(CheckpointError):  # it is said again, with its reason, when the model is loaded
+                read_layout(checkpoint_folder(Path(name)))
+    except TaskFileError as error:
+        raise FlagError(str(error)) from None
 
 
 def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
@@ -354,6 +367,8 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield problem + (nearest(given[flag.name], list(flag.choices)) if flag.choices else "")
     if 0 < config.max_length < 5:
         yield f"--max_length {config.max_length}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]"
+    if taken := [task for task in config.tasks if hasattr(ModuleDict(), task)]:
+        yield f"--tasks {taken[0]}: torch keeps this name for itself, expected another one"
     if len(set(config.tasks)) != len(config.tasks):
         yield f"--tasks {' '.join(config.tasks)}: expected each task once"
     of_heads = [name.partition("=")[0] if "=" in name else "" for name in config.head]

@@ -19,6 +19,7 @@ from heads import HEADS
 from ops import DropoutMasks
 from pal import ADAPTERS, Adapter
 from parameters import Choice
+from task_files import TaskFileError, add_saved_tasks
 from tasks import TASKS
 
 POOLINGS = {
@@ -93,10 +94,11 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json of a checkpoint holds it."""
-        tasks = {
-            task: {"outputs": TASKS[task].output.num_outputs, "head": head.to_dict()}
-            for task, head in self.heads.items()
-        }
+        tasks: dict[str, dict[str, Any]] = {}
+        for task, head in self.heads.items():
+            tasks[task] = {"outputs": TASKS[task].output.num_outputs, "head": head.to_dict()}
+            if TASKS[task].definition:
+                tasks[task]["definition"] = dict(TASKS[task].definition)
         adapter = None if self.adapter is None else self.adapter.to_dict()
         more: dict[str, Any] = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
         more |= {"pooling": self.pooling, "pairs": self.pairs}
@@ -110,6 +112,7 @@ class Layout:
                 raise ValueError(f"format is {values['format']!r}, expected 1 or 2")
             if values["format"] == 1:
                 values = _of_format_2(values)
+            add_saved_tasks(values, where)
             for task, saved in values["tasks"].items():
                 if task not in TASKS or TASKS[task].output.num_outputs != saved["outputs"]:
                     known = ", ".join(f"{t.name} ({t.output.num_outputs})" for t in TASKS.values())
@@ -124,6 +127,8 @@ class Layout:
                 if read not in choices:
                     raise ValueError(f"{read!r}, expected one of {', '.join(choices)}")
             return cls(heads, adapter, copied, pooling, pairs)
+        except TaskFileError as error:
+            raise CheckpointError(str(error)) from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where}: multitask_bert is not of a known format ({error})") from None
 

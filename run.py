@@ -19,7 +19,7 @@ import torch
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
 from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
 from console import Console, duration
-from datasets import SPLITS, DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
+from datasets import DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -46,6 +46,7 @@ from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
 from soup import check_ingredients, cook
+from tasks import SPLITS, TASKS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = 2  # of what `last/` holds besides the model
@@ -105,6 +106,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         out=str(Path(out)),
         model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
+        task_file=tuple(str(Path(name).resolve()) for name in config.task_file),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         checkpoints=tuple(str(Path(name).resolve()) for name in config.checkpoints),
         lr=config.lr or default_learning_rate(encoder.hidden_size),
@@ -461,7 +463,8 @@ class Run:
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
         self.metrics.close()
         self.console.say("\n" + format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}) + "\n")
-        if missing := [task for task in config.tasks if task not in self.data.test]:
+        with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
+        if missing := [task for task in with_test_file if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
         holds = "results, predictions" + (" and the best checkpoint are" if self.directory.best.exists() else " are")
         times = f"training {duration(training)}, " if self.stages else ""
@@ -512,6 +515,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
                 f"(--checkpoint {config.resume} starts a new run from its model)"
             )
         flags = config
+        Layout.from_dict(saved["layout"], f"--resume {config.resume}")  # its tasks are known from here on
         config = replace(from_dict({**BEFORE, **saved}), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
@@ -568,7 +572,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     ]
     for task in config.tasks:
         rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]
-        lines.append(f"            {task:<5} {', '.join(rows)}")
+        lines.append(f"            {task:<{max(5, *map(len, config.tasks))}} {', '.join(rows)}")
     for stage in run.stages:
         passes = f", {stage.accumulation_steps} passes" if stage.accumulation_steps > 1 else ""
         draws = f", {config.draws} draws" if config.draws > 1 and len(stage.tasks) > 1 and not stage.is_frozen else ""

@@ -31,7 +31,6 @@ LONGEST_TEXT = 300  # characters shown of a row
 INTERVAL = "95% over dev rows"
 GRADIENTS = {"cosine": "mean cosine", "conflict_rate": "share of steps in conflict", "removed": "share removed"}
 CSV_SETTINGS = ("option", "model", "data", "scheduler", "treatment", "seed", "epochs", "batch_size", "lr")
-CSV_METRICS = {"sst": ("accuracy", "macro_f1"), "para": ("accuracy", "macro_f1"), "sts": ("pearson", "spearman")}
 
 
 def run_sections(run: FinishedRun, files: Sequence[Path]) -> list[Section]:
@@ -54,7 +53,7 @@ def _scores_section(run: FinishedRun) -> Section:
     config, results, intervals = run.config, run.results, row_intervals([run])
     rows: list[dict[str, Any]] = []
     for task in (TASKS[name] for name in run.tasks):
-        num_rows = config["data_files"].get(task.file_name("dev"), {}).get("rows")
+        num_rows = config["data_files"].get(task.file_key("dev"), {}).get("rows")
         for name, value in results["dev"][task.name].items():
             rows.append({"task": task.title, "dev rows": num_rows, "metric": name, "value": value})
             if name == task.output.selection_metric:
@@ -151,11 +150,12 @@ def _differences(settings: Sequence[Setting]) -> list[str | Table]:
 
 
 def print_csv(runs: Sequence[FinishedRun]) -> None:
-    """For other programs: a row a run, the same columns whatever the runs are, every number in full.
+    """For other programs: a row a run, the same columns whatever the runs are, every number in full; metrics of tasks
+    from task files come behind those of the others.
 
     The last column holds all settings of the run as JSON. What a run does not have is empty.
     """
-    metrics = {f"{task}_{metric}": (task, metric) for task, of in CSV_METRICS.items() for metric in of}
+    metrics = {f"{task}_{metric}": (task, metric) for task in TASKS for metric in TASKS[task].output.metrics}
     ends = ("training_seconds", "peak_memory_mb", "parameters", "settings")
     columns = ("run", *CSV_SETTINGS, "tasks", *metrics, MEAN, *ends)
     writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
