@@ -474,7 +474,7 @@ class Run:
         try:
             from reports.plots import write_run_plots
 
-            write_run_plots(self.directory.path)
+            write_run_plots(self.directory.path, self.config.format)
         except Exception as error:
             self.console.say(f"warning: no plots: {error}")
 

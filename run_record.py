@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", ".lock"
+FORMATS = ("png", "pdf", "svg")  # of plots
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from console import duration
-from reports.command import FORMATS, Parser, check_new_file, run_command
+from reports.command import Parser, check_new_file, run_command
 from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, row_intervals, score_names, settings_of
 from reports.document import Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
 from reports.plots import Plot, draw_comparison, run_plots, write_plots
-from run_record import RunError, write_atomically
-from tasks import TASKS
+from run_record import FORMATS, RunError, write_atomically
+from tasks import TASKS, Task
 
 NUM_WRONG = 5  # rows listed of each task
 LONGEST_TEXT = 300  # characters shown of a row
@@ -86,14 +86,19 @@ def _error_blocks(run: FinishedRun, name: str) -> list[str | Table]:
     wrong = [
         {
             "row": f"{task.file_name('dev')}:{examples[i].line}",
-            "true": f"{rows.labels[i]:.3g}",
-            "predicted": f"{rows.predictions[i]:.3g}",
+            "true": _answer(task, rows.labels[i]),
+            "predicted": _answer(task, rows.predictions[i]),
             "error" if is_scale else "probability": certainty,
             "text": textwrap.shorten(" / ".join(examples[i].texts), LONGEST_TEXT, placeholder="…"),
         }
         for i, certainty in most_wrong(task, rows, NUM_WRONG)
     ]
     return [*blocks, "Largest errors:" if is_scale else "Wrong and surest of it:", _table(wrong)] if wrong else blocks
+
+
+def _answer(task: Task, value: float) -> str:
+    """A label or prediction as it is read: the class by its name, or the number on the scale."""
+    return task.output.class_names[int(value)] if task.output.class_names else f"{value:.3g}"
 
 
 def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]) -> list[Section]:
