@@ -144,6 +144,10 @@ class MetricsLog:
     def size(self) -> int:
         return self._file.tell()
 
+    def records(self) -> list[dict[str, Any]]:
+        """What has been written so far."""
+        return parse_records(self._path.read_bytes())
+
     def close(self) -> None:
         self._file.close()
         if self._writer is not None:

@@ -224,7 +224,7 @@ def run_plots(run: FinishedRun) -> Iterator[Plot]:
     """Every picture of the run that there is something to draw for. Raises RunError for a damaged log."""
     records = run.records()
     if curves(records, "dev"):
-        yield draw_dev_scores(records, run.majority, row_intervals([run]))
+        yield draw_dev_scores(records, {t: run.guesses[t] for t in run.confusion}, row_intervals([run]))
     for key, name, caption in OVER_STEPS:
         if curves(records, key):
             yield draw_moving_means(records, key, name, caption)
