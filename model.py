@@ -96,7 +96,10 @@ class Layout:
         """As config.json of a checkpoint holds it."""
         tasks: dict[str, dict[str, Any]] = {}
         for task, head in self.heads.items():
-            tasks[task] = {"outputs": TASKS[task].output.num_outputs, "head": head.to_dict()}
+            output = TASKS[task].output
+            tasks[task] = {"outputs": output.num_outputs, "head": head.to_dict()}
+            if output.class_names:
+                tasks[task]["id2label"] = {str(k): name for k, name in enumerate(output.class_names)}
             if TASKS[task].definition:
                 tasks[task]["definition"] = dict(TASKS[task].definition)
         adapter = None if self.adapter is None else self.adapter.to_dict()

@@ -6,10 +6,11 @@ import platform
 import resource
 import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -19,7 +20,7 @@ import torch
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
 from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
 from console import Console, duration
-from datasets import DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
+from datasets import DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer, tasks_in
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -40,6 +41,7 @@ from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, para
 from ops import speed_report
 from parameters import Choice
 from pcgrad import find_treatment
+from remarks import guess_scores, remarks
 from run_data import Data, load_data
 from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_trainer
 from schedulers import SCHEDULERS, Setting
@@ -438,7 +440,8 @@ class Run:
         with self.console.bar("predictions", num_rows, unit="row"):
             logits = predict_all(self.model, self.data.dev, size, self.precision, self.between)
             test_logits = predict_all(self.model, self.data.test, size, self.precision, self.between)
-        dev, confusion = metrics_of(logits, self.data.dev, self.console.say), confusion_matrices(logits, self.data.dev)
+        dev = metrics_of(logits, self.data.dev, lambda line: None)  # what there is to say stands below the table
+        confusion = confusion_matrices(logits, self.data.dev)
         folder.mkdir(exist_ok=True)
         for task, rows in self.data.dev.items():
             write_predictions(task, rows, logits[task], folder / f"{task}-dev-output.csv")
@@ -462,7 +465,10 @@ class Run:
         self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
         self.metrics.close()
-        self.console.say("\n" + format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}) + "\n")
+        num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
+        self.console.say("\n" + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
+        for line in remarks(dev, confusion, self.metrics.records()):
+            self.console.say(line)
         with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
         if missing := [task for task in with_test_file if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
@@ -477,7 +483,7 @@ class Run:
         try:
             from reports.plots import write_run_plots
 
-            write_run_plots(self.directory.path)
+            write_run_plots(self.directory.path, self.config.format)
         except Exception as error:
             self.console.say(f"warning: no plots: {error}")
 
@@ -546,7 +552,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     directory = resumed or RunDirectory.create(Path(config.out), {**record, "stages": stages})
     run = Run(config, loaded.model.to(device), folder, data, directory, console, stop)
     for line in start_block(run, loaded.new_parts):
-        console.say(line)
+        console.say(textwrap.fill(line, 99, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
     return run
 
 
@@ -573,6 +579,8 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     for task in config.tasks:
         rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]
         lines.append(f"            {task:<{max(5, *map(len, config.tasks))}} {', '.join(rows)}")
+    if absent := [task for task in TASKS if task not in tasks_in(config.data)]:
+        lines.append(f"            (no files of {', '.join(absent)}: left out)")
     for stage in run.stages:
         passes = f", {stage.accumulation_steps} passes" if stage.accumulation_steps > 1 else ""
         draws = f", {config.draws} draws" if config.draws > 1 and len(stage.tasks) > 1 and not stage.is_frozen else ""
@@ -610,7 +618,7 @@ def _methods(config: Config) -> list[str]:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine, commit and whether operations are compiled, for config.json."""
-    packages = ("numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    packages = ("numpy", "tokenizers", "safetensors", "scikit-learn", "scipy", "torchjd")
     own = {"python": platform.python_version(), "torch": torch.__version__}  # which build it is too
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
@@ -618,8 +626,27 @@ def environment(device: str) -> dict[str, Any]:
     except OSError:
         commit = ""
     return {
-        "versions": {**own, **{name: version(name) for name in packages}},
+        "versions": {**own, **{name: _version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "processor": processor_name(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "commit": commit or None,
         "compiled": speed_report(device),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """The processor's model, as Linux says it or else Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

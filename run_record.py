@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", ".lock"
+FORMATS = ("png", "pdf", "svg")  # of plots
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
 
 
@@ -142,6 +143,10 @@ class MetricsLog:
     @property
     def size(self) -> int:
         return self._file.tell()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What has been written so far."""
+        return parse_records(self._path.read_bytes())
 
     def close(self) -> None:
         self._file.close()

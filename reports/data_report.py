@@ -20,9 +20,9 @@ import torch
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
 from datasets import DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
-from reports.command import FORMATS, Parser, check_new_file, run_command
+from reports.command import Parser, check_new_file, run_command
 from reports.plots import Plot, panels, style
-from run_record import write_atomically
+from run_record import FORMATS, write_atomically
 from task_files import TaskFileError, add_task_file
 from tasks import SPLITS, TASKS, Task
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from remarks import guess_scores, remarks
 from run_record import CONFIG, METRICS, RESULTS, DevRows, RunError, parse_records, read_json
 from task_files import TaskFileError, add_saved_tasks
 from tasks import TASKS
@@ -111,14 +112,14 @@ class FinishedRun:
         return {task: np.array(matrices[task]) for task in self.tasks if task in matrices}
 
     @property
-    def majority(self) -> dict[str, float]:
-        """Of each task with classes the score of always predicting the class that most dev rows have."""
-        found = {}
-        for task, counts in ((task, of.sum(1)) for task, of in self.confusion.items() if of.sum()):
-            labels, output = np.repeat(np.arange(len(counts)), counts), TASKS[task].output
-            constant = np.full(len(labels), counts.argmax())
-            found[task] = output.scores(constant, labels)[output.selection_metric]
-        return found
+    def guesses(self) -> dict[str, float]:
+        """Of each task what one answer for all dev rows scores, as far as that is known."""
+        return guess_scores(self.tasks, self.confusion)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What its numbers do not say by themselves. Raises RunError for a damaged log."""
+        return remarks({task: self.results["dev"][task] for task in self.tasks}, self.confusion, self.records())
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; none where there is no such file. Raises RunError if one is damaged."""

@@ -184,6 +184,8 @@ def test_a_run_leaves_everything_in_its_directory(runs: Runs, out: Path, capsys:
     assert config["treatment"] == "pcgrad" and config["draws_per_step"] == 4
     assert config["lr"] == running.default_learning_rate(32)  # no value is left to be chosen
     assert config["threads"] > 0 and config["max_length"] == 64
+    labels = read(out / "best" / "config.json")["multitask_bert"]["tasks"]
+    assert labels["para"]["id2label"] == {"0": "no", "1": "yes"} and "id2label" not in labels["sts"]
     assert config["versions"]["torch"] == torch.__version__ and "commit" in config
     assert config["data_files"]["quora-train.csv"]["rows"] == 26
     assert len(config["data_files"]["quora-train.csv"]["sha256"]) == 64

@@ -88,7 +88,7 @@ def content(rows: Sequence[tuple[str, ...]]) -> bytes:
 
 def arguments(run: Path, task: str, **flags: Any) -> list[str]:
     given = {"option": "predict", "checkpoint": run, "task": task, "device": "cpu", **flags}
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
 
 
 @pytest.fixture
@@ -173,6 +173,14 @@ def test_the_probability_is_that_of_the_predicted_answer_and_the_python_form_giv
     assert numbers(lines)[:, 1] == pytest.approx(p.max(1), abs=2e-6)
     pairs = predictor.predict(task, texts, probabilities=True)
     assert [f"{value}\t{p:.6f}" for value, p in pairs] == lines and [value for value, _ in pairs] == values
+
+
+@pytest.mark.parametrize("task", ["sst", "para"])
+def test_with_names_a_line_says_what_its_class_is_called(task: str, predicted: Lines) -> None:
+    text = content(random_rows(task, 20))
+    plain, named = predicted(task, text), predicted(task, text + b" \n", status=1, names=True)
+    names = ("very negative", "negative", "neutral", "positive", "very positive") if task == "sst" else ("no", "yes")
+    assert named == [*(f"{line}\t{names[int(line[0])]}" for line in plain), "\t\t"]
 
 
 def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) -> np.ndarray:

@@ -240,10 +240,10 @@ def test_rows_are_read_by_the_ending_of_their_file(file: Path, tmp_path: Path) -
     found = read_examples(tmp_path / "x.jsonl", same, labelled=True)
     assert [(row.texts, row.label) for row in found.examples] == [(("one",), 1.0), (("2.5",), 0.0)]
     (tmp_path / "open.csv").write_text('b,a\n1,"one\n0,two\n')
-    with pytest.raises(DataError, match="open.csv:3: unexpected end of data"):
+    with pytest.raises(DataError, match=r"open\.csv:3: unexpected end of data"):
         read_examples(tmp_path / "open.csv", replace(same, delimiter=""), labelled=True)
     (tmp_path / "wrong.csv").write_text("b\ta\n1\tone\n")
-    with pytest.raises(DataError, match="no ',' in the header 'b.ta', expected ','-separated columns"):
+    with pytest.raises(DataError, match=r"no ',' in the header 'b.ta', expected ','-separated columns"):
         read_examples(tmp_path / "wrong.csv", replace(same, delimiter=""), labelled=True)
 
 
@@ -295,16 +295,16 @@ def test_all_tasks_train_together_and_their_file_is_not_needed_again(
 def test_it_is_reported_compared_and_drawn(five: Path, tmp_path: Path, capsys: Capture) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(five, copy)
-    write_run_plots(copy)
+    write_run_plots(copy, "png")
     assert {"valence-valence.png", "confusion.png", "dev-scores.png"} <= {
         path.name for path in (copy / "plots").iterdir()
     }
     assert report([str(copy)]) == 0
     shown = capsys.readouterr().out
     assert "Entailment: errors" in shown and "nli-dev.jsonl:" in shown and "true valence" in shown
-    majority = FinishedRun.read(copy).majority["nli"]
+    guess = FinishedRun.read(copy).guesses["nli"]
     counts = FinishedRun.read(copy).confusion["nli"].sum(1)
-    assert majority == pytest.approx(2 * counts.max() / (counts.max() + counts.sum()) / 3)  # its F1 alone is not 0
+    assert guess == pytest.approx(2 * counts.max() / (counts.max() + counts.sum()) / 3)  # its F1 alone is not 0
     assert report([str(copy), str(five), "--csv"]) == 0
     header = capsys.readouterr().out.split("\n")[0].split(",")
     assert {"nli_macro_f1", "valence_spearman", "sst_accuracy"} <= {*header}
@@ -333,7 +333,9 @@ def test_killed_and_resumed_without_the_file_it_equals_the_undisturbed_run(
 def test_tasks_of_the_same_name_that_mean_something_else_are_refused(five: Path, file: Path, tmp_path: Path) -> None:
     other = NLI.replace('"neutral", "contradiction"', '"contradiction", "neutral"')
     (tmp_path / "other.toml").write_text(other)
-    with pytest.raises(FlagError, match="task nli is 2 texts, entailment, neutral.*in use is nli with 2 texts, entail"):
+    with pytest.raises(
+        FlagError, match=r"task nli is 2 texts, entailment, neutral.*in use is nli with 2 texts, e"
+    ):
         running.resolve(parse(["--task_file", str(tmp_path / "other.toml"), "--checkpoint", str(five)]))
     for definition, found in ((3, "nli is 3"), ({"kind": "classes"}, "no 'files'")):
         with pytest.raises(TaskFileError, match=f"here: .*{found}"):
