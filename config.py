@@ -5,7 +5,9 @@
 
 import argparse
 import inspect
+import json
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,10 +25,10 @@ from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, nearest, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
-from run_record import FORMATS
+from run_record import FORMATS, RECORD_KEYS
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
-from task_files import TaskFileError, add_task_file
+from task_files import TaskFileError, add_saved_tasks, add_task_file
 from tasks import TASKS
 
 NO_TREATMENT = "sum"  # the tasks' gradients are added up
@@ -45,6 +47,7 @@ PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "names", "eval_batch_size", "max_length", "device", "threads"),
     "amp",
 }
+OWN_FLAGS = {"out", "resume", "config", "name", "task_file"}  # of a run, which another one does not take from it
 RESUME_FLAGS = {"resume", "device", "threads"}
 
 # Of each table of methods: its entries, and how one is chosen on the command line.
@@ -79,6 +82,9 @@ class Config:
     )
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files", metavar="DIR")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
+    config: str = parameter(
+        "", "settings from a TOML file, or from a run's config.json; flags beside it win", metavar="FILE"
+    )
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
     checkpoints: tuple[str, ...] = parameter((), "soup: run directories or checkpoint folders", metavar="DIR")
@@ -362,18 +368,76 @@ def _with_underscores(argument: str) -> str:
 
 def parse(arguments: Sequence[str]) -> Config:
     """The settings of a command line. Raises FlagError with all problems, one a line."""
+    given, of_run = _given(arguments), dict[str, Any]()
+    if path := given.get("config"):
+        values = read_settings(Path(path))
+        is_of_run = "layout" in values
+        try:
+            found = _given([*_as_arguments(_settings_of_run(values, path) if is_of_run else values)])
+        except FlagError as error:
+            raise FlagError("\n".join(f"--config {path}: {line}" for line in str(error).split("\n"))) from None
+        given, of_run = (given, found) if is_of_run else (_over(found, given), {})
+    add_tasks(given)
+    default = {"tasks": tasks_in(given.get("data", of_run.get("data", "sample")))}
+    config = from_dict(_over({**default, **of_run}, given))
+    if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
+        raise FlagError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags of a command line, by name."""
     parser = make_parser()
     parsed, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if unknown:
         flags = list(parser._option_string_actions)
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
-    given = vars(parsed)
-    add_tasks(given)
-    config = from_dict({"tasks": tasks_in(given.get("data", "sample")), **given})
-    if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
-        raise FlagError("\n".join(dict.fromkeys(problems)))
-    return config
+    return vars(parsed)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `--config` names: a TOML file, or a run's config.json. Raises FlagError if it is neither."""
+    try:
+        content = path.read_text("utf-8")
+        values = json.loads(content) if path.suffix == ".json" else tomllib.loads(content)
+    except OSError as error:
+        raise FlagError(f"--config {path}: {error.strerror}, expected a TOML file or a run's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"--config {path}: not readable as {path.suffix[1:].upper() or 'TOML'} ({error})") from None
+    if not isinstance(values, dict) or (path.suffix == ".json" and not isinstance(values.get("layout"), dict)):
+        raise FlagError(f"--config {path}: no settings of a run, expected its config.json")
+    return values
+
+
+def _as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
+    """A file's settings as a command line."""
+    for name, value in values.items():
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        elif isinstance(value, list):
+            yield from (f"--{name}", *map(str, value))
+        else:
+            yield f"--{name}={value}"
+
+
+def _settings_of_run(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The flags in a run's config.json, without those that belong to this run alone; its tasks join TASKS.
+
+    They do not have to be needed by each other, as those of a command line: a run records them all.
+    """
+    try:
+        add_saved_tasks(values["layout"], path)
+    except TaskFileError as error:
+        raise FlagError(str(error)) from None
+    flags = {name: value for name, value in values.items() if name not in RECORD_KEYS | OWN_FLAGS}
+    return {name: value for name, value in {**BEFORE, **flags}.items() if value not in ("", [])}
+
+
+def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with those given in their place; a treatment stands for all that is said of one."""
+    treatments = {"treatment", *TREATMENTS} if given.keys() & {"treatment", *TREATMENTS} else set()
+    return {name: value for name, value in values.items() if name not in treatments} | dict(given)
 
 
 def add_tasks(given: Mapping[str, Any]) -> None:
