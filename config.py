@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib.util
 import inspect
 import json
 import textwrap
@@ -30,6 +31,7 @@ from schedulers import SCHEDULERS
 from smart import REGULARIZERS
 from task_files import TaskFileError, add_saved_tasks, add_task_file
 from tasks import TASKS
+from trackers import TRACKERS
 
 NO_TREATMENT = "sum"  # the tasks' gradients are added up
 DRAWS_WITH_TREATMENT = 16
@@ -190,6 +192,9 @@ class Config:
     cuda_graphs: bool = parameter(True, "record training steps on a GPU as CUDA graphs; the results are the same")
     amp: str = parameter("off", "mixed precision: bf16 (also the bare flag) or fp16", choices=("off", "bf16", "fp16"))
     tensorboard: bool = parameter(True, "write TensorBoard files")
+    log: str = parameter(
+        "", f"a tracker that gets the run's numbers too: {', '.join(TRACKERS)}", choices=["", *TRACKERS]
+    )
     name: str = parameter("", "what reports call the run's setting (default: by the flags in which it differs)")
     format: str = parameter("png", "of the run's plots: png, pdf or svg", choices=FORMATS)
 
@@ -308,6 +313,30 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
 
+class _Completion(argparse.Action):
+    """Prints a shell's completion of the command, flags and choices, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, space: Any, value: Any, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option}: the package shtab is not installed, expected: pip install shtab")
+        if value not in shtab.SUPPORTED_SHELLS:
+            shells = ", ".join(shtab.SUPPORTED_SHELLS)
+            parser.error(f"{option} {value}: expected one of {shells}{nearest(value, shtab.SUPPORTED_SHELLS)}")
+        choices = {flag.name: flag.choices for _, flag in flags_of(Config) if flag.choices}
+        choices |= {table: entries for table, (entries, way) in TABLES.items() if way.startswith(f"--{table}")}
+        choices |= {"tasks": TASKS, "task": TASKS, "pooling": POOLINGS, "pairs": PAIRS}
+        for action in parser._actions:
+            action.choices = action.choices or list(filter(None, choices.get(action.dest, ()))) or None
+            kind = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE}.get(str(action.metavar))
+            if kind and not action.choices:
+                vars(action)["complete"] = kind  # an attribute of shtab's
+        parser.prog = "multitask-bert"
+        print(shtab.complete(parser, value))
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """argparse's parser of all flags. Flags that are not given stay absent from its result."""
     parser = _Parser(
@@ -323,6 +352,8 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    shown = "print what makes a shell complete the flags of multitask-bert: bash, zsh or tcsh"
+    parser.add_argument("--print_completion", metavar="SHELL", action=_Completion, help=shown)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(GROUPS.values())}
     title = ""
     for name, flag in flags_of(Config):
@@ -377,8 +408,8 @@ def parse(arguments: Sequence[str]) -> Config:
         except FlagError as error:
             raise FlagError("\n".join(f"--config {path}: {line}" for line in str(error).split("\n"))) from None
         given, of_run = (given, found) if is_of_run else (_over(found, given), {})
-    add_tasks(given)
-    default = {"tasks": tasks_in(given.get("data", of_run.get("data", "sample")))}
+    own = add_tasks(given)
+    default = {"tasks": [*dict.fromkeys([*tasks_in(given.get("data", of_run.get("data", "sample"))), *own])]}
     config = from_dict(_over({**default, **of_run}, given))
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
@@ -440,16 +471,16 @@ def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in values.items() if name not in treatments} | dict(given)
 
 
-def add_tasks(given: Mapping[str, Any]) -> None:
-    """The tasks of task files and of the checkpoints to start from join TASKS. Raises FlagError."""
+def add_tasks(given: Mapping[str, Any]) -> list[str]:
+    """The tasks of task files, whose names are returned, and those of checkpoints join TASKS. Raises FlagError."""
     try:
-        for name in given.get("task_file", ()):
-            add_task_file(Path(name))
+        own = [task for name in given.get("task_file", ()) for task in add_task_file(Path(name))]
         for name in filter(None, [given.get("checkpoint"), *given.get("checkpoints", ())]):
             with suppress(CheckpointError):  # it is said again, with its reason, when the model is loaded
                 read_layout(checkpoint_folder(Path(name)))
     except TaskFileError as error:
         raise FlagError(str(error)) from None
+    return own
 
 
 def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
@@ -458,6 +489,8 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for flag in flags:
         if flag.name in given and (problem := flag.problem(given[flag.name])):
             yield problem + (nearest(given[flag.name], list(flag.choices)) if flag.choices else "")
+    if config.log in TRACKERS and importlib.util.find_spec(config.log) is None:
+        yield f"--log {config.log}: the package {config.log} is not installed, expected: pip install {config.log}"
     if 0 < config.max_length < 5:
         yield f"--max_length {config.max_length}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]"
     if taken := [task for task in config.tasks if hasattr(ModuleDict(), task)]:

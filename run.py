@@ -49,6 +49,7 @@ from seeding import derive_seed
 from smart import REGULARIZERS
 from soup import check_ingredients, cook
 from tasks import SPLITS, TASKS
+from trackers import Tracking
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = 2  # of what `last/` holds besides the model
@@ -267,11 +268,16 @@ class Run:
         self.known_features: dict[int, FeatureRows] = {}
         self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
         self.metrics: MetricsLog
+        self.tracking = Tracking("", Path(), {}, 0, console.say)
 
     def train(self) -> None:
         """All stages, from the checkpoint on where there is one."""
         tensors, state = read_trainer(self.directory.last, FORMAT) if self.directory.last.exists() else ({}, {})
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
+        num_records = len(self.metrics.records())
+        self.tracking = Tracking(
+            self.config.log, self.directory.path, self.config.to_dict(), num_records, self.console.say
+        )
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
         if self.config.option == "soup":
@@ -397,6 +403,7 @@ class Run:
         if event.record is None:
             return
         self.metrics.write(event.record)
+        self.tracking.write(event.record)
         if not event.is_epoch:
             self.console.advance(1, event.record)
             return
@@ -464,6 +471,7 @@ class Run:
         }
         self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
+        self.tracking.finish(results["dev"])
         self.metrics.close()
         num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
         self.console.say("\n" + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")

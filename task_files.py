@@ -99,12 +99,14 @@ def read_task_file(path: Path) -> list[Task]:
     return [_task(f"--task_file {path}: ", name, values, path.parent) for name, values in content.items()]
 
 
-def add_task_file(path: Path) -> None:
-    """Its tasks join TASKS. Raises TaskFileError."""
-    for task in read_task_file(path):
+def add_task_file(path: Path) -> list[str]:
+    """Its tasks join TASKS; returns their names. Raises TaskFileError."""
+    tasks = read_task_file(path)
+    for task in tasks:
         if task.name in TASKS and not TASKS[task.name].definition:
             raise TaskFileError(f"--task_file {path}: task {task.name} is built in, expected another name")
         TASKS[task.name] = task
+    return [task.name for task in tasks]
 
 
 def add_saved_tasks(layout: Any, where: str) -> None:

@@ -226,7 +226,7 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
         ('epochs = "two"', "--epochs: invalid int value: 'two'"),
         ("epochs = 2.5", "--epochs: invalid int value: '2.5'"),
         ("pcgrad = 3", "--pcgrad: ignored explicit argument '3'"),
-        ("lr = ", "not readable as TOML (Invalid value (at line 1, column 6))"),
+        ("lr = 1\nlr = 2", "not readable as TOML (Cannot overwrite a value (at end of document))"),
     ],
 )
 def test_a_wrong_settings_file_is_one_line(text: str, expected: str, tmp_path: Path) -> None:
