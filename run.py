@@ -274,10 +274,8 @@ class Run:
         """All stages, from the checkpoint on where there is one."""
         tensors, state = read_trainer(self.directory.last, FORMAT) if self.directory.last.exists() else ({}, {})
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
-        num_records = len(self.metrics.records())
-        self.tracking = Tracking(
-            self.config.log, self.directory.path, self.config.to_dict(), num_records, self.console.say
-        )
+        config, num_records = self.config, len(self.metrics.records())
+        self.tracking = Tracking(config.log, self.directory.path, config.to_dict(), num_records, self.console.say)
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
         if self.config.option == "soup":
