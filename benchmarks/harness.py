@@ -135,11 +135,10 @@ def lines_of(
     base: str,
     memory: Mapping[str, Memory] = MappingProxyType({}),
     ratios: Mapping[str, Summary] = MappingProxyType({}),
-    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Line]:
     """A line for each kind, with its ratio to one of them, round by round where `ratios` does not say otherwise."""
     over = {name: Summary.of_ratios(of, seconds[base]) for name, of in seconds.items() if name != base} | dict(ratios)
-    return [Line(n, of, "s", over.get(n), shares.get(n), memory.get(n)) for n, of in seconds.items()]
+    return [Line(name, of, "s", over.get(name), memory=memory.get(name)) for name, of in seconds.items()]
 
 
 @dataclass(frozen=True)
