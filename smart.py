@@ -195,7 +195,6 @@ def proximity(logits: Tensor, reference: Tensor, divergence: Divergence) -> Tens
     return divergence(logits, reference.detach()).mean()
 
 
-# R-Drop stands first: the others draw again, and after that a GPU without Triton goes on with no masks made before.
 REGULARIZERS: dict[str, type[Regularizer]] = {
     "rdrop": RDrop,
     "smart": Smoothness,
