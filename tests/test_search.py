@@ -47,7 +47,9 @@ class Fake:
         self.plan()
 
     def plan(self, plans: dict[Any, dict[str, Any]] | None = None) -> None:
-        (self.folder / "plan.json").write_text(json.dumps({str(k): v for k, v in (plans or {}).items()}))
+        (self.folder / "plan.json").write_text(
+            json.dumps({k if k == "*" else f"trial-{k}": v for k, v in (plans or {}).items()})
+        )
 
     def run(self, trials: int, *more: str, fixed: list[str] | None = None) -> int:
         if not self.out.exists() and not more:
