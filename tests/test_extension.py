@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import engine
 import multitask_classifier
-import run as running
 from bert import BertConfig, initialize
 from config import FlagError, make_parser, parse
 from datasets import Batch
@@ -177,7 +176,6 @@ def command(monkeypatch: Patch, tiny: Path, moods: Path) -> Command:
     """Everything is in its table; gives the arguments of a short run."""
     for table, name, entry in ADDED:
         monkeypatch.setitem(table, name, entry)
-    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
 
     def arguments(out: Path, flags: str, start: str = f"--model {tiny}") -> list[str]:
         return f"{start} --data {moods} --out {out} --device cpu --cache off --no-tensorboard {flags}".split()
