@@ -30,7 +30,7 @@ needs_onednn = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["torch", *(pytest.param(threads, marks=needs_kernels) for threads in (1, 2, 5))])
+@pytest.fixture(params=["torch", *(pytest.param(threads, marks=needs_kernels) for threads in (1, 3))])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The torch form of an operation, and the kernels with some numbers of threads."""
     before = torch.get_num_threads()

@@ -67,11 +67,11 @@ def test_random_and_round_robin_differ_under_a_treatment_but_where_each_task_is_
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("epoch", [1, 3, 5])
+@pytest.mark.parametrize("epoch", [1, 4])
 @pytest.mark.parametrize(("draws", "every_task"), [(1, False), (4, False), (3, True), (4, True), (16, True)])
 def test_draws_have_the_expected_shares(name: str, epoch: int, draws: int, every_task: bool) -> None:
     """With every task at least once they are the nearest ones to the scheduler's that allow it."""
-    scheduler, generator, num_draws, found = make(name, draws, every_task), random.Random(0), 32000, Counter[str]()
+    scheduler, generator, num_draws, found = make(name, draws, every_task), random.Random(0), 8000, Counter[str]()
     for step in range(num_draws // draws):
         found.update(counts_of(scheduler.plan(epoch, step, generator)))
     expected = shares(name, epoch)
@@ -83,9 +83,9 @@ def test_draws_have_the_expected_shares(name: str, epoch: int, draws: int, every
 
 def test_certain_draws_of_a_small_task_leave_the_proportions_of_the_others() -> None:
     scheduler, generator, found = make("pal", 4, every_task=True, sizes=(35, 60, 5)), random.Random(0), Counter[str]()
-    for step in range(8000):
+    for step in range(2000):
         found.update(counts_of(scheduler.plan(1, step, generator)))
-    assert [found[task] / 32000 for task in TASKS] == pytest.approx([0.75 * 35 / 95, 0.75 * 60 / 95, 0.25], abs=0.01)
+    assert [found[task] / 8000 for task in TASKS] == pytest.approx([0.75 * 35 / 95, 0.75 * 60 / 95, 0.25], abs=0.02)
 
 
 def closest_shares(probabilities: Sequence[float], floor: float, reverse: bool) -> np.ndarray:
