@@ -1,7 +1,9 @@
 """The benchmarks: their statistics, that ours and the reference see the same rows, and every script on a tiny model."""
 
+import io
 import json
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -485,43 +487,54 @@ def test_the_whole_hands_its_flags_to_each_benchmark_and_names_those_that_fail(
     assert "typo: no benchmark, expected some of training_step, " in capsys.readouterr().err
 
 
-def test_a_checkout_is_compared_with_itself(given: list[str], monkeypatch: Patch, capsys: Capture) -> None:
-    """Whose steps are taken, and said to last one and three seconds here, two and six there."""
-
-    def alternate(steps: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
-        return {name: [step(0) or n, 3.0 * n][:rounds] for n, (name, step) in enumerate(steps.items(), 1)}
-
-    monkeypatch.setattr(compare, "alternate", alternate)
-    assert compare.main([str(harness.ROOT), *given]) == 0
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
-    cells = {
-        "this checkout": ["2.00 (2.00 to 2.00) s", ""],
-        "the other": ["4.00 (4.00 to 4.00) s", "2.00 (2.00 to 2.00)"],
-    }
-    assert lines == [[f"{what}, {name}", *of] for what in compare.KINDS.values() for name, of in cells.items()]
+def test_a_worker_takes_the_steps_that_it_is_asked_for(
+    tiny: Path, data: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["worker.py", str(data), str(tiny)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{kind} 0\n" for kind in compare.KINDS)))
+    monkeypatch.setattr(torch, "set_flush_denormal", bool)
+    runpy.run_path(str(compare.WORKER))
+    assert capsys.readouterr().out == "done\n" * 3
 
 
-CHECKOUT = """
+CHECKOUT = {
+    "torch.py": "set_flush_denormal = bool",
+    "evaluation.py": "predict_logits = None",
+    "benchmarks/workload.py": """
 class Checkpoint:
     find = classmethod(lambda cls, model: cls())
     rows = model = lambda *given: {}
 class Trainer:
     take_step = lambda *given: None
-subset = full_trainer = lambda *given: Trainer()
-"""
+subset, full_trainer = (lambda *given: {}), (lambda *given, **options: Trainer())
+""",
+}
 
 
 def test_each_process_imports_its_own_checkout(
     given: list[str], tmp_path: Path, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Their steps are taken, and said to last one and three seconds here, two and six there."""
+
+    def alternate(steps: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+        return {name: [step(0) or n, 3.0 * n][:rounds] for n, (name, step) in enumerate(steps.items(), 1)}
+
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path), *given])
     assert "expected another checkout of this project" in capfd.readouterr().err
-    for name, text in {"this": CHECKOUT, "other": "raise SystemExit('the other one was here')"}.items():
-        (tmp_path / name / "benchmarks").mkdir(parents=True)
-        (tmp_path / name / "benchmarks" / "workload.py").write_text(text)
-        (tmp_path / name / "evaluation.py").write_text("predict_logits = None")
+    for path, text in [(tmp_path / name / path, text) for name in ("this", "other") for path, text in CHECKOUT.items()]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(compare, "alternate", alternate)
     monkeypatch.setattr(compare, "ROOT", tmp_path / "this")
+    assert compare.main([str(tmp_path / "other"), *given]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capfd.readouterr().out.splitlines()[4:]]
+    cells = {
+        "this checkout": ["2.00 (2.00 to 2.00) s", ""],
+        "the other": ["4.00 (4.00 to 4.00) s", "2.00 (2.00 to 2.00)"],
+    }
+    assert lines == [[f"{what}, {name}", *of] for what in compare.KINDS.values() for name, of in cells.items()]
+    (tmp_path / "other" / "benchmarks" / "workload.py").write_text("raise SystemExit('the other one was here')")
     assert compare.main([str(tmp_path / "other"), *given]) == 2
     error = capfd.readouterr().err
     assert "the other one was here" in error and f"{tmp_path / 'other'}: its process ended at a training step" in error

@@ -104,7 +104,7 @@ def test_whatever_is_suggested_is_accepted_by_the_command(tiny: Path) -> None:
     ]  # fmt: skip
     for line in lines:
         space = space_of(line, tiny)
-        for values in sampled(space, 10):
+        for values in sampled(space, 4):
             config = parse([*space.fixed, *space.flags(values)])
             for name, value in values.items():
                 assert config.to_dict()[name] == value or (name == "lr" and value == space.settings["lr"]), line
