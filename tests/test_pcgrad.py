@@ -235,26 +235,6 @@ def test_any_subset_of_the_tasks_is_treated_as_if_it_were_all(name: str, present
 SEGMENTS = [[slice(0, 30), slice(140, P)], [slice(30, 100)], [slice(100, 140)]]  # the first lies in two places
 
 
-@pytest.mark.parametrize("name", TREATMENTS)
-def test_each_segment_is_treated_on_its_own(name: str) -> None:
-    rows = gradients_of("conflicting", 3, seed=2)
-    treatment = make(name, 3, 3, **({"beta": 0.5} if name == "gradvac" else {}))
-    before = torch.tensor([-0.2, 0.1, 0.3]).double()[:, None, None].expand(3, 3, 3)
-    if name == "gradvac":
-        treatment.state["targets"].copy_(before)
-    found = update(treatment, rows, [0, 1, 2], 1, SEGMENTS)
-    orders, expected = random_orders(3, random.Random(1)), torch.empty(P).double()
-    for number, parts in enumerate(SEGMENTS):
-        columns = torch.cat([torch.arange(P)[part] for part in parts])
-        treated = vector_pcgrad(rows[:, columns], orders)
-        if name == "gradvac":
-            treated, targets = vector_gradvac(rows[:, columns], before[number], 0.5, orders)
-            assert torch.allclose(treatment.state["targets"][number], targets, atol=1e-6)
-        expected[columns] = treated.sum(0)
-    assert_same_update(found, expected, rows)
-    assert float((expected - vector_pcgrad(rows, orders).sum(0)).norm()) > 1e-2
-
-
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 64, 100])
 @pytest.mark.parametrize("scales", [(1.0,) * 3, (1e25,) * 3, (1e-25,) * 3, (1e-20,) * 3, (1e25, 1.0, 1e-25)])
 def test_a_gramian_is_right_at_every_size_and_scale(size: int, scales: tuple[float, ...]) -> None:

@@ -185,8 +185,7 @@ import sys
 from pathlib import Path
 from reports.finished_run import FinishedRun
 from reports.plots import run_plots, write_plots
-*_, last = run_plots(FinishedRun.read(Path({str(made.path)!r})))
-write_plots([last], Path({str(made.path)!r}), "png")
+write_plots([next(run_plots(FinishedRun.read(Path({str(made.path)!r}))))], Path({str(made.path)!r}), "png")
 print([name for name in ("matplotlib.pyplot", "torch", "tkinter") if name in sys.modules])
 """
     assert run_python("-c", script) == "[]\n"
