@@ -24,7 +24,7 @@ from run_record import RunError, finite, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "numpy", "tokenizers", "transformers", "torchjd")
+PACKAGES = ("torch", "numpy", "tokenizers", "transformers")
 WARM_UP = 2  # rounds that do not count
 
 

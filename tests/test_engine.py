@@ -273,38 +273,6 @@ def test_mixed_precision_takes_nearly_the_step_of_full_precision(dtype: torch.dt
     assert 0 < float((found - expected).norm()) < 0.1 * float(expected.norm())
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_backward_then_treatment_then_clip_once_then_step_then_averages(
-    dtype: torch.dtype | None, monkeypatch: Patch
-) -> None:
-    calls: list[str] = []
-    setup = make(
-        treatment="pcgrad", draws=5, batch_size=5, accumulation_steps=2, dtype=dtype, scheduler="pal",
-        max_grad_norm=1.0, regularizers=["bregman"],
-    )  # fmt: skip
-    setup.trainer.scaler.scale.fill_(2.0**6)
-
-    def spy(name: str, target: Any, attribute: str) -> None:
-        original = getattr(target, attribute)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(target, attribute, call)
-
-    spy("treatment", setup.trainer.methods.treatment, "coefficients")
-    spy("clip", engine, "clip_factor")
-    spy("step", engine, "adamw_step")
-    spy("scale", setup.trainer.scaler, "update")
-    spy("averages", setup.trainer.methods.regularizers[0], "after_step")
-    spy("backward", torch.Tensor, "backward")
-    setup.step()
-    first = calls.index("treatment")
-    assert set(calls[:first]) == {"backward"}
-    assert calls[first:] == ["treatment", "clip", "step", "scale", "averages"]
-
-
 @pytest.mark.parametrize("treatment", ["", "pcgrad", "gradvac"])
 def test_the_loss_scale_cancels_before_anything_looks_at_the_gradients(treatment: str) -> None:
     """A power of two changes no digit of a float16 gradient: the step must not depend on it."""
