@@ -433,7 +433,7 @@ def test_an_evaluation_that_is_stopped_is_done_again_and_no_step_twice() -> None
     assert not moved(stopped.parameters(), whole.parameters())
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5, 7, 9])
+@pytest.mark.parametrize("stop", [4, 5, 7])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
     stop: int, is_frozen: bool, monkeypatch: Patch
@@ -591,7 +591,7 @@ def test_a_step_that_is_told_of_late_is_in_the_log_of_a_run_that_is_stopped_or_f
 
     monkeypatch.setattr(Trainer, "__init__", late)
     assert multitask_classifier.main([*base, "--out", str(tmp_path / "whole")]) == 0
-    for stop in range(1, 9):
+    for stop in (1, 3, 4, 6):
         out, left = tmp_path / f"stopped{stop}", iter(range(stop - 1, -9, -1))
 
         def show(run: Run, stage: Stage, event: engine.Event, left: Iterator[int] = left) -> None:
