@@ -3,13 +3,13 @@ nothing faster is to be had, and what tests compare with. Below it one dispatch,
 torch, oneDNN, a kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
 (triton_kernels.py). Nobody outside this package knows which.
 
-                                CPU                               CUDA with Triton          else
-attention, residual norm, GELU  kernels.c in float32              triton_kernels.py         torch
-linear                          oneDNN where it is faster         half precision: linear.py torch
-a task's part of a gradient     a pass for each task              triton_kernels.py         a pass for each task
-AdamW                           torch's fused kernel              triton_kernels.py         torch's fused kernel
-Gram matrix, weighted sum       torch                             triton_kernels.py         torch
-dropout                         bits of numpy's, dropout.py       triton_kernels.py         torch
+                                CPU                                         CUDA
+attention, residual norm, GELU  kernels.c in float32 if compiled, or torch  triton_kernels.py
+linear                          oneDNN where it is faster, or torch         half precision: linear.py, or torch
+a task's part of a gradient     a pass for each task                        triton_kernels.py
+AdamW                           torch's fused kernel                        triton_kernels.py
+Gram matrix, weighted sum       torch                                       triton_kernels.py
+dropout                         bits of numpy's, dropout.py                 triton_kernels.py
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """

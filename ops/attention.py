@@ -23,8 +23,8 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks:
     """
     if kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
-    if qkv.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
+    if qkv.device.type == "cuda":
+        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks)  # type: ignore[no-any-return]
     query, key, value = qkv.chunk(3, -1)  # (N, D) each
     contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=False)
     tokens = packing.grouped_order[1]
@@ -39,8 +39,8 @@ def first_token_attention(
     if kernels.can_run(query, key_value):
         bits = _bits(packing, num_heads, prob, masks, True)
         return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
-    if query.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
+    if query.device.type == "cuda":
+        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks)  # type: ignore[no-any-return]
     key, value = key_value.chunk(2, -1)  # (N, D) each
     contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=True)
     context = torch.cat([context[:, 0] for context in contexts])  # (B, D) in the order of the groups
@@ -191,7 +191,6 @@ class _TritonAttention(torch.autograd.Function):
         num_heads: int,
         prob: float,
         masks: DropoutMasks | None,
-        triton: Any,
     ) -> Tensor:
         """queries: (N, 3 D) with keys and values beside them, or (B, D) where keys_values (N, 2 D) are given."""
         queries = queries.contiguous()
@@ -201,9 +200,9 @@ class _TritonAttention(torch.autograd.Function):
         unowned = rows_multiple(key.device, len(key))
         prob = 0.0 if masks is None else prob
         ctx.arguments = (packing.ends, packing.longest, unowned, num_heads, prob, seed)
-        context, normalizers = triton.attention_forward(query, key, value, *ctx.arguments)
+        context, normalizers = triton_kernels().attention_forward(query, key, value, *ctx.arguments)
         ctx.save_for_backward(queries, keys_values, context, normalizers)
-        ctx.triton, ctx.masks = triton, None if prob == 0 else masks
+        ctx.masks = None if prob == 0 else masks
         return context  # type: ignore[no-any-return]
 
     @staticmethod
@@ -215,5 +214,5 @@ class _TritonAttention(torch.autograd.Function):
         grad_queries = torch.empty_like(queries)
         grad_keys_values = None if keys_values is None else torch.empty_like(keys_values)
         given, into = _parts(queries, keys_values), _parts(grad_queries, grad_keys_values)
-        ctx.triton.attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
-        return grad_queries, grad_keys_values, None, None, None, None, None
+        triton_kernels().attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
+        return grad_queries, grad_keys_values, None, None, None, None

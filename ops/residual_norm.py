@@ -27,8 +27,7 @@ def linear_residual_norm(
 
     term: None for no term.
     """
-    triton = triton_kernels() if inputs.device.type == "cuda" else None
-    if triton is None:
+    if inputs.device.type != "cuda":
         return residual_norm(layer(inputs), residual, norm, prob, masks, term)
     update = linear(inputs, layer.weight, None)  # (N, D); the kernel adds the bias
     return _TritonResidualNorm.apply(update, layer.bias, residual, term, norm.weight, norm.bias, prob, masks, norm.eps)  # type: ignore[no-any-return]
