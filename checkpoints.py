@@ -81,7 +81,7 @@ def checkpoint_folder(path: Path) -> Path:
     A process killed while it replaced a checkpoint may have left the whole new one as `<name>.new` and none under its
     name (run_record.replace_folder); it is read where it is.
     """
-    for folder in (path / "best", path / "best.new", path, path.with_name(f"{path.name}.new")):
+    for folder in (path / "best", path / "best.new", path, path.parent / f"{path.name}.new"):
         if folder == path and (path / "metrics.jsonl").exists():
             raise CheckpointError(
                 f"{path}: a run that has no best checkpoint yet, expected a later one (--resume={path})"

@@ -8,10 +8,13 @@ import difflib
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from checkpoints import EMBEDDED_MODEL
+from bert import CheckpointError
+from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
 from datasets import AUGMENTATIONS, tasks_in
 from heads import HEADS
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
@@ -369,10 +372,20 @@ def parse(arguments: Sequence[str]) -> Config:
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
     given = vars(parsed)
-    config = from_dict({"tasks": tasks_in(given.get("data", "sample")), **given})
+    config = from_dict({"tasks": _default_tasks(given), **given})
     if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
     return config
+
+
+def _default_tasks(given: Mapping[str, Any]) -> list[str]:
+    """The tasks whose files are there and, where a checkpoint is scored as it is, that it has heads for."""
+    tasks, starts = tasks_in(given.get("data", "sample")), [given.get("checkpoint"), *given.get("checkpoints", ())]
+    if given.get("option") in ("test", "soup") and (start := next(filter(None, starts), "")):
+        with suppress(CheckpointError):  # told of when it is loaded
+            layout = read_layout(checkpoint_folder(Path(start)))
+            tasks = [task for task in tasks if layout and task in layout.tasks] or tasks
+    return tasks
 
 
 def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
@@ -429,7 +442,8 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
         others = (name for name in given if name not in RESUME_FLAGS)
-        yield from (f"--{name}: --resume takes it from the run; leave it out" for name in others)
+        way = f"leave it out, or start a new run from its model: --checkpoint {config.resume}"
+        yield from (f"--{name}: --resume takes it from the run; {way}" for name in others)
     elif config.option == "predict":
         others = (name for name in given if name not in PREDICT_FLAGS)
         yield from (f"--{name}: --option predict does not use it; leave it out" for name in others)

@@ -465,12 +465,14 @@ class Run:
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
         self.metrics.close()
         num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
-        self.console.say("\n" + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
+        gap = "\n" if self.stages else ""  # below the lines of training
+        self.console.say(gap + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
         for line in remarks(dev, confusion, self.metrics.records()):
             self.console.say(line)
         if missing := [task for task in config.tasks if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-        holds = "results, predictions" + (" and the best checkpoint are" if self.directory.best.exists() else " are")
+        has_best = self.directory.best.exists()
+        holds = "results, predictions and the best checkpoint are" if has_best else "results and predictions are"
         times = f"training {duration(training)}, " if self.stages else ""
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
@@ -510,7 +512,7 @@ def resident_memory_mb(name: str) -> float:
 
 def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     """A new run, or the one to resume, with everything loaded and its start told."""
-    resumed = RunDirectory.existing(Path(config.resume)) if config.resume else None
+    resumed = RunDirectory.existing(run_of(Path(config.resume))) if config.resume else None
     if resumed is not None:
         saved = resumed.config()
         if saved.get("layout", {}).get("format") != Layout({}).to_dict()["format"]:
@@ -551,6 +553,11 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     for line in start_block(run, loaded.new_parts):
         console.say(textwrap.fill(line, 99, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
     return run
+
+
+def run_of(path: Path) -> Path:
+    """The directory of a run, of which a checkpoint may be named too."""
+    return path.parent if path.name in ("best", "last") and (path.parent / CONFIG).is_file() else path
 
 
 def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:

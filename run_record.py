@@ -220,7 +220,10 @@ class RunDirectory:
         if not (path / CONFIG).is_file():
             raise RunError(f"--resume {path}: no run directory, expected one with {CONFIG}")
         if (path / RESULTS).is_file():
-            raise RunError(f"--resume {path}: the run has ended, its results are in {path / RESULTS}")
+            raise RunError(
+                f"--resume {path}: the run has ended, its results are in {path / RESULTS}; to train its model further, "
+                f"start a new run with --checkpoint {path}"
+            )
         run = cls(path)
         run._hold()
         for folder in (run.best, run.last):
