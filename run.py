@@ -9,6 +9,7 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,18 @@ import torch
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
 from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
 from console import Console, duration
-from datasets import SPLITS, DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer, tasks_in
+from datasets import (
+    SPLITS,
+    DataError,
+    DeferredRows,
+    FeatureRows,
+    Rows,
+    TokenizedRows,
+    Tokenizer,
+    data_folder,
+    read_examples,
+    tasks_in,
+)
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -444,7 +456,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         for task, rows in self.data.dev.items():
             write_predictions(task, rows, logits[task], folder / f"{task}-dev-output.csv")
-            write_dev_rows(task, rows, logits[task], folder)
+            write_dev_rows(task, rows, logits[task], folder, self.dev_texts(task))
         for task, rows in self.data.test.items():
             write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
         self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
@@ -477,6 +489,15 @@ class Run:
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
         self.draw_plots()
+
+    def dev_texts(self, task: str) -> list[tuple[str, ...]]:
+        """The texts of the dev file, none if it has changed since it was read."""
+        path = data_folder(self.config.data) / TASKS[task].file_name("dev")
+        with suppress(DataError):
+            file = read_examples(path, TASKS[task], labelled=True)
+            if file.sha256 == self.data.files[path.name]["sha256"]:
+                return [example.texts for example in file.examples]
+        return []
 
     def draw_plots(self) -> None:
         """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""

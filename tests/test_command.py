@@ -464,6 +464,9 @@ def test_fewer_tasks_make_a_smaller_run_and_a_test_of_it_is_of_those(runs: Runs,
     assert results["parameters"]["total"] == results["parameters"]["separate_models"]
     names = {"sts-dev-output.csv", "sts-dev-rows.csv", "sts-test-output.csv"}
     assert {path.name for path in (out / "predictions").iterdir()} == names
+    written = [line.split("\t") for line in (runs.data / "sts-dev.csv").read_text().splitlines()[1:]]
+    dev_rows = [line.split(",") for line in (out / "predictions" / "sts-dev-rows.csv").read_text().splitlines()[1:]]
+    assert [[row[0], float(row[1]), *row[3:]] for row in dev_rows] == [[r[1], float(r[4]), *r[2:4]] for r in written]
 
 
 # Where a process can be made to send itself a signal: before the n-th call of that function.
