@@ -50,11 +50,21 @@ def find_checkpoint(model: str) -> Path:
             folder = Path(snapshot_download(model, allow_patterns=[*files, "pytorch_model.bin"]))
         return folder
     except Exception as error:  # the hub client raises a dozen kinds: names, tokens, connections, missing revisions
-        reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"--model {model}: not a directory, and not to be had from the model hub ({reason}); use the embedded "
-            f"model (--model {EMBEDDED_MODEL}) or point --model at a directory that holds the checkpoint"
+            f"--model {model}: {_hub_problem(error)}, and there is no directory of that name; use the embedded model "
+            f"(--model {EMBEDDED_MODEL}) or point --model at a directory that holds the checkpoint"
         ) from None
+
+
+def _hub_problem(error: Exception) -> str:
+    """What a failed download comes down to, in words."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):  # neither the hub nor a copy from it
+        return f"the model hub cannot be reached ({error.__cause__ or 'it is switched off'})"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the model hub has no public model of that name"
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _embedded_checkpoint() -> Path:
@@ -81,7 +91,7 @@ def checkpoint_folder(path: Path) -> Path:
     A process killed while it replaced a checkpoint may have left the whole new one as `<name>.new` and none under its
     name (run_record.replace_folder); it is read where it is.
     """
-    for folder in (path / "best", path / "best.new", path, path.with_name(f"{path.name}.new")):
+    for folder in (path / "best", path / "best.new", path, path.parent / f"{path.name}.new"):
         if folder == path and (path / "metrics.jsonl").exists():
             raise CheckpointError(
                 f"{path}: a run that has no best checkpoint yet, expected a later one (--resume={path})"

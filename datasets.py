@@ -23,7 +23,7 @@ from bert import CheckpointError
 from eda import EdaConfig, EdaError, WordNet, augment_rows
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
-from tasks import Task
+from tasks import TASKS, Task
 from tsv import numbered_rows
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
@@ -61,6 +61,13 @@ def data_folder(name: str, flag: str = "--data ") -> Path:
     if not folder.is_dir():
         raise DataError(f"{flag}{name}: no such directory; expected 'sample' or a directory with CS224N's files")
     return folder
+
+
+def tasks_in(name: str) -> list[str]:
+    """The tasks with files in the directory of `--data`; all where there are none."""
+    folder = SAMPLE if name == "sample" else Path(name)
+    found = [name for name, task in TASKS.items() if any((folder / task.file_name(x)).exists() for x in SPLITS)]
+    return found or list(TASKS)
 
 
 def read_content(path: Path, task: Task) -> bytes:
@@ -502,7 +509,7 @@ class Eda:
         alpha: float = parameter(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
         deletion_prob: float = parameter(0.1, "probability of a word to be deleted", "0 < x < 1")
         wordnet: str = parameter(
-            "", "directory of a WordNet database; default: nltk's or the system's", flag="wordnet", metavar="DIR"
+            "", "directory of a WordNet database (default: nltk's, else the system's)", flag="wordnet", metavar="DIR"
         )
 
     def __init__(self, parameters: Parameters) -> None:

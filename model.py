@@ -93,10 +93,12 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json of a checkpoint holds it."""
-        tasks = {
-            task: {"outputs": TASKS[task].output.num_outputs, "head": head.to_dict()}
-            for task, head in self.heads.items()
-        }
+        tasks: dict[str, dict[str, Any]] = {}
+        for task, head in self.heads.items():
+            output = TASKS[task].output
+            tasks[task] = {"outputs": output.num_outputs, "head": head.to_dict()}
+            if output.class_names:
+                tasks[task]["id2label"] = {str(k): name for k, name in enumerate(output.class_names)}
         adapter = None if self.adapter is None else self.adapter.to_dict()
         more: dict[str, Any] = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
         more |= {"pooling": self.pooling, "pairs": self.pairs}

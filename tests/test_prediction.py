@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.special import expit, softmax
 
 import multitask_classifier
@@ -88,7 +89,7 @@ def content(rows: Sequence[tuple[str, ...]]) -> bytes:
 
 def arguments(run: Path, task: str, **flags: Any) -> list[str]:
     given = {"option": "predict", "checkpoint": run, "task": task, "device": "cpu", **flags}
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
 
 
 @pytest.fixture
@@ -175,6 +176,14 @@ def test_the_probability_is_that_of_the_predicted_answer_and_the_python_form_giv
     assert [f"{value}\t{p:.6f}" for value, p in pairs] == lines and [value for value, _ in pairs] == values
 
 
+@pytest.mark.parametrize("task", ["sst", "para"])
+def test_with_names_a_line_says_what_its_class_is_called(task: str, predicted: Lines) -> None:
+    text = content(random_rows(task, 20))
+    plain, named = predicted(task, text), predicted(task, text + b" \n", status=1, names=True)
+    names = ("very negative", "negative", "neutral", "positive", "very positive") if task == "sst" else ("no", "yes")
+    assert named == [*(f"{line}\t{names[int(line[0])]}" for line in plain), "\t\t"]
+
+
 def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) -> np.ndarray:
     """(R, K) logits, each row in a batch of its own, from the model and tokenizer alone."""
     parts = []
@@ -233,6 +242,24 @@ def test_the_python_form_needs_texts_of_the_tasks_form(trained: Path) -> None:
             predictor.predict(task, texts)
     with pytest.raises(ValueError, match="task 'sts': a score has no probability"):
         predictor.predict("sts", [("a", "b")], probabilities=True)
+
+
+@pytest.mark.parametrize("kind", ["trained", "siamese"])
+def test_a_text_is_encoded_as_transformers_pools_it(kind: str, request: pytest.FixtureRequest) -> None:
+    """By the pooler, and by the mean over all tokens of runs that read sentences so; a pair's task reads the same."""
+    run: Path = request.getfixturevalue(kind)
+    predictor, bert = load(run, "cpu"), transformers.BertModel.from_pretrained(run / "best").eval()
+    texts = [row[0] for row in random_rows("sst", 9)]
+    found = predictor.encode(texts)
+    assert found.shape == (9, 32) and found.dtype == np.float32 and predictor.encode([]).shape == (0, 32)
+    for text, vector in zip(texts, found, strict=True):
+        with torch.no_grad():
+            states = bert(torch.from_numpy(predictor.tokenizer.encode([(text,)]).ids).long()[None])
+        expected = states.pooler_output[0] if kind == "trained" else states.last_hidden_state[0].mean(0)
+        assert vector == pytest.approx(expected.numpy(), abs=1e-5)
+    assert predictor.encode(texts, "sts") == pytest.approx(found, abs=1e-6)
+    with pytest.raises(ValueError, match=r"texts\[0\] is \('a', 'b'\), expected a string"):
+        predictor.encode([("a", "b")])  # type: ignore[list-item]
 
 
 def test_texts_of_a_line_and_what_is_wrong_with_one() -> None:
