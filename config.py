@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints import EMBEDDED_MODEL
 from datasets import AUGMENTATIONS
-from heads import HEADS
+from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
@@ -65,7 +65,7 @@ class Config:
 
     option: str = parameter("finetune", _listed(OPTIONS), choices=OPTIONS)
     tasks: tuple[str, ...] = parameter((), "tasks to train together; one is single-task training (default: all)")
-    model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
+    model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), hub name or directory of a BERT, RoBERTa or ModernBERT")
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
@@ -424,6 +424,8 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
+    heads = [HEADS.get(config.heads.get(task, "")) for task in config.tasks]  # None: unknown, or the checkpoint's
+    reads_pooled = any(head is None or Reads.POOLED in head.reads for head in heads)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output")),
@@ -438,6 +440,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
+        (reads_pooled, "no head reads a pooled vector", ("pooling",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():
