@@ -235,7 +235,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load_tokenizer(folder: Path) -> Any:
     """A `tokenizers.Tokenizer` without truncation and padding, which are our own business."""
-    from tokenizers import AddedToken, BertWordPieceTokenizer, ByteLevelBPETokenizer
+    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
     from tokenizers import Tokenizer as Fast
     from tokenizers.processors import RobertaProcessing
 
@@ -253,10 +253,14 @@ def _load_tokenizer(folder: Path) -> Any:
             strip_accents=settings.get("strip_accents"),
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )._tokenizer
+        tokenizer.post_processor = None  # the special tokens are those of the settings
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
-        names = list(ROBERTAS.values())
-        tokenizer.add_special_tokens([AddedToken(name, lstrip=name == "<mask>", normalized=False) for name in names])
+        path = folder / "vocab.json"
+        try:
+            tokenizer = ByteLevelBPETokenizer(str(path), str(folder / "merges.txt"))._tokenizer
+        except Exception as error:  # the same
+            raise CheckpointError(f"{path}, merges.txt: not readable as a tokenizer ({error})") from None
+        tokenizer.add_special_tokens(list(ROBERTAS.values()))
         cls, sep = ((name, tokenizer.token_to_id(name)) for name in (ROBERTAS["CLS"], ROBERTAS["SEP"]))
         tokenizer.post_processor = RobertaProcessing(sep, cls)
     else:
