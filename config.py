@@ -16,7 +16,7 @@ from typing import Any
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
 from datasets import AUGMENTATIONS, tasks_in
-from heads import HEADS
+from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
@@ -72,7 +72,7 @@ class Config:
     option: str = parameter("finetune", "\n".join(map(": ".join, OPTIONS.items())) + "\n", choices=OPTIONS)
     tasks: tuple[str, ...] = parameter((), "tasks to train together (default: those whose files are in --data)")
     model: str = parameter(
-        EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory", metavar="NAME"
+        EMBEDDED_MODEL, "minilm (embedded), hub name or directory of a BERT, RoBERTa or ModernBERT", metavar="NAME"
     )
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files", metavar="DIR")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
@@ -469,6 +469,8 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
+    heads = [HEADS.get(config.heads.get(task, "")) for task in config.tasks]  # None: unknown, or the checkpoint's
+    reads_pooled = any(head is None or Reads.POOLED in head.reads for head in heads)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output", "names")),
@@ -483,6 +485,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
+        (reads_pooled, "no head reads a pooled vector", ("pooling",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():

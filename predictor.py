@@ -132,7 +132,7 @@ def load(
     if layout is None:
         raise CheckpointError(f"{folder}: an encoder without heads, expected the checkpoint of a run")
     model = load_model(folder, layout, torch.Generator()).model
-    max_positions = model.encoder.config.max_position_embeddings
+    max_positions = model.encoder.config.num_positions
     max_length = max_length or _max_length_of_run(folder) or max_positions
     if max_length > max_positions:
         raise CheckpointError(f"max_length {max_length}: {folder} has {max_positions} positions, expected no more")

@@ -14,9 +14,9 @@ dropout                         bits of numpy's, dropout.py                 trit
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """
 
-from ops.activation import ACTIVATIONS, activated_linear
+from ops.activation import ACTIVATIONS, activated_linear, gated_linear
 from ops.adamw import Moments, Vector, adamw_step
-from ops.attention import attention, first_token_attention
+from ops.attention import attention, first_token_attention, rotated
 from ops.dispatch import has_fused_operations
 from ops.dropout import DropoutMasks, dropout
 from ops.embedding import embedding
@@ -25,7 +25,7 @@ from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
-from ops.pooling import row_means
+from ops.pooling import padded, row_means
 from ops.residual_norm import layer_norm, linear_residual_norm
 from ops.task_gradients import TaskBounds, gradients_by_task
 from ops.transfer import Reading, to_device
@@ -48,6 +48,7 @@ __all__ = [
     "dropout",
     "embedding",
     "first_token_attention",
+    "gated_linear",
     "gradients_by_task",
     "gramian",
     "has_fused_operations",
@@ -55,6 +56,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_residual_norm",
+    "padded",
+    "rotated",
     "row_means",
     "speed_report",
     "to_device",

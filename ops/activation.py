@@ -39,6 +39,13 @@ def activated_linear(inputs: Tensor, layer: Linear, activation: str) -> Tensor:
     return ACTIVATIONS[activation](output)
 
 
+def gated_linear(inputs: Tensor, layer: Linear, activation: str) -> Tensor:
+    """activation(v) * g, v and g the halves of layer(inputs): (N, I) -> (N, O / 2)."""
+    output: Tensor = layer(inputs)  # (N, O)
+    values, gates = output.chunk(2, 1)
+    return ACTIVATIONS[activation](values) * gates
+
+
 class _Gelu(torch.autograd.Function):
     """The exact GELU, by our kernel."""
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as everything
-from benchmarks import compare, cpu, gpu, harness, matmul_limit, reference, step_cost, workload
+from benchmarks import compare, cpu, encoders, gpu, harness, matmul_limit, reference, step_cost, workload
 from benchmarks.harness import Check, Line, Memory, Options, Report, Summary
 from benchmarks.matmul_limit import MatmulLimit, matmul_flops
 from benchmarks.reference import OrdinaryLoop, PaddedBert
@@ -272,6 +272,7 @@ def test_a_benchmark_runs_and_leaves_its_results(
     name: str, given: list[str], options: Options, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(cpu, "FROZEN_EPOCHS", 2)
+    monkeypatch.setattr(encoders, "SIZES", {**encoders.SIZES, "num_hidden_layers": 2, "hidden_size": 32})
     assert everything.main([name, *given, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith(f"{name}: ")
     (path,) = tmp_path.glob("*.json")

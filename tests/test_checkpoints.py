@@ -30,7 +30,7 @@ from checkpoints import (
     save_checkpoint,
     to_huggingface,
 )
-from heads import MlpHead
+from heads import LstmHead, MlpHead, RoutingHead
 from helpers import LINEAR, Patch, generator, outputs, run_python, shaken, tiny_config, tiny_model, write_vocabulary
 from model import Layout, MultitaskBert
 from optimizer import FlatParameters
@@ -40,6 +40,7 @@ from tasks import TASKS
 
 PROJECT = Path(checkpoints.__file__).resolve().parent
 MLP = Choice("mlp", MlpHead.Parameters(2))
+LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(6)), Choice("routing", RoutingHead.Parameters(3, 2))
 PAL = Choice("pal", ProjectedAttention.Parameters("attention", 12, 3, 1))
 LOW_RANK = Choice("pal", ProjectedAttention.Parameters("low_rank", 5, 1, 2))
 
@@ -211,7 +212,7 @@ def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
 SIAMESE = {"pooling": "mean", "pairs": "siamese"}
 
 
-@pytest.mark.parametrize("head", [LINEAR, MLP])
+@pytest.mark.parametrize("head", [LINEAR, MLP, LSTM])
 @pytest.mark.parametrize(
     ("adapter", "more"), [(None, {}), (PAL, {"copied": 1}), (LOW_RANK, SIAMESE), (None, {"copied": 2, **SIAMESE})]
 )
@@ -234,6 +235,12 @@ def test_a_saved_model_loads_bit_identical(
     assert torch.equal(outputs(loaded.model), outputs(model))
     kinds = {(p.device.type, p.dtype, p.requires_grad) for p in loaded.model.parameters()}
     assert kinds == {("cpu", torch.float32, True)}
+
+
+def test_a_routing_head_loads_bit_identical(tmp_path: Path) -> None:
+    model = shaken(tiny_model(adapter=PAL, head=ROUTING, copied=1))
+    found = loaded(saved(model, tmp_path))
+    assert found.new_parts == () and torch.equal(outputs(found.model), outputs(model))
 
 
 @pytest.mark.parametrize(

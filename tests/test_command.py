@@ -256,6 +256,7 @@ print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
         "--option individual_pretrain --head mlp --mlp_layers 2",
         "--option pretrain --pooling mean --pairs siamese",
         "--option pretrain --pooling cls --pairs siamese --head mlp",
+        "--option pretrain --head lstm sst=linear para=routing",
     ],
 )
 def test_pretraining_moves_heads_only_and_leaves_a_best_checkpoint(flags: str, runs: Runs, out: Path) -> None:
@@ -523,6 +524,8 @@ METHODS = {
     "siamese": "--pairs siamese --pooling mean --mlm_epochs 1 --bregman --pal --drop_longest 0.1",
     "smart": "--smart --gradvac --gradvac_beta 0.5 --bregman --amp bf16",
     "PCD": "--treatment PCD --granularity layer",
+    "lstm": "--head lstm sst=routing --lstm_size 5 --routing_capsules 3 --pcgrad --rdrop --pal",
+    "routing": "--head routing --routing_capsules 3 --copy_top_layers 1 --smart --bregman --average ema",
     "UW": "--treatment UW --treatment_arguments lr=0.1 --gradient_scale own",
 }
 
