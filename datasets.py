@@ -271,9 +271,7 @@ def _load_tokenizer(folder: Path) -> Any:
         cls, sep = ((name, tokenizer.token_to_id(name)) for name in (ROBERTAS["CLS"], ROBERTAS["SEP"]))
         tokenizer.post_processor = RobertaProcessing(sep, cls)
     else:
-        raise CheckpointError(
-            f"{folder}: no tokenizer, expected tokenizer.json, vocab.txt, or vocab.json and merges.txt"
-        )
+        raise CheckpointError(f"{folder}: no tokenizer, expected tokenizer.json, vocab.txt or vocab.json, merges.txt")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
