@@ -20,7 +20,7 @@ from torch.nn import ModuleDict
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
 from datasets import AUGMENTATIONS, tasks_in
-from heads import HEADS
+from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
@@ -80,7 +80,7 @@ class Config:
     tasks: tuple[str, ...] = parameter((), "tasks to train together (default: those whose files are in --data)")
     task_file: tuple[str, ...] = parameter((), "TOML files with tasks of your own, which join --tasks", metavar="FILE")
     model: str = parameter(
-        EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory", metavar="NAME"
+        EMBEDDED_MODEL, "minilm (embedded), hub name or directory of a BERT, RoBERTa or ModernBERT", metavar="NAME"
     )
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files", metavar="DIR")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
@@ -409,7 +409,7 @@ def parse(arguments: Sequence[str]) -> Config:
             raise FlagError("\n".join(f"--config {path}: {line}" for line in str(error).split("\n"))) from None
         given, of_run = (given, found) if is_of_run else (_over(found, given), {})
     own = add_tasks(given)
-    default = {"tasks": [*dict.fromkeys([*tasks_in(given.get("data", of_run.get("data", "sample"))), *own])]}
+    default = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
     config = from_dict(_over({**default, **of_run}, given))
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
@@ -483,6 +483,16 @@ def add_tasks(given: Mapping[str, Any]) -> list[str]:
     return own
 
 
+def _default_tasks(given: Mapping[str, Any]) -> list[str]:
+    """The tasks whose files are there and, where a checkpoint is scored as it is, that it has heads for."""
+    tasks, starts = tasks_in(given.get("data", "sample")), [given.get("checkpoint"), *given.get("checkpoints", ())]
+    if given.get("option") in ("test", "soup") and (start := next(filter(None, starts), "")):
+        with suppress(CheckpointError):  # told of when it is loaded
+            layout = read_layout(checkpoint_folder(Path(start)))
+            tasks = [task for task in tasks if layout and task in layout.tasks] or tasks
+    return tasks
+
+
 def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Values that are outside their limits, and names of what is not there."""
     flags = [flag for _, flag in flags_of(Config)] + [flag for _, _, flag in _method_flags()]
@@ -541,7 +551,8 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
         others = (name for name in given if name not in RESUME_FLAGS)
-        yield from (f"--{name}: --resume takes it from the run; leave it out" for name in others)
+        way = f"leave it out, or start a new run from its model: --checkpoint {config.resume}"
+        yield from (f"--{name}: --resume takes it from the run; {way}" for name in others)
     elif config.option == "predict":
         others = (name for name in given if name not in PREDICT_FLAGS)
         yield from (f"--{name}: --option predict does not use it; leave it out" for name in others)
@@ -567,6 +578,8 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
+    heads = [HEADS.get(config.heads.get(task, "")) for task in config.tasks]  # None: unknown, or the checkpoint's
+    reads_pooled = any(head is None or Reads.POOLED in head.reads for head in heads)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output", "names")),
@@ -581,6 +594,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
         (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
+        (reads_pooled, "no head reads a pooled vector", ("pooling",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():

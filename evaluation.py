@@ -6,7 +6,7 @@ Shape letters: R rows of a data set, K outputs, D hidden.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -133,12 +133,14 @@ def write_predictions(task: str, rows: TokenizedRows, logits: Tensor, path: Path
     write_atomically(path, "".join(lines))
 
 
-def write_dev_rows(task: str, rows: TokenizedRows, logits: Tensor, folder: Path) -> None:
-    """Labels, predictions and probabilities of the dev rows, for reports and comparisons. logits: (R, K)."""
+def write_dev_rows(
+    task: str, rows: TokenizedRows, logits: Tensor, folder: Path, texts: Sequence[tuple[str, ...]]
+) -> None:
+    """Labels, predictions, probabilities and texts, where they are known, of the dev rows. logits: (R, K)."""
     output, probabilities = TASKS[task].output, TASKS[task].output.probabilities(logits)
     shares = None if probabilities is None else probabilities.numpy()
     dev_rows = DevRows(tuple(rows.ids), rows.labels, output.decode(logits).numpy(), shares)
-    dev_rows.write(folder / DevRows.file_name(task))
+    dev_rows.write(folder / DevRows.file_name(task), TASKS[task].text_columns if texts else (), texts)
 
 
 def format_scores(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,17 @@ import torch
 from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
 from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
 from console import Console, duration
-from datasets import DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer, tasks_in
+from datasets import (
+    DataError,
+    DeferredRows,
+    FeatureRows,
+    Rows,
+    TokenizedRows,
+    Tokenizer,
+    data_folder,
+    read_examples,
+    tasks_in,
+)
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -35,7 +46,7 @@ from evaluation import (
     write_dev_rows,
     write_predictions,
 )
-from heads import Head
+from heads import PooledHead
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
@@ -100,7 +111,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
     start = config.checkpoint or next(iter(config.checkpoints), "")
     folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
     encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=POOLING, pairs=PAIR)
-    if config.max_length > (most := encoder.max_position_embeddings):
+    if config.max_length > (most := encoder.num_positions):
         raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     settled = replace(
@@ -330,7 +341,13 @@ class Run:
         trained = trained_parameters(self.config, stage, model)
         trained.freeze_others(model)
         methods = make_methods(self.config, stage, model, data)
-        return Trainer(stage, stage_model, trained, data, methods, self.precision, self.config.cuda_graphs)
+        return Trainer(stage, stage_model, trained, data, methods, self.precision, self.records_passes)
+
+    @property
+    def records_passes(self) -> bool:
+        """Whether passes on a GPU may be CUDA graphs. (Of heads that read hidden states nobody has tried it.)"""
+        is_simple = self.model.encoder.can_be_recorded and all(map(self.model.has_features, self.config.tasks))
+        return self.config.cuda_graphs and is_simple
 
     def make_mlm_trainer(self, stage: Stage) -> Trainer:
         folder, device = self.tokenizer_folder, self.precision.device
@@ -343,7 +360,10 @@ class Run:
 
     def features(self, stage: Stage, task: str, rows: TokenizedRows) -> Rows:
         """Features of the frozen encoder, computed when they are first needed, and in units of the training rows'
-        deviations: as they come a head would take hundreds of epochs."""
+        deviations: as they come a head would take hundreds of epochs. The rows themselves for a head that reads hidden
+        states: of 100,000 tokens those of BERT-base's layers are 4 GB."""
+        if not self.model.has_features(task):
+            return rows
 
         def standardized() -> Rows:
             return self.raw_features(stage, rows).standardized(*self.raw_features(stage, self.data.train[task]).moments)
@@ -383,9 +403,9 @@ class Run:
                     self.save(number, trainer)
                 raise
         if stage.is_frozen:
-            for task in stage.tasks:
+            for task in filter(self.model.has_features, stage.tasks):
                 moments = self.raw_features(stage, self.data.train[task]).moments
-                cast(Head, self.model.heads[task]).absorb(*moments)
+                cast(PooledHead, self.model.heads[task]).absorb(*moments)
             self.known_features.clear()
         self.masked_head = None
         self.seconds[stage.name] = round(progress.seconds, 3)
@@ -450,7 +470,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         for task, rows in self.data.dev.items():
             write_predictions(task, rows, logits[task], folder / f"{task}-dev-output.csv")
-            write_dev_rows(task, rows, logits[task], folder)
+            write_dev_rows(task, rows, logits[task], folder, self.dev_texts(task))
         for task, rows in self.data.test.items():
             write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
         self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
@@ -472,17 +492,28 @@ class Run:
         self.tracking.finish(results["dev"])
         self.metrics.close()
         num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
-        self.console.say("\n" + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
+        gap = "\n" if self.stages else ""  # below the lines of training
+        self.console.say(gap + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
         for line in remarks(dev, confusion, self.metrics.records()):
             self.console.say(line)
         with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
         if missing := [task for task in with_test_file if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-        holds = "results, predictions" + (" and the best checkpoint are" if self.directory.best.exists() else " are")
+        has_best = self.directory.best.exists()
+        holds = "results, predictions and the best checkpoint are" if has_best else "results and predictions are"
         times = f"training {duration(training)}, " if self.stages else ""
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
         self.draw_plots()
+
+    def dev_texts(self, task: str) -> list[tuple[str, ...]]:
+        """The texts of the dev file, none if it has changed since it was read."""
+        path = TASKS[task].path("dev", data_folder(self.config.data))
+        with suppress(DataError):
+            file = read_examples(path, TASKS[task], labelled=True)
+            if file.sha256 == self.data.files[TASKS[task].file_key("dev")]["sha256"]:
+                return [example.texts for example in file.examples]
+        return []
 
     def draw_plots(self) -> None:
         """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""
@@ -518,7 +549,7 @@ def resident_memory_mb(name: str) -> float:
 
 def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     """A new run, or the one to resume, with everything loaded and its start told."""
-    resumed = RunDirectory.existing(Path(config.resume)) if config.resume else None
+    resumed = RunDirectory.existing(run_of(Path(config.resume))) if config.resume else None
     if resumed is not None:
         saved = resumed.config()
         if saved.get("layout", {}).get("format") != Layout({}).to_dict()["format"]:
@@ -560,6 +591,11 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     for line in start_block(run, loaded.new_parts):
         console.say(textwrap.fill(line, 99, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
     return run
+
+
+def run_of(path: Path) -> Path:
+    """The directory of a run, of which a checkpoint may be named too."""
+    return path.parent if path.name in ("best", "last") and (path.parent / CONFIG).is_file() else path
 
 
 def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:

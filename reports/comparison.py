@@ -30,18 +30,8 @@ ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
 # Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
 # the treatment, and data by the checksums of their files.
-NOT_COMPARED = RECORD_KEYS | {
-    "data",
-    "out",
-    "resume",
-    "threads",
-    "seed",
-    "tensorboard",
-    "cache",
-    "save_every",
-    "eval_batch_size",
-}
-NOT_COMPARED |= {"cuda_graphs", "name", "log", "format", "config", "task_file", "pcgrad", "gradvac"}
+NOT_COMPARED = RECORD_KEYS | {"data", "out", "resume", "threads", "seed", "tensorboard", "cache", "save_every"}
+NOT_COMPARED |= {"eval_batch_size", "cuda_graphs", "name", "log", "format", "config", "task_file", "pcgrad", "gradvac"}
 
 
 @dataclass(frozen=True)

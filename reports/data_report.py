@@ -168,7 +168,7 @@ def describe(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     checkpoint = find_checkpoint(args.model)
-    tokenizer = Tokenizer(checkpoint, read_bert_config(checkpoint).max_position_embeddings)
+    tokenizer = Tokenizer(checkpoint, read_bert_config(checkpoint).num_positions)
     descriptions = describe_folder(data_folder(args.folder, flag=""), tokenizer)
     lines = list(report(descriptions))
     if args.plot is not None:

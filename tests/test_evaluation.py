@@ -80,17 +80,6 @@ def test_logits_come_in_the_order_of_the_rows(batch_size: int) -> None:
     assert len(model.batch_sizes) == -(-25 // batch_size)
 
 
-@torch.no_grad()
-def test_predictions_do_not_depend_on_the_batch_size() -> None:
-    model, rows = adapted_model(), token_rows("para", 25)
-    alone = torch.cat([model("para", rows.batch([i])) for i in range(25)])
-    assert alone.std() > 0.05
-    for batch_size in (1, 4, 25, 64):
-        logits = predict_logits(model, "para", rows, batch_size, CPU)
-        torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
-        assert not logits.requires_grad and logits.dtype == torch.float32
-
-
 def test_features_are_the_pooled_output_without_dropout_in_the_order_of_the_rows() -> None:
     labels = np.arange(25)
     model, rows = adapted_model(), token_rows("sst", 25, labels=labels)
