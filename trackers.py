@@ -1,7 +1,7 @@
 """Experiment trackers (`--log`): optional packages that are given what metrics.jsonl gets.
 
-Each keeps to the machine if it is told so in its own way: WANDB_MODE=offline, MLFLOW_TRACKING_URI=file:DIR or
-sqlite:///FILE, TRACKIO_DIR=DIR. Whatever fails costs a line, never the run.
+Each keeps to the machine if it is told so in its own way: WANDB_MODE=offline; MLFLOW_TRACKING_URI=sqlite:///FILE, or
+file:DIR with MLFLOW_ALLOW_FILE_STORE=true; TRACKIO_DIR=DIR. Whatever fails costs a line, never the run.
 """
 
 import json
