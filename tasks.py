@@ -46,6 +46,11 @@ class Output(Protocol):
         ...
 
     @property
+    def scale(self) -> tuple[float, float] | None:
+        """Its ends, or None for classes."""
+        ...
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what `scores` gives."""
         ...
@@ -99,6 +104,7 @@ class Classes:
     names: tuple[str, ...] = ()
     selection_metric: str = "accuracy"
     reads_names: bool = False
+    scale: ClassVar[None] = None
     metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
 
     @property
@@ -148,6 +154,7 @@ class Binary:
     class_names: tuple[str, ...] = ("no", "yes")
     selection_metric: str = "accuracy"
     reads_names: bool = False
+    scale: ClassVar[None] = None
     metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
 
     @property
@@ -197,6 +204,10 @@ class Score:
     class_names: tuple[str, ...] = ()
     selection_metric: str = "pearson"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        return self.low, self.high
 
     @property
     def allowed(self) -> str:

@@ -135,11 +135,10 @@ def draw(descriptions: Sequence[Description]) -> Plot:
         above, split = i < len(tasks), of.split
         if of.task is not tasks[i % len(tasks)] or (above and split == "test"):
             continue
-        of_task = [d for d in descriptions if d.task is of.task]
-        longest, classes = max(int(d.lengths.max()) for d in of_task), of.task.output.num_classes
-        lengths, known = np.linspace(0, longest + 1, min(longest + 1, NUM_BINS) + 1), [d.labels for d in of_task]
-        scale = np.linspace(np.nanmin(np.concatenate(known)), np.nanmax(np.concatenate(known)), NUM_BANDS + 1)
-        labels = scale if classes is None else np.arange(classes + 1) - 0.5
+        longest = max(int(d.lengths.max()) for d in descriptions if d.task is of.task)
+        classes, scale = of.task.output.num_classes or 0, of.task.output.scale
+        labels = np.linspace(*scale, NUM_BANDS + 1) if scale else np.arange(classes + 1) - 0.5
+        lengths = np.linspace(0, longest + 1, min(longest + 1, NUM_BINS) + 1)
         edges, values = (labels, of.labels) if above else (lengths, of.lengths)
         look = {key: style(SPLITS.index(split))[key] for key in ("color", "linestyle", "linewidth")}
         shares = 100 * np.histogram(values, edges)[0] / len(values)

@@ -24,6 +24,7 @@ from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, 
 from reports.document import Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
+from reports.model_card import push
 from reports.plots import Plot, draw_comparison, run_plots, write_plots
 from run_record import FORMATS, RunError, write_atomically
 from tasks import TASKS, Task
@@ -224,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats.add_argument("--markdown", action="store_true", help="print as markdown")
     formats.add_argument("--html", metavar="FILE", type=Path, help="write a new page with tables and pictures too")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of a run's plots (default: %(default)s)")
+    parser.add_argument("--push", metavar="NAME", help="put a run's best checkpoint with a model card on the hub")
     args = parser.parse_args(arguments)
     return run_command(lambda: report(args), RunError)
 
@@ -239,6 +241,10 @@ def report(args: argparse.Namespace) -> None:
         print(f"left out: {problem}", file=sys.stderr)
     if args.csv:
         return print_csv(runs)
+    if args.push:
+        if len(runs) > 1:
+            raise RunError(f"--push {args.push}: {len(runs)} runs, expected one")
+        return print(push(runs[0], args.push))
     settings, plots, files = settings_of(runs), list[Plot](), list[Path]()
     is_one = len(runs) == 1
     try:

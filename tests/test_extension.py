@@ -201,7 +201,7 @@ def test_everything_added_has_its_flags_and_help() -> None:
     for _, name, _ in ADDED[1:]:
         assert name in shown
     for way, flag, _ in ENTRIES:
-        assert f"  {flag} " in shown and (f"  {way}," in shown or " " in way)
+        assert f"  {flag} " in shown and (f"  {way} " in shown or " " in way)
     assert "how far a step moves the averages (default 0.5)" in shown and parse([]).tasks[-1] == "mood"
 
 
