@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
@@ -12,15 +13,13 @@ from run_record import CONFIG, RunError, read_json
 from tasks import TASKS
 
 CARD = "README.md"
-ABOUT = """One encoder with a head for each of the tasks below, trained together by multitask-bert. The encoder alone is a
-checkpoint for `transformers.AutoModel`; the heads need the program:
+ABOUT = """One encoder with a head for each of the tasks below, trained together by multitask-bert. The encoder alone is
+a checkpoint for `transformers.AutoModel`; the heads need the program:
 
     from predictor import load
 
     load("DIR").predict({task!r}, [{text}])"""
-LIMITS = (
-    "Scores are of the dev files, by which the epoch was chosen: expect a little less of other texts of the same kind."
-)
+LIMITS = "Scores are of the dev files, by which the epoch was chosen: expect a little less of other texts of the kind."
 
 
 def model_card(run: FinishedRun, name: str) -> str:
@@ -32,14 +31,18 @@ def model_card(run: FinishedRun, name: str) -> str:
         kind = "text-classification" if task.output.class_names else "sentence-similarity"
         answers = ", ".join(task.output.class_names) or task.output.allowed
         for metric, value in run.results["dev"][task.name].items():
-            data = {"dataset_type": task.name, "dataset_name": task.title, "dataset_split": "dev"}
+            data: dict[str, Any] = {"dataset_type": task.name, "dataset_name": task.title, "dataset_split": "dev"}
             found.append(EvalResult(task_type=kind, metric_type=metric, metric_value=round(value, 4), **data))
             rows.append([task.name, task.title, " + ".join(task.text_columns), answers, metric, f"{value:.3f}"])
     rows.append(["", MEAN, "", "", "", f"{run.score(MEAN):.3f}"])
-    base = run.config.get("model")
+    base = str(run.config.get("model", ""))
     head = ModelCardData(
         language="en",
-        base_model="sentence-transformers/all-MiniLM-L6-v2" if base == "minilm" else None if "/" in base[:1] else base,
+        base_model="sentence-transformers/all-MiniLM-L6-v2"
+        if base == "minilm"
+        else base
+        if base[:1] not in ("", "/")
+        else None,
         pipeline_tag="text-classification",
         tags=["multi-task-learning", *run.tasks],
         model_name=name.split("/")[-1],

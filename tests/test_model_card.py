@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,4 +97,8 @@ def test_a_push_that_fails_is_one_line(treated_run: Path, hub: Any, capsys: Capt
         assert main([str(treated_run), "--push", name]) == 2
         shown = capsys.readouterr().err.strip()
         assert shown.startswith(f"error: --push {name}: the hub did not take it (") and "\n" not in shown
-    assert main([str(treated_run), str(treated_run.parent), "--push", "x"]) in (0, 2)
+    copy = treated_run.parent / "copy"
+    shutil.copytree(treated_run, copy)
+    assert main([str(treated_run), str(copy), "--push", "x"]) == 2
+    assert capsys.readouterr().err == "error: --push x: 2 runs, expected one\n"
+    shutil.rmtree(copy)
