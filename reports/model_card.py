@@ -13,6 +13,7 @@ from run_record import CONFIG, RunError, read_json
 from tasks import TASKS
 
 CARD = "README.md"
+EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 ABOUT = """One encoder with a head for each of the tasks below, trained together by multitask-bert. The encoder alone is
 a checkpoint for `transformers.AutoModel`; the heads need the program:
 

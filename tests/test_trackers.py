@@ -10,11 +10,10 @@ import pytest
 from test_command import Runs, assert_same_run, runs
 
 import multitask_classifier
-import trackers
 from config import FlagError, parse
 from helpers import Capture, Patch
 from run_record import parse_records, scalars
-from trackers import STATE, TRACKERS, Tracking
+from trackers import PROJECT, STATE, TRACKERS, Tracking
 
 __all__ = ["runs"]  # the fixture
 
@@ -130,10 +129,9 @@ def test_mlflow_on_this_machine(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported, which nothing else does
     pytest.importorskip("trackio")
-    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path)
     assert track("trackio", tmp_path) == []
-    assert trackers.PROJECT and list(tmp_path.glob("*.db"))
-    with sqlite3.connect(next(tmp_path.glob("*.db"))) as base:
+    with sqlite3.connect(tmp_path / f"{PROJECT}.db") as base:
         rows = [json.loads(row[0]) for row in base.execute("select metrics from metrics order by id")]
     assert [row["finetune/loss"] for row in rows if "finetune/loss" in row] == [i / 2 for i in range(8)]
