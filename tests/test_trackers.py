@@ -104,7 +104,7 @@ def track(name: str, run: Path) -> list[str]:
     for numbers in (range(5), range(2, 8)):
         tracking = Tracking(name, run, {"lr": 1e-3, "tasks": ["sst"]}, numbers.start, said.append)
         for i in numbers:
-            tracking.write({"stage": "finetune", "epoch": 1, "step": i, "loss": i / 2})
+            tracking.write({"stage": "finetune", "epoch": 1, "step": i, "losses": {"sst": i / 2}})
         tracking.finish({"mean": 0.75} if numbers.start else {})
     assert json.loads((run / STATE).read_text())["sent"] == 8
     return said
@@ -116,7 +116,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: Patch) -> None:
     assert track("wandb", tmp_path) == []
     name = json.loads((tmp_path / STATE).read_text())["id"]
     written = [path.read_bytes() for path in (tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")]
-    assert len(written) == 2 and sum(content.count(b"finetune/loss") for content in written) >= 8
+    assert len(written) == 2 and sum(content.count(b"finetune/loss/sst") for content in written) >= 8
 
 
 def test_mlflow_on_this_machine(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -124,7 +124,7 @@ def test_mlflow_on_this_machine(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     assert track("mlflow", tmp_path) == []
-    (loss,) = (tmp_path / "mlruns").glob("*/*/metrics/finetune/loss")
+    (loss,) = (tmp_path / "mlruns").glob("*/*/metrics/finetune/loss/sst")
     assert [line.split()[1:] for line in loss.read_text().splitlines()] == [[str(i / 2), str(i)] for i in range(8)]
 
 
@@ -134,4 +134,4 @@ def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: Patch) -> None:
     assert track("trackio", tmp_path) == []
     with sqlite3.connect(tmp_path / f"{PROJECT}.db") as base:
         rows = [json.loads(row[0]) for row in base.execute("select metrics from metrics order by id")]
-    assert [row["finetune/loss"] for row in rows if "finetune/loss" in row] == [i / 2 for i in range(8)]
+    assert [row["finetune/loss/sst"] for row in rows if "finetune/loss/sst" in row] == [i / 2 for i in range(8)]
