@@ -583,8 +583,7 @@ def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out
 def test_a_run_that_does_not_say_what_heads_read_goes_on_as_it_began(runs: Runs, out: Path, monkeypatch: Patch) -> None:
     """Whatever the defaults are by then, also where it was killed before its first checkpoint."""
     whole = runs.whole()
-    for name, value in (("POOLING", "mean"), ("PAIR", "siamese")):
-        monkeypatch.setattr(running, name, value)
+    monkeypatch.setattr(running, "default_pooling", lambda _: "mean")
     for number in (1, 8):
         runs.kill(out, "--save_every 2", "step", number)
         assert (out / "last").exists() == (number == 8)
