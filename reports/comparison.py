@@ -31,8 +31,8 @@ ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 # Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
 # the treatment, and data by the checksums of their files.
 NOT_COMPARED = frozenset({"versions", "machine", "commit", "compiled", "data_files", "layout", "stages", "data"})
-NOT_COMPARED |= {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size", "processor"}
-NOT_COMPARED |= {"gpu", "cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
+NOT_COMPARED |= {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
+NOT_COMPARED |= {"processor", "gpu", "cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
 
 
 @dataclass(frozen=True)
