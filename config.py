@@ -43,10 +43,9 @@ OPTIONS = {
     "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
-BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
-    *("option", "checkpoint", "task", "input", "output", "names", "eval_batch_size", "max_length", "device", "threads"),
-    "amp",
+    *("option", "checkpoint", "task", "input", "output", "names"),
+    *("eval_batch_size", "max_length", "device", "threads", "amp"),
 }
 OWN_FLAGS = {"out", "resume", "config", "name", "task_file"}  # of a run, which another one does not take from it
 RESUME_FLAGS = {"resume", "device", "threads"}
@@ -268,6 +267,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     )
 
 
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, and what its program did where it did not have the flags yet."""
+    decay = saved.get("weight_decay", Config.weight_decay)
+    return {"pooling": Layout.pooling, "pairs": Layout.pairs, "pretrain_weight_decay": decay, **saved}
+
+
 def _method_flags() -> Iterator[tuple[str, str, Flag]]:
     """(table, entry, flag) of every parameter of every entry of the tables."""
     for table, (entries, _) in TABLES.items():
@@ -464,7 +469,7 @@ def _settings_of_run(values: Mapping[str, Any], path: str) -> dict[str, Any]:
     except TaskFileError as error:
         raise FlagError(str(error)) from None
     flags = {name: value for name, value in values.items() if name not in RECORD_KEYS | OWN_FLAGS}
-    return {name: value for name, value in {**BEFORE, **flags}.items() if value not in ("", [])}
+    return {name: value for name, value in completed(flags).items() if value not in ("", [])}
 
 
 def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from checkpoints import (
     read_layout,
     save_checkpoint,
 )
-from config import BEFORE, Config, FlagError, from_dict
+from config import Config, FlagError, completed, from_dict
 from console import Console, duration
 from datasets import (
     DataError,
@@ -572,7 +572,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
             )
         flags = config
         Layout.from_dict(saved["layout"], f"--resume {config.resume}")  # its tasks are known from here on
-        config = replace(from_dict({**BEFORE, **saved}), out=str(resumed.path))
+        config = replace(from_dict(completed(saved)), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:

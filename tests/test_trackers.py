@@ -2,9 +2,11 @@
 
 import json
 import sqlite3
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from test_command import Runs, assert_same_run, runs
@@ -108,6 +110,58 @@ def track(name: str, run: Path) -> list[str]:
         tracking.finish({"mean": 0.75} if numbers.start else {})
     assert json.loads((run / STATE).read_text())["sent"] == 8
     return said
+
+
+def stand_in(module: str, monkeypatch: Patch) -> MagicMock:
+    """A module that notes how it is called, in the place of a tracker's package."""
+    monkeypatch.setitem(sys.modules, module, standing := MagicMock())
+    return standing
+
+
+def calls(standing: MagicMock, name: str) -> list[Any]:
+    return [call for call in standing.mock_calls if call[0].endswith(name)]
+
+
+LOSSES = [{"finetune/loss/sst": i / 2, "finetune/step": i} for i in range(8)]
+
+
+def test_what_wandb_is_called_with(tmp_path: Path, monkeypatch: Patch) -> None:
+    wandb = stand_in("wandb", monkeypatch)
+    wandb.init.return_value.id = "made-up"
+    assert track("wandb", tmp_path) == []
+    first, again = calls(wandb, "init")
+    assert (first.kwargs["project"], first.kwargs["dir"]) == (PROJECT, str(tmp_path)) and "id" not in first.kwargs
+    assert (again.kwargs["id"], again.kwargs["resume"]) == ("made-up", "allow")
+    assert [call.args for call in calls(wandb, "().log")] == [(numbers,) for numbers in LOSSES]
+    assert [call.args for call in calls(wandb, "summary.update")] == [({},), ({"results/mean": 0.75},)]
+    assert len(calls(wandb, "().finish")) == 2
+
+
+def test_what_mlflow_is_called_with(tmp_path: Path, monkeypatch: Patch) -> None:
+    mlflow, entities = stand_in("mlflow", monkeypatch), stand_in("mlflow.entities", monkeypatch)
+    entities.Param.side_effect, entities.Metric.side_effect = (lambda *given: given), (lambda *given: given)
+    mlflow.MlflowClient.return_value.create_run.return_value.info.run_id = "made-up"
+    assert track("mlflow", tmp_path) == []
+    assert len(calls(mlflow, "create_run")) == 1
+    logged = calls(mlflow, "log_batch")
+    assert {call.args for call in logged} == {("made-up",)}
+    assert [call.kwargs["params"] for call in logged if "params" in call.kwargs] == [
+        [("lr", "0.001"), ("tasks", "['sst']")]
+    ]
+    numbers = [(name, value, step) for call in logged for name, value, _, step in call.kwargs.get("metrics", [])]
+    losses = [("finetune/loss/sst", i / 2, i) for i in range(8)]
+    assert numbers == [*losses, ("results/mean", 0.75, 0)]
+    assert [call.args for call in calls(mlflow, "set_terminated")] == [("made-up", "KILLED"), ("made-up", "FINISHED")]
+
+
+def test_what_trackio_is_called_with(tmp_path: Path, monkeypatch: Patch) -> None:
+    trackio = stand_in("trackio", monkeypatch)
+    assert track("trackio", tmp_path) == []
+    first, again = (call.kwargs for call in calls(trackio, "init"))
+    assert first["project"] == PROJECT and first["name"].startswith(tmp_path.name) and first["resume"] == "allow"
+    assert again == first
+    assert [call.args for call in calls(trackio, "().log")] == [*((row,) for row in LOSSES), ({"results/mean": 0.75},)]
+    assert len(calls(trackio, "().finish")) == 2
 
 
 def test_wandb_offline(tmp_path: Path, monkeypatch: Patch) -> None:
