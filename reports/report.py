@@ -20,7 +20,17 @@ import numpy as np
 from console import duration
 from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
-from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, row_intervals, score_names, settings_of
+from reports.comparison import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Setting,
+    best_of,
+    common_values,
+    compare,
+    row_intervals,
+    score_names,
+    settings_of,
+)
 from reports.document import Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
@@ -32,8 +42,11 @@ NUM_WRONG = 5  # rows listed of each task
 LONGEST_TEXT = 300  # characters shown of a row
 INTERVAL = "95% over dev rows"
 GRADIENTS = {"cosine": "mean cosine", "conflict_rate": "share of steps in conflict", "removed": "share removed"}
-CSV_SETTINGS = ("option", "model", "data", "scheduler", "treatment", "seed", "epochs", "batch_size", "lr")
-CSV_METRICS = {"sst": ("accuracy", "macro_f1"), "para": ("accuracy", "macro_f1"), "sts": ("pearson", "spearman")}
+CSV_SETTINGS = ("name", "option", "model", "data", "scheduler", "treatment", "seed", "epochs", "batch_size", "lr")
+CSV_METRICS = {
+    name: ("accuracy", "macro_f1") if task.output.class_names else ("pearson", "spearman")
+    for name, task in TASKS.items()
+}
 
 
 def run_sections(run: FinishedRun, files: Sequence[Path]) -> list[Section]:
@@ -116,28 +129,33 @@ def _answer(task: Task, value: float) -> str:
 
 def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]) -> list[Section]:
     """The settings side by side, what their names stand for, and tests of their differences from the best."""
-    names, rows, key = score_names(settings), [], []
+    names, rows, key = score_names(settings), list[dict[str, Any]](), []
+    common = common_values([s.flags for s in settings])
     for s in settings:
-        scores = {title: _scores_cell(s, name) for name, title in names.items()}
+        rows.append({"setting": s.name, **{title: _scores_cell(s, name) for name, title in names.items()}})
         seconds = float(np.mean([run.results["seconds"]["training"] for run in s.runs]))
-        ends = {"training": duration(seconds), "parameters": _size(s.runs[0].results["parameters"]["total"])}
-        rows.append({"setting": s.name, **scores, "n": len(s.runs), **ends})
-        flags = ", ".join(f"{flag} {value}" for flag, value in s.flags.items()) or "-"
-        key.append({"setting": s.name, "runs": ", ".join(r.path.name for r in s.runs), "flags that differ": flags})
+        flags = ", ".join(f"{flag} {value}" for flag, value in s.flags.items() if value != common.get(flag)) or "-"
+        own = {"runs": ", ".join(r.path.name for r in s.runs), "training": duration(seconds)}
+        key.append({"setting": s.name, **own, "parameters": _size(s.runs[0].results["parameters"]["total"])})
+        key[-1]["differs in"] = flags
     for data in dict.fromkeys(s.data for s in settings):
-        run = next(s.runs[0] for s in settings if s.data == data)
-        guesses = {name: (run.guesses | {MEAN: _mean_guess(run)}).get(name) for name in names}
-        rows.append({"setting": GUESS, **{title: guesses[name] for name, title in names.items()}})
+        best = next(s.runs[0] for s in settings if s.data == data)
+        guesses = {**best.guesses, MEAN: _mean_guess(best)}
+        rows.append({"setting": GUESS, **{title: guesses.get(name) for name, title in names.items()}})
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
-        "± is the sample standard deviation over the n seeds.": any(len(s.runs) > 1 for s in settings),
+        "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
         "* is the best of a column.": bool(marked),
         f"{GUESS_IN_WORDS}.": True,
         "Runs on different data are listed apart and not compared.": len({s.data for s in settings}) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,
         "All runs have the same settings but for the seed: there are no settings to compare.": len(settings) == 1,
     }
-    notes = [f"{run.path.name}: {line}" for run in runs for line in _remarks(run)]
+    remarked: dict[str, list[str]] = {}
+    for run in runs:
+        for line in _remarks(run):
+            remarked.setdefault(line.partition(" (")[0], []).append(run.path.name)
+    notes = [f"{line}: {', '.join(of)}" for line, of in remarked.items()]
     text = "\n".join([*(text for text, is_so in remarks.items() if is_so), *notes])
     blocks = [_table(rows, marked), *filter(None, [text]), _table(key)]
     differences = _differences(settings)
@@ -149,17 +167,16 @@ def _scores_cell(setting: Setting, name: str) -> str:
     if name not in (*setting.tasks, MEAN):
         return "-"
     values = setting.scores(name)
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    return f"{values.mean():.3f}" + (f" ±{values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def _differences(settings: Sequence[Setting]) -> list[str | Table]:
     comparisons, notes = compare(settings)
     if not comparisons:
         return []
-    columns = ("setting", "score", "difference", "over seeds", "95%", "over dev rows", "95%")
+    columns = ("setting", "score", "difference", "over seeds, 95% interval", "over dev rows, 95% interval")
     rows = [
-        (c.other.name, c.name, f"{c.over_rows.value:+.3f}", *c.over_seeds.cells, *c.over_rows.cells)
-        for c in comparisons
+        (c.other.name, c.name, f"{c.over_rows.value:+.3f}", c.over_seeds.words, c.over_rows.words) for c in comparisons
     ]
     text = (
         f"Each setting minus the best, which is {'; on other data '.join({c.best.name: 0 for c in comparisons})}. Over "

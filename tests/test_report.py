@@ -77,11 +77,11 @@ def no_plots(monkeypatch: Patch) -> None:
 def test_errors_are_shown_with_file_line_and_text(files: Path, capsys: Capture) -> None:
     found = sections_of(run(capsys, made(files, "run"))[0])
     text = (files / "quora-dev.csv").read_text().splitlines()
-    rows = re.findall(r"quora-dev\.csv:(\d+) +(\d) +(\d) +(0\.\d+)  (\S+)", found["Quora paraphrase: errors"])
+    rows = re.findall(r"quora-dev\.csv:(\d+) +(\w+) +(\w+) +(0\.\d+)  (\S+)", found["Quora paraphrase: errors"])
     assert len(rows) == 5
     for line, label, prediction, _, first_word in rows:
         cells = text[int(line) - 1].split("\t")
-        assert cells[-1] == label != prediction and cells[2].split()[0] == first_word
+        assert ["no", "yes"][int(cells[-1])] == label != prediction and cells[2].split()[0] == first_word
     assert [row[3] for row in rows] == sorted((row[3] for row in rows), reverse=True)
     assert "Largest errors:" in found["STS similarity: errors"]
     assert "words" in found["SST-5 sentiment: errors"] and "class" in found["SST-5 sentiment: errors"]
@@ -129,9 +129,15 @@ def test_several_runs_are_a_table_of_settings_with_tests(files: Path, capsys: Ca
     first, second = lines[3:5]
     means = [FinishedRun.read(path).score("mean") for path in good]
     assert first.startswith("lr 1.0 ") and second.startswith("lr 2.0 ") and "*" not in second
-    assert f"*{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" in first and "3 min" not in first
-    assert re.search(r"^lr 2.0 +bad0, bad1, bad2 +lr 2.0$", "\n".join(lines), flags=re.MULTILINE)  # the key
+    assert f"*{statistics.mean(means):.3f} ±{statistics.stdev(means):.3f}" in first
+    assert re.search(
+        r"^lr 2.0 +bad0, bad1, bad2 +1 min 41 s +22.7 M +lr 2.0$", "\n".join(lines), flags=re.MULTILINE
+    )  # the key
     assert "scheduler" not in out and "threads" not in out
+    constant = [FinishedRun.read(good[0]).guesses[task] for task in TASKS]
+    cells = [f"{score:.3f}" for score in (*constant, statistics.mean(constant))]
+    assert lines[5].split() == ["constant", *cells] and constant[0] == pytest.approx(0.2, abs=0.1)
+    assert "fine-tuning ended below its frozen stage: bad0, bad1, bad2, good0, good1, good2" in " ".join(out.split())
     rows = [line for line in found["Differences from the best"].splitlines() if line.startswith("lr 2.0")]
     assert len(rows) == 4 and all(row.count("worse, p") == 2 for row in rows)
     assert "t test, paired where both have the same seeds" in found["Differences from the best"]
@@ -143,7 +149,7 @@ def test_an_identical_run_shows_no_difference(files: Path, capsys: Capture) -> N
     out, _ = run(capsys, path, copy)
     differences = sections_of(out)["Differences from the best"]
     assert differences.count("no difference, p 1.000") == 4 and "worse" not in differences and "*" not in out
-    assert re.search(r"^a +a +-$", out, flags=re.MULTILINE) and re.search(r"^copy +copy +-$", out, flags=re.MULTILINE)
+    assert all(re.search(rf"^{name} +{name} +.* -$", out, flags=re.MULTILINE) for name in ("a", "copy"))
 
 
 def test_other_data_and_other_tasks_are_not_mixed(files: Path, tmp_path: Path, capsys: Capture) -> None:
