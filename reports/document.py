@@ -10,7 +10,7 @@ from typing import Any
 import tabulate
 
 WIDTH = 120  # columns of text at most
-LEAST_WIDTH = 12  # of a column of texts
+LONGEST_WORD = 30  # that is not broken where a column gets narrow
 tabulate.MIN_PADDING = 0  # a title needs no more room than its letters
 
 
@@ -40,11 +40,12 @@ class Table:
             cells[i][j] = mark.format(cells[i][j])
         widths = [max(map(len, column)) for column in zip(self.columns, *cells, strict=True)]
         texts = [j for j in range(len(widths)) if j not in self.numeric and not is_markdown]
-        while sum(widths) + 2 * (len(widths) - 1) > text_width() and texts:  # the widest texts go on below themselves
-            j = max(texts, key=widths.__getitem__)
-            if widths[j] <= LEAST_WIDTH:
+        words = [max(map(len, " ".join(column).split())) for column in zip(self.columns, *cells, strict=True)]
+        while sum(widths) + 2 * (len(widths) - 1) > text_width():  # the widest texts go on below themselves
+            wide = [j for j in texts if widths[j] > min(words[j], LONGEST_WORD)]
+            if not wide:
                 break
-            widths[j] -= 1
+            widths[max(wide, key=widths.__getitem__)] -= 1
         align = ["right" if j in self.numeric else "left" for j in range(len(self.columns))]
         layout: dict[str, Any] = {"tablefmt": "github" if is_markdown else "simple", "disable_numparse": True}
         if not is_markdown:

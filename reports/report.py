@@ -145,7 +145,7 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
         "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
-        "* is the best of a column.": bool(marked),
+        "* or bold is the best of a column.": bool(marked),
         f"{GUESS_IN_WORDS}.": True,
         "Runs on different data are listed apart and not compared.": len({s.data for s in settings}) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,
@@ -240,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats.add_argument("--csv", action="store_true", help="print a row a run only, as csv for other programs")
     formats.add_argument("--markdown", action="store_true", help="print as markdown")
     formats.add_argument("--html", metavar="FILE", type=Path, help="write a new page with tables and pictures too")
+    endings = ", ".join(FORMATS)
+    parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw several runs into a new file: {endings}")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of a run's plots (default: %(default)s)")
     args = parser.parse_args(arguments)
     return run_command(lambda: report(args), RunError)
@@ -249,7 +251,11 @@ def report(args: argparse.Namespace) -> None:
     """Draws, writes the page where one is wanted, and prints."""
     if args.html is not None:
         check_new_file("--html", args.html, (".html", ".htm"))
+    if args.plot is not None:
+        check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     runs, problems = read_runs(args.runs)
+    if args.plot is not None and len(runs) == 1:
+        raise RunError(f"--plot {args.plot}: expected several runs; those of one are in {runs[0].path / 'plots'}")
     if not runs:
         raise RunError("; ".join(problems))
     for problem in problems:
@@ -259,8 +265,10 @@ def report(args: argparse.Namespace) -> None:
     settings, plots, files = settings_of(runs), list[Plot](), list[Path]()
     is_one = len(runs) == 1
     try:
-        if is_one or args.html is not None:
+        if is_one or args.html is not None or args.plot is not None:
             plots = list(run_plots(runs[0])) if is_one else [draw_comparison(settings)]
+        if args.plot is not None:
+            write_atomically(args.plot, plots[0].content(args.plot.suffix.lower()[1:]))
         if is_one:
             files = write_plots(plots, runs[0].path, args.format)
     except (OSError, RunError) as error:

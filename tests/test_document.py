@@ -92,7 +92,9 @@ def test_a_page_needs_nothing_from_elsewhere_its_texts_are_texts_and_its_picture
     text = to_html("A & B", SECTIONS)
     page = Page(text)
     assert not {tag for tag, *_ in page.elements} & {"script", "link", "iframe"}
-    assert not any(word in text for word in ("href", "url(", "@import", "http"))
+    assert not any(word in text for word in ("url(", "@import", "http"))
+    links = [of["href"] for tag, of, _ in page.elements if tag == "a"]
+    assert links == [f"#{of['id']}" for tag, of, _ in page.elements if tag == "details" and "open" in of] == ["#s1"]
     assert "<title>A &amp; B</title>" in text and text.startswith("<!DOCTYPE html>")
     assert "b" not in [tag for tag, *_ in page.elements]
     assert NASTY in page.cells and page.cells[:4] == list(TABLE.columns)

@@ -181,6 +181,16 @@ def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, caps
         assert float(row["lr"]) == of.config["lr"] and json.loads(row["settings"]) == of.config
 
 
+@pytest.mark.parametrize(("name", "start"), [("p.pdf", b"%PDF"), ("p.svg", b"<?xml"), ("p.png", b"\x89PNG")])
+def test_several_runs_are_drawn_into_a_file_of_the_format_of_its_name(
+    name: str, start: bytes, files: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    runs = [made(files, "a", 0.1, lr=1.0), made(files, "b", lr=2.0)]
+    run(capsys, *runs, "--plot", tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert "exists already" in run(capsys, *runs, "--plot", tmp_path / name, status=2)[1]
+
+
 def test_markdown_has_the_same_tables(files: Path, capsys: Capture) -> None:
     runs = [made(files, "a", 0.1, lr=1.0), made(files, "b", lr=2.0)]
     lines = run(capsys, *runs, "--markdown")[0].splitlines()
@@ -226,6 +236,8 @@ def test_what_cannot_be_used_is_named_and_left_out(files: Path, tmp_path: Path, 
         (["{run}", "--html", "{page}"], "error: --html .*page.html: exists already, expected the name of a new file"),
         (["{run}", "--html", "{run}/page.txt"], "error: --html .*page.txt: expected a file name that ends in .html"),
         (["{run}", "--html", "{absent}/page.html"], "error: --html .*page.html: no directory "),
+        (["{run}", "--plot", "new.pdf"], "error: --plot new.pdf: expected several runs; those of one are in .*plots"),
+        (["{run}", "--plot", "new.gif"], "error: --plot new.gif: expected a file name that ends in .png or .pdf or"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, files: Path, capsys: Capture) -> None:
