@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -194,9 +195,9 @@ def draw_cosines(records: Records) -> Iterator[Plot]:
     """Of each stage with a treatment the cosines of its task gradients over the steps, a pair of tasks a panel, below
     the diagonal of a table of the tasks."""
     for stage, pairs in curves(records, "cosines").items():
-        tasks = [
-            task for task in TASKS if any(pair.startswith(f"{task}-") or pair.endswith(f"-{task}") for pair in pairs)
-        ]
+        ends = [(f"{task}-", f"-{task}") for task in TASKS]
+        found = [any(pair.startswith(first) or pair.endswith(last) for pair in pairs) for first, last in ends]
+        tasks = list(itertools.compress(TASKS, found))
         cells = [(first, second) for second in tasks[1:] for first in tasks[:-1]]
         titles = ["-".join(cell) for cell in cells]
         figure, axes = panels(
