@@ -115,9 +115,10 @@ def test_cosines_stand_in_a_triangle_of_task_pairs_with_a_band_of_what_noise_wou
 
 def test_a_small_difference_of_scores_does_not_fill_a_panel(tmp_path: Path) -> None:
     data = write_dev_files(tmp_path / "data", 400)
-    runs = [made_run(data, f"r{i}", 0.3, tasks=("sst",), lr=float(i)) for i in range(2)]
+    runs = [made_run(data, f"r{i}", 0.3 + i / 100, tasks=("sst",), lr=float(i)) for i in range(2)]
     for run in runs:
         (run.path / "predictions" / "sst-dev-rows.csv").unlink()  # no intervals, which would make room
+    assert 0 < abs(runs[0].score("sst") - runs[1].score("sst")) < plots.SPAN / 2
     axes = plots.draw_comparison(settings_of(runs)).figure.axes
     assert all(np.ptp(axis.get_xlim()) >= plots.SPAN - 1e-9 for axis in axes)
 
