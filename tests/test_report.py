@@ -77,7 +77,7 @@ def no_plots(monkeypatch: Patch) -> None:
 def test_errors_are_shown_with_file_line_and_text(files: Path, capsys: Capture) -> None:
     found = sections_of(run(capsys, made(files, "run"))[0])
     text = (files / "quora-dev.csv").read_text().splitlines()
-    rows = re.findall(r"quora-dev\.csv:(\d+) +(\w+) +(\w+) +(0\.\d+)  (\S+)", found["Quora paraphrase: errors"])
+    rows = re.findall(r"quora-dev\.csv:(\d+) +(no|yes) +(no|yes) +(0\.\d+)  (\S+)", found["Quora paraphrase: errors"])
     assert len(rows) == 5
     for line, label, prediction, _, first_word in rows:
         cells = text[int(line) - 1].split("\t")
