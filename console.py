@@ -1,6 +1,7 @@
 """What a run prints: lines on standard output, and a progress bar on a terminal's standard error."""
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,8 @@ from tqdm import tqdm
 
 
 class Console:
-    """Lines, and a bar for what is running, one below the other where a part of it has its own. Without a terminal
-    there are lines only."""
+    """Lines, and a bar for what is running, one below the other where a part of it has its own; the first then
+    waits. Without a terminal there are lines only."""
 
     def __init__(self) -> None:
         self._bars: list[tqdm] = []
@@ -21,10 +22,14 @@ class Console:
         shown_on_a_terminal: Any = {"disable": None, "dynamic_ncols": True, "leave": False}
         with tqdm(total=total, initial=done, desc=title, unit=unit, **shown_on_a_terminal) as bar:
             self._bars.append(bar)
+            started = time.time()
             try:
                 yield
             finally:
                 self._bars.pop()
+                for outer in self._bars if not bar.disable else ():
+                    outer.start_t += time.time() - started
+                    outer.last_print_t += time.time() - started
 
     def advance(self, amount: int = 1, record: Mapping[str, Any] | None = None) -> None:
         """Moves the newest bar."""

@@ -376,7 +376,7 @@ def test_what_is_odd_about_the_data_is_told(runs: Runs, out: Path, tmp_path: Pat
     swapped = ["\t".join([*row[:2], row[3].upper(), row[2], "0"]) for row in rows]
     dev.write_text(dev.read_text() + "\n".join(swapped) + "\n")
     runs.run(out, f"--data {folder} --option pretrain")
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert not (out / "predictions" / "para-test-output.csv").exists() and "no test file of para" in shown
     assert f"skipped 1 rows without a label: {path}:5" in " ".join(shown.split())
     files = read(out / "config.json")["data_files"]
