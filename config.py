@@ -14,6 +14,7 @@ from checkpoints import EMBEDDED_MODEL
 from datasets import AUGMENTATIONS
 from heads import HEADS
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
+from messages import shown
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
@@ -51,7 +52,10 @@ TABLES: dict[str, tuple[Mapping[str, Any], str]] = {
 
 
 class FlagError(ValueError):
-    """Flags that make no sense; one problem a line."""
+    """Flags that make no sense; each argument is a problem."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 def _listed(choices: Mapping[str, str]) -> str:
@@ -320,7 +324,7 @@ def _add(group: Any, flag: Flag) -> None:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """ "; did you mean X?" where a known word is like this one."""
-    found = difflib.get_close_matches(word, known, 1)
+    found = difflib.get_close_matches(word[:60], known, 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -338,11 +342,24 @@ def parse(arguments: Sequence[str]) -> Config:
     if unknown:
         flags = list(parser._option_string_actions)
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
-        raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
+        raise FlagError(*(f"{shown(word)}: unknown{nearest(word, flags)}" for word in wrong))
     given = vars(parsed)
     config = from_dict({"tasks": list(TASKS), **given})
     if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
-        raise FlagError("\n".join(dict.fromkeys(problems)))
+        raise FlagError(*dict.fromkeys(problems))
+    return config
+
+
+def checked(values: Mapping[str, Any]) -> Config:
+    """The settings that a run has recorded, as `to_dict` gave them. Raises FlagError if one is missing or not allowed."""
+    for name, default in Config().to_dict().items():
+        value, kinds = values.get(name), (float, int) if isinstance(default, float) else (type(default),)
+        if type(value) not in kinds or (isinstance(value, list) and not all(isinstance(x, str) for x in value)):
+            found = shown(repr(value)) if name in values else "missing"
+            raise FlagError(f"{name} is {found}, expected one such as {default!r}")
+    config = from_dict(values)
+    if problems := [*_wrong_values(config, values), *_conflicts(config, {})]:
+        raise FlagError(*dict.fromkeys(problems))
     return config
 
 
@@ -363,7 +380,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for i, word in enumerate(config.task_weights):
         if weighted[i] not in config.tasks or weighted[i] in weighted[:i] or not _is_weight(word.partition("=")[2]):
             once = f"each of {', '.join(config.tasks)} at most once"
-            yield f"--task_weights {word}: expected TASK=NUMBER, {once}, the number from 1e-6 to 1e6"
+            yield f"--task_weights {shown(word)}: expected TASK=NUMBER, {once}, the number from 1e-6 to 1e6"
     known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
@@ -378,7 +395,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for name, values, names in known:
         for value in values:
             if value not in names:
-                yield f"--{name} {value}: expected one of {', '.join(names)}{nearest(value, names)}"
+                yield f"--{name} {shown(value)}: expected one of {', '.join(names)}{nearest(value, names)}"
     names = [NO_TREATMENT, *TREATMENTS, *METHODS]
     if config.treatment in (*METHODS, *REFUSED) and len(config.tasks) > 1:
         try:
@@ -386,7 +403,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
     elif config.treatment not in names:
-        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{nearest(config.treatment, names)}"
+        yield f"--treatment {shown(config.treatment)}: expected one of {', '.join(names)}{nearest(config.treatment, names)}"
 
 
 def _is_weight(text: str) -> bool:

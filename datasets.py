@@ -21,8 +21,10 @@ from torch import Tensor
 
 from bert import CheckpointError
 from eda import EdaConfig, EdaError, WordNet, augment_rows
+from messages import shown
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
+from run_record import read_file
 from tasks import Task
 from tsv import numbered_rows
 
@@ -33,6 +35,10 @@ ROWS_PER_CALL = 4096  # the tokenizer's results hold a hundred times the memory 
 
 class DataError(ValueError):
     """A data file cannot be used; the message is one line with file, line, what was found and what is allowed."""
+
+
+class OutputError(ValueError):
+    """A model gives no numbers; the message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def data_folder(name: str, flag: str = "--data ") -> Path:
 def read_content(path: Path, task: Task) -> bytes:
     """A file whole. Raises DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}, expected the {task.title} rows") from None
 
@@ -102,9 +108,11 @@ def _columns(path: Path, header: Sequence[str], task: Task, labelled: bool) -> d
     missing = [name for name in wanted if name not in names]
     if missing:
         if len(names) == 1 and any(mark in names[0] for mark in ",;"):
-            raise DataError(f"{path}:1: no tab in the header {names[0]!r}, expected tab-separated columns")
-        found = ", ".join(repr(name) for name in names if name) or "none"
+            raise DataError(f"{path}:1: no tab in the header {shown(repr(names[0]))}, expected tab-separated columns")
+        found = shown(", ".join(repr(name) for name in names if name) or "none")
         raise DataError(f"{path}:1: no column {missing[0]!r}, found {found}; expected {', '.join(wanted)}")
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise DataError(f"{path}:1: {names.count(twice[0])} columns {twice[0]!r}, expected one")
     return {name: names.index(name) for name in wanted}
 
 
@@ -119,7 +127,9 @@ def _example(
         try:
             label = task.output.parse(cell) if cell else label
         except ValueError:
-            raise DataError(f"{path}:{line}: {task.label_column} is {cell!r}, expected {task.output.allowed}") from None
+            raise DataError(
+                f"{path}:{line}: {task.label_column} is {shown(repr(cell))}, expected {task.output.allowed}"
+            ) from None
     texts = tuple(cells[columns[name]] for name in task.text_columns)
     return Example(cells[columns["id"]].strip(), texts, label, line)
 
@@ -136,6 +146,13 @@ class Tokenizer:
         self.folder = folder
         self.max_length, self.is_siamese = max_length, is_siamese
         self._tokenizer = _load_tokenizer(folder)
+        num_embeddings = _read_json(folder / "config.json").get("vocab_size")
+        last = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if isinstance(num_embeddings, int) and last >= num_embeddings:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has token ids up to {last}, expected less than the model's vocab_size "
+                f"{num_embeddings}"
+            )
         self.cls_id = self._special(folder, "[CLS]", "cls_token")
         self.sep_id = self._special(folder, "[SEP]", "sep_token")
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -146,7 +163,7 @@ class Tokenizer:
         token = name["content"] if isinstance(name, dict) else name
         token_id = self._tokenizer.token_to_id(str(token))
         if token_id is None:
-            raise CheckpointError(f"{folder}: the tokenizer has no token {token}, expected that of a BERT")
+            raise CheckpointError(f"{folder}: the tokenizer has no token {shown(token)}, expected that of a BERT")
         return int(token_id)
 
     def special_ids(self) -> dict[str, int]:
@@ -208,8 +225,8 @@ def truncate(texts: Sequence[list[int]], budget: int) -> list[list[int]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        values = json.loads(read_file(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -449,6 +466,7 @@ def by_batches(
     """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length.
 
     compute: from row numbers (B,) to results (B, ...). Out of memory, it goes on with batches of half the rows.
+    Raises OutputError if a result is not finite.
     """
     order = rows.by_length()
     parts, start = [], 0
@@ -463,6 +481,8 @@ def by_batches(
                 raise DataError("the device is out of memory with one row a forward pass (--eval_batch_size)") from None
             batch_size = -(-batch_size // 2)
     result = torch.cat(parts)
+    if num_bad := int((~result.isfinite()).reshape(len(result), -1).any(1).sum()):
+        raise OutputError(f"the model's outputs are not finite for {num_bad} of {len(result)} rows")
     inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)
     return result[inverse]
 
