@@ -53,7 +53,7 @@ class BertConfig:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ops.ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ops.ACTIVATIONS:
             raise CheckpointError(
                 f"hidden_act is {shown(repr(self.hidden_act))}, expected one of {', '.join(ops.ACTIVATIONS)}"
             )

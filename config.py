@@ -351,7 +351,7 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def checked(values: Mapping[str, Any]) -> Config:
-    """The settings that a run has recorded, as `to_dict` gave them. Raises FlagError if one is missing or not allowed."""
+    """The settings that a run has recorded, as `to_dict` gave them. Raises FlagError if one is missing or wrong."""
     for name, default in Config().to_dict().items():
         value, kinds = values.get(name), (float, int) if isinstance(default, float) else (type(default),)
         if type(value) not in kinds or (isinstance(value, list) and not all(isinstance(x, str) for x in value)):
@@ -403,7 +403,8 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
     elif config.treatment not in names:
-        yield f"--treatment {shown(config.treatment)}: expected one of {', '.join(names)}{nearest(config.treatment, names)}"
+        near = nearest(config.treatment, names)
+        yield f"--treatment {shown(config.treatment)}: expected one of {', '.join(names)}{near}"
 
 
 def _is_weight(text: str) -> bool:

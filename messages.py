@@ -46,7 +46,7 @@ def machine_failure(error: BaseException) -> str:
 
 
 def print_error(error: BaseException) -> None:
-    """A line on standard error for each problem that an error holds, with its notes; far too long, without its middle."""
+    """A line on standard error for each problem of an error, with its notes; one that is far too long is cut."""
     failure, notes = machine_failure(error), "".join(getattr(error, "__notes__", ()))
     for line in [failure] if failure else map(str, error.args):
         whole = printable(line + notes)

@@ -100,7 +100,7 @@ DRAW_PLOTS = running.Run.draw_plots
 def runs(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Without pictures, which take longer to draw than these runs take; test_plots.py has those of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "draw_plots", lambda run: None)
+        patch.setattr(running.Run, "draw_plots", lambda run, results: None)
         yield Runs(tiny, data, tmp_path_factory)
 
 

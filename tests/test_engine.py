@@ -623,7 +623,7 @@ def test_a_step_that_is_told_of_late_is_in_the_log_of_a_run_that_is_stopped_or_f
     flags = "--epochs 2 --pretrain_epochs 0 --steps_per_epoch 4 --batch_size 4 --save_every 3 --cache off --device cpu"
     base = [*flags.split(), "--no-tensorboard", "--model", str(tiny), "--data", str(data)]
     original, init = Run.show, Trainer.__init__
-    monkeypatch.setattr(Run, "draw_plots", lambda run: None)
+    monkeypatch.setattr(Run, "draw_plots", lambda run, results: None)
 
     def late(trainer: Trainer, *given: Any) -> None:
         init(trainer, *given)

@@ -177,7 +177,7 @@ def command(monkeypatch: Patch, tiny: Path, moods: Path) -> Command:
     """Everything is in its table; gives the arguments of a short run."""
     for table, name, entry in ADDED:
         monkeypatch.setitem(table, name, entry)
-    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
+    monkeypatch.setattr(running.Run, "draw_plots", lambda run, results: None)
 
     def arguments(out: Path, flags: str, start: str = f"--model {tiny}") -> list[str]:
         return f"{start} --data {moods} --out {out} --device cpu --cache off --no-tensorboard {flags}".split()
