@@ -382,7 +382,7 @@ class Trainer:
             found = self._treat(rows, weights, losses, step) if self.is_treated else {}
             numbers = self._move(tasks, losses, lr, is_overflow=found is None)
         reading = Reading(numbers)
-        if self.methods.regularizers and found is not None and self._is_taken(reading):
+        if self.methods.regularizers and found is not None and (self.is_treated or not reading.wait()[-2]):
             for regularizer in self.methods.regularizers:
                 regularizer.after_step(step)
         drawn = dict(progress.rows)
@@ -605,22 +605,14 @@ class Trainer:
         self.scaler.update((is_bad & ~self._halted).to(torch.float32))
         return numbers
 
-    def _is_taken(self, numbers: Reading) -> bool:
-        """Whether a step was not left out: after a treatment that is known, else the device has to be waited for."""
-        return self.is_treated or not numbers.wait()[-2]
-
     def _error(self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int) -> TrainingError:
-        for task, loss in zip(rows, losses, strict=True):
+        place = f"{self.stage.name} step {step + 1}"
+        for (task, numbers), loss in zip(rows.items(), losses, strict=True):
             if not math.isfinite(loss):
-                return self._loss_error(task, loss, rows[task], step)
-        return TrainingError(f"{self.stage.name} step {step + 1}: the gradient of {'+'.join(rows)} is {norm}")
-
-    def _loss_error(self, task: str, loss: float, rows: np.ndarray, step: int) -> TrainingError:
-        shown = ", ".join(str(int(row)) for row in sorted(rows)[:40]) + (", ..." if len(rows) > 40 else "")
-        return TrainingError(
-            f"{self.stage.name} step {step + 1}: the loss of {task} is {loss}; training rows {shown} "
-            "(counted from 0, after filtering)"
-        )
+                shown = ", ".join(map(str, sorted(numbers.tolist())[:40])) + (", ..." if len(numbers) > 40 else "")
+                found = f"the loss of {task} is {loss}; training rows {shown} (counted from 0, after filtering)"
+                return TrainingError(f"{place}: {found}")
+        return TrainingError(f"{place}: the gradient of {'+'.join(rows)} is {norm}")
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -81,11 +81,6 @@ def pcgrad_coefficients(gramian: Tensor, orders: Sequence[Sequence[int]]) -> Ten
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def pcgrad_weights(gramian: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
-    """(T,) weights of the original gradients in PCGrad's update, the sum over the treated task gradients."""
-    return pcgrad_coefficients(gramian, orders).sum(0)
-
-
 def gradvac_coefficients(
     gramian: Tensor, targets: Tensor, beta: float, orders: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from datasets import (
     read_examples,
     tokenize,
 )
+from messages import command
 from seeding import derive_seed
 from tasks import TASKS, Task
 from token_cache import TokenCache, TokenFile, Warn, tokenize_file
@@ -87,7 +88,7 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
         return []
     return [
         f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
-        f"`python datasets.py {config.data}` names them"
+        f"`{command('python', 'datasets.py', config.data)}` names them"
     ]
 
 

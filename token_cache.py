@@ -51,6 +51,7 @@ class TokenCache:
         self.tokenizer = tokenizer
         self.warn = warn
         self._fingerprint = tokenizer.fingerprint()
+        self._is_writable = True  # until an entry could not be written
 
     def load(self, path: Path, task: Task, labelled: bool, device: torch.device) -> TokenFile:
         """A data file as token ids. Raises DataError for a file that cannot be used."""
@@ -74,6 +75,8 @@ class TokenCache:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write(self, entry: Path, content: bytes) -> None:
+        if not self._is_writable:
+            return
         beside = entry.with_name(f".{uuid.uuid4().hex}.tmp")  # several runs may write the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,8 @@ class TokenCache:
         except OSError as error:
             with suppress(OSError):
                 beside.unlink()
-            self.warn(f"token cache: {entry} was not written ({error.strerror})")
+            self._is_writable = False
+            self.warn(f"token cache: nothing is kept, {entry} was not written ({error.strerror})")
 
 
 def _packed(file: TokenFile, key: str) -> bytes:

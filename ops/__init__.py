@@ -3,20 +3,20 @@ nothing faster is to be had, and what tests compare with. Below it one dispatch,
 torch, oneDNN, a kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
 (triton_kernels.py). Nobody outside this package knows which.
 
-                                CPU                               CUDA with Triton          else
-attention, residual norm, GELU  kernels.c in float32              triton_kernels.py         torch
-linear                          oneDNN where it is faster         half precision: linear.py torch
-a task's part of a gradient     a pass for each task              triton_kernels.py         a pass for each task
-AdamW                           torch's fused kernel              triton_kernels.py         torch's fused kernel
-Gram matrix, weighted sum       torch                             triton_kernels.py         torch
-dropout                         bits of numpy's, dropout.py       triton_kernels.py         torch
+                                CPU                                         CUDA
+attention, residual norm, GELU  kernels.c in float32 if compiled, or torch  triton_kernels.py
+linear                          oneDNN where it is faster, or torch         half precision: linear.py, or torch
+a task's part of a gradient     a pass for each task                        triton_kernels.py
+AdamW                           torch's fused kernel                        triton_kernels.py
+Gram matrix, weighted sum       torch                                       triton_kernels.py
+dropout                         bits of numpy's, dropout.py                 triton_kernels.py
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """
 
-from ops.activation import ACTIVATIONS, activated_linear
+from ops.activation import ACTIVATIONS, activated_linear, gated_linear
 from ops.adamw import Moments, Vector, adamw_step
-from ops.attention import attention, first_token_attention
+from ops.attention import attention, first_token_attention, rotated
 from ops.dispatch import has_fused_operations
 from ops.dropout import DropoutMasks, dropout
 from ops.embedding import embedding
@@ -25,7 +25,7 @@ from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
 from ops.packed import PackedTokens, Packing, TokenStore
-from ops.pooling import row_means
+from ops.pooling import padded, row_means
 from ops.residual_norm import layer_norm, linear_residual_norm
 from ops.task_gradients import TaskBounds, gradients_by_task
 from ops.transfer import Reading, to_device
@@ -48,6 +48,7 @@ __all__ = [
     "dropout",
     "embedding",
     "first_token_attention",
+    "gated_linear",
     "gradients_by_task",
     "gramian",
     "has_fused_operations",
@@ -55,6 +56,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_residual_norm",
+    "padded",
+    "rotated",
     "row_means",
     "speed_report",
     "to_device",

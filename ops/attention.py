@@ -16,17 +16,26 @@ from ops.linear import rows_multiple
 from ops.packed import Packing
 
 
-def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None) -> Tensor:
+def attention(
+    qkv: Tensor,
+    packing: Packing,
+    num_heads: int,
+    prob: float,
+    masks: DropoutMasks | None,
+    reach: int | None = None,
+) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V of every token over the tokens of its row: (N, 3 D) -> (N, D).
 
-    prob: of dropping an attention probability. What the tokens that belong to no row get is finite, and means nothing.
+    prob: of dropping an attention probability. reach: so many tokens to each side are seen; None for the whole row.
+    What the tokens that belong to no row get is finite, and means nothing.
     """
-    if kernels.can_run(qkv):
+    is_local = reach is not None and reach < packing.longest_row - 1
+    if not is_local and kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
-    if qkv.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
+    if not is_local and qkv.device.type == "cuda":
+        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks)  # type: ignore[no-any-return]
     query, key, value = qkv.chunk(3, -1)  # (N, D) each
-    contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=False)
+    contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, False, reach)
     tokens = packing.grouped_order[1]
     context = torch.cat([c[group.is_real] for c, group in zip(contexts, packing.groups, strict=True)])  # (tokens, D)
     return torch.zeros_like(query).index_copy(0, tokens, context.to(query.dtype))  # (N, D)
@@ -39,8 +48,8 @@ def first_token_attention(
     if kernels.can_run(query, key_value):
         bits = _bits(packing, num_heads, prob, masks, True)
         return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
-    if query.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
+    if query.device.type == "cuda":
+        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks)  # type: ignore[no-any-return]
     key, value = key_value.chunk(2, -1)  # (N, D) each
     contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=True)
     context = torch.cat([context[:, 0] for context in contexts])  # (B, D) in the order of the groups
@@ -56,6 +65,7 @@ def _by_groups(
     prob: float,
     masks: DropoutMasks | None,
     first_only: bool,
+    reach: int | None = None,
 ) -> list[Tensor]:
     """The definition, on padded blocks of rows of similar length: of each group the context (b, L or 1, D).
 
@@ -71,12 +81,32 @@ def _by_groups(
             part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, key[group.tokens], value[group.tokens])
         )  # (b, H, L or 1, E), (b, H, L, E), (b, H, L, E)
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
-        probs = scores.masked_fill(~group.is_real[:, None, None], -torch.inf).softmax(-1)
+        is_seen = group.is_real[:, None, None]  # (b, 1, 1, L)
+        if reach is not None:
+            place = torch.arange(k.shape[2], device=k.device)
+            is_near = (place - place[:, None]).abs() <= reach  # (L, L)
+            is_seen = is_seen & (is_near | ~group.is_real[:, None, :, None])  # (b, 1, L, L); no query sees nothing
+        probs = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
         if mask is not None:
             probs = probs * mask[first : first + probs.numel()].view(probs.shape)
             first += probs.numel()
         contexts.append((probs @ v).transpose(1, 2).flatten(2))  # (b, H, L or 1, E) -> (b, L or 1, D)
     return contexts
+
+
+def rotated(qkv: Tensor, packing: Packing, num_heads: int, theta: float) -> Tensor:
+    """Queries and keys turned by their places in the row (Su et al. 2021, arXiv 2104.09864): (N, 3 D) -> (N, 3 D).
+
+    Numbers i and i + E / 2 of a head are a point in the plane, which turns by theta^(-2 i / E) from token to token.
+    """
+    size = qkv.shape[1] // 3 // num_heads  # E
+    speeds = theta ** (-torch.arange(0, size, 2, device=qkv.device, dtype=torch.float32) / size)  # (E / 2,)
+    angles = packing.positions(len(qkv))[:, None] * speeds  # (N, E / 2)
+    cos, sin = (of[:, None].to(qkv.dtype) for of in (angles.cos(), angles.sin()))  # (N, 1, E / 2)
+    points, values = qkv.split([2 * num_heads * size, num_heads * size], 1)
+    x, y = points.view(len(qkv), 2 * num_heads, 2, -1).unbind(2)  # (N, 2 H, E / 2) each
+    turned = torch.stack([x * cos - y * sin, y * cos + x * sin], 2)  # (N, 2 H, 2, E / 2)
+    return torch.cat([turned.flatten(1), values], 1)
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -191,7 +221,6 @@ class _TritonAttention(torch.autograd.Function):
         num_heads: int,
         prob: float,
         masks: DropoutMasks | None,
-        triton: Any,
     ) -> Tensor:
         """queries: (N, 3 D) with keys and values beside them, or (B, D) where keys_values (N, 2 D) are given."""
         queries = queries.contiguous()
@@ -201,9 +230,9 @@ class _TritonAttention(torch.autograd.Function):
         unowned = rows_multiple(key.device, len(key))
         prob = 0.0 if masks is None else prob
         ctx.arguments = (packing.ends, packing.longest, unowned, num_heads, prob, seed)
-        context, normalizers = triton.attention_forward(query, key, value, *ctx.arguments)
+        context, normalizers = triton_kernels().attention_forward(query, key, value, *ctx.arguments)
         ctx.save_for_backward(queries, keys_values, context, normalizers)
-        ctx.triton, ctx.masks = triton, None if prob == 0 else masks
+        ctx.masks = None if prob == 0 else masks
         return context  # type: ignore[no-any-return]
 
     @staticmethod
@@ -215,5 +244,5 @@ class _TritonAttention(torch.autograd.Function):
         grad_queries = torch.empty_like(queries)
         grad_keys_values = None if keys_values is None else torch.empty_like(keys_values)
         given, into = _parts(queries, keys_values), _parts(grad_queries, grad_keys_values)
-        ctx.triton.attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
-        return grad_queries, grad_keys_values, None, None, None, None, None
+        triton_kernels().attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
+        return grad_queries, grad_keys_values, None, None, None, None

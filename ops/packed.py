@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.linear import rows_multiple
 from ops.transfer import to_device
@@ -53,6 +53,17 @@ class Packing:
     @cached_property
     def starts(self) -> np.ndarray:
         return np.array(np.cumsum(self.lengths) - self.lengths)
+
+    @property
+    def longest_row(self) -> int:
+        """No row has more tokens: those of the longest, on a GPU, whose host does not know it, `longest`."""
+        return int(self.lengths.max()) if self.ends.device.type == "cpu" else self.longest
+
+    def positions(self, num_places: int) -> Tensor:
+        """(N,) each token's place in its row, from 0."""
+        place = torch.arange(num_places, device=self.ends.device)
+        row = torch.searchsorted(self.ends, place, right=True)  # (N,), B for no row
+        return place - nn.functional.pad(self.ends, (1, 0))[row]
 
     @property
     def num_tokens(self) -> int:

@@ -8,8 +8,6 @@ from typing import NoReturn
 
 from messages import discard_output, print_error
 
-FORMATS = ("png", "pdf", "svg")
-
 
 class ReportError(ValueError):
     """What a command was given cannot be used; the message is one line for the user."""

@@ -264,7 +264,8 @@ def test_a_fingerprint_changes_with_length_and_vocabulary(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer, expected tokenizer.json or vocab.txt"),
+        ({}, "no tokenizer, expected tokenizer.json, vocab.txt or vocab.json, merges.txt"),
+        ({"vocab.json": "{", "merges.txt": ""}, "vocab.json, merges.txt: not readable as a tokenizer"),
         (
             {"vocab.txt": "\n".join(SPECIALS), "tokenizer_config.json": '{"cls_token": "<s>"}'},
             "the tokenizer has no token <s>, expected that of a BERT",
