@@ -255,9 +255,11 @@ def load_huggingface(encoder: Encoder, tensors: Mapping[str, Tensor], where: str
 def _check_tensor(value: Tensor | None, shape: torch.Size, where: str) -> None:
     if value is None:
         raise CheckpointError(f"{where} is missing, expected a tensor of shape {tuple(shape)}")
-    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+    if value.shape != shape or not value.is_floating_point():
         found = f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
         raise CheckpointError(f"{where} is {found}, expected floating-point numbers of shape {tuple(shape)}")
+    if not value.isfinite().all():
+        raise CheckpointError(f"{where} holds numbers that are not finite")
 
 
 def _modern_name(name: str) -> str:

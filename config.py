@@ -390,7 +390,8 @@ def checked(values: Mapping[str, Any]) -> Config:
             found = shown(repr(value)) if name in values else "missing"
             raise FlagError(f"{name} is {found}, expected one such as {default!r}")
     config = from_dict(values)
-    if problems := [*_wrong_values(config, values), *_conflicts(config, {})]:
+    at_odds = [f"--{name}: at odds with others" for name, value in config.to_dict().items() if value != values[name]]
+    if problems := [*_wrong_values(config, values), *_conflicts(config, {}), *at_odds]:
         raise FlagError(*dict.fromkeys(problems))
     return config
 

@@ -312,8 +312,8 @@ class Run:
     def first_stage(self) -> int:
         """The stage that the run begins or goes on with. Raises RunError if the saved state is not one of this run."""
         first, progress, num_stages = self.saved.get("stage", 0), self.saved.get("progress"), len(self.stages)
-        if not 0 <= first <= num_stages - (progress is not None):
-            raise RunError(f"{self.directory.last}: stage is {shown(first)}, expected one of the run's {num_stages}")
+        if not 0 <= first <= num_stages - (progress is not None) or (progress is None) == bool(self.tensors):
+            raise RunError(f"{self.directory.last}: stage {shown(first)} of {num_stages} and what it holds do not fit")
         has_best = first == num_stages > 0 or (progress and progress["best_epoch"] and not self.stages[first].is_frozen)
         if has_best and not self.directory.best.is_dir():
             raise RunError(f"{self.directory.best}: missing, expected the best checkpoint of the run so far")

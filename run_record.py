@@ -77,11 +77,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 def read_json(path: Path) -> Any:
     """Raises RunError if the file is absent or damaged."""
     try:
-        return json.loads(read_file(path))
+        return json.loads(read_file(path), parse_constant=_no_number)
     except FileNotFoundError:
         raise RunError(f"{path}: no such file, expected a run directory") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not readable as JSON ({shown(error)})") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def mismatch(value: Any, shape: Any, place: str = "") -> str:
@@ -123,8 +127,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     beside.mkdir(parents=True)
     try:
         write(beside)
-        sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(beside.iterdir()))
-        (beside / CHECKSUMS).write_text(sums, "utf-8")
+        write_checksums(beside)
     except Exception:
         shutil.rmtree(beside, ignore_errors=True)  # a disk that is full is not left fuller
         raise
@@ -147,10 +150,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_checksums(folder: Path) -> None:
+    """Writes the checksums of a folder's files into it."""
+    paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
+    (folder / CHECKSUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in paths), "utf-8")
+
+
 def checksum_problem(folder: Path) -> str:
     """What is not as `replace_folder` wrote it, in words, or "". `sha256sum -c SHA256SUMS` checks the same."""
     try:
-        lines = read_file(folder / CHECKSUMS).decode().splitlines()
+        lines = read_file(folder / CHECKSUMS).decode().splitlines() or [""]
         sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
         missing = [name for name in sums if Path(name).name != name or not (folder / name).is_file()]
         changed = [name for name, digest in sums.items() if name not in missing and _sha256(folder / name) != digest]

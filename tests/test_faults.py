@@ -1,0 +1,220 @@
+"""Damage of every kind to run directories, checkpoints, data: one line that says so, no traceback, nothing silent."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import multitask_classifier
+import run as running
+from config import Config
+from engine import Trainer
+from helpers import Capture, Patch
+from run import Stopped
+from run_record import settings_checksum, write_checksums
+
+Damage = Callable[[Path], None]
+
+
+class Accepted(Exception):
+    """The run would train now."""
+
+
+def command(*arguments: object) -> int:
+    return multitask_classifier.main(list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its second epoch of fine-tuning."""
+    out, original = tmp_path_factory.mktemp("stopped") / "run", Trainer._launch
+
+    def launch(trainer: Trainer, epoch: int, step: int) -> Any:
+        if (trainer.stage.name, step) == ("finetune", 3):
+            raise Stopped
+        return original(trainer, epoch, step)
+
+    flags = "--epochs 3 --pretrain_epochs 1 --steps_per_epoch 2 --batch_size 4 --gradvac --average ema --no-tensorboard"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_launch", launch)
+        base = ("--model", tiny, "--data", data, "--out", out, "--device", "cpu", "--cache", "off")
+        assert command(*base, *flags.split()) == 130  # as by Ctrl-C
+    state = json.loads((out / "last" / "trainer.json").read_text())
+    assert (state["stage"], state["progress"]["step"]) == (1, 3) and (out / "best").is_dir()
+    return out
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    for place in range(0, len(content), max(1, len(content) // 64)):
+        content[place] ^= 1
+    path.write_bytes(content)
+
+
+def replaced(make: Damage) -> Damage:
+    def damage(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return damage
+
+
+DAMAGES: dict[str, Damage] = {
+    "deleted": Path.unlink,
+    "emptied": lambda path: os.truncate(path, 0),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "flipped": flip,
+    "a folder": replaced(Path.mkdir),
+    "a pipe": replaced(os.mkfifo),
+    "a device": replaced(lambda path: path.symlink_to("/dev/zero")),
+    "a link to itself": replaced(lambda path: path.symlink_to(path)),
+    "text": lambda path: path.write_text("what is this\n") and None,
+    "deep": lambda path: path.write_text("[" * 100_000) and None,
+}
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def restored(path: Path) -> Iterator[None]:
+    """Puts a file back as it was."""
+    content = path.read_bytes()
+    yield
+    remove(path)
+    path.write_bytes(content)
+
+
+def leaves(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(place, value) of everything in a JSON value, and of the mappings and lists that hold it."""
+    if place:
+        yield place, value
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from leaves(part, (*place, key))
+
+
+def wrong_values(value: Any) -> list[Any]:
+    """No value, values of other types, and of its own those that are allowed nowhere. Two kinds of each suffice."""
+    kinds = (int, float) if isinstance(value, float) else (type(value),)
+    others = [x for x in (None, "what?", {"what": 1}, [5], True, 1.5) if type(x) not in kinds]
+    ranges: dict[type, list[Any]] = {int: [-1, 2**70], float: [-1.0, float("nan")], str: ["what?"]}
+    return [..., *others[1:3], *ranges.get(type(value), [])]
+
+
+def changed(values: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value in that place; without it for `...`."""
+    copy = json.loads(json.dumps(values))
+    holder = copy
+    for key in place[:-1]:
+        holder = holder[key]
+    if value is ...:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = value
+    return copy
+
+
+def assert_none(failures: dict[Any, str]) -> None:
+    assert "\n".join(f"{case}: {of}" for case, of in failures.items() if of) == ""
+
+
+def problem(capsys: Capture, status: int, allowed: tuple[int, ...] = (1, 2)) -> str:
+    """What is wrong with how a command has refused its input, or ""."""
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    is_one = len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 700 and lines[0].isprintable()
+    return "" if status in allowed and is_one else f"status {status}: {shown.err[-300:]}"
+
+
+@pytest.fixture
+def resume(stopped: Path, capsys: Capture, monkeypatch: Patch) -> Callable[[], str]:
+    """What is wrong with how the damaged run is refused, or ""."""
+
+    def run(trainer: Trainer, *_: Any) -> None:
+        raise Accepted
+
+    monkeypatch.setattr(Trainer, "run", run)
+    monkeypatch.setattr(running, "environment", lambda device: {})
+    monkeypatch.setattr(multitask_classifier, "parse", lambda arguments: Config(resume=str(stopped)))
+
+    def attempt() -> str:
+        try:
+            return problem(capsys, command())
+        except Accepted:
+            capsys.readouterr()
+            return "accepted"
+        except Exception as error:
+            return f"traceback: {error!r}"
+
+    return attempt
+
+
+def test_a_run_with_a_damaged_file_is_not_resumed(stopped: Path, resume: Callable[[], str]) -> None:
+    assert resume() == "accepted"
+    files = [path for path in sorted(stopped.rglob("*")) if path.is_file() and path.name != ".lock"]
+    assert len(files) == 2 + 4 + 6
+    failures = {}
+    for path in files:
+        for kind, damage in DAMAGES.items():
+            back = restored(path)
+            next(back)
+            damage(path)
+            failures[path.relative_to(stopped), kind] = resume()
+            next(back, None)
+    back = restored(stopped / "metrics.jsonl")
+    next(back)
+    for folder in ("best", "last"):
+        shutil.move(stopped / folder, stopped / "aside")
+        failures[folder, "no folder"] = resume()
+        shutil.move(stopped / "aside", stopped / folder)
+    next(back, None)
+    assert failures.pop(("last", "no folder")) == "accepted"  # as of a run that was killed early; it says so
+    assert_none(failures)
+    assert resume() == "accepted"
+
+
+# Entries of config.json that only tell what was, and texts that can be anything.
+RECORDS = {"versions", "machine", "processor", "gpu", "commit", "compiled", "stages", "layout"}
+SUMS = {"conflicts", "seconds", "best_epochs", "loss_sum", "best_score"}
+FREE = {"out", "resume", "input", "output", "cache", "name", "wordnet"}
+
+
+def allowed_nowhere(place: tuple[Any, ...], wrong: list[Any]) -> list[Any]:
+    """Without values that a place may have: any text, any number of a sum that is only told."""
+    if place[0] in RECORDS:
+        return []
+    if SUMS & {*place}:
+        return [x for x in wrong if type(x) not in (int, float, type(...))]
+    may_miss, is_free = place[0] in ("pooling", "pairs"), place[0] in FREE
+    return [x for x in wrong if not (x is ... and may_miss) and not (x == "what?" and is_free)]
+
+
+def test_a_run_with_a_wrong_value_is_not_resumed_even_if_checksums_fit(
+    stopped: Path, resume: Callable[[], str]
+) -> None:
+    failures = {}
+    for name in ("config.json", "last/trainer.json"):
+        path = stopped / name
+        values = json.loads(path.read_text())
+        back = restored(path)
+        next(back)
+        for place, value in leaves(values):
+            for wrong in allowed_nowhere(place, wrong_values(value)):
+                new = changed(values, place, wrong)
+                if name == "config.json" and place[0] != "checksum":
+                    new["checksum"] = settings_checksum(new)
+                path.write_text(json.dumps(new))
+                if path.parent != stopped:
+                    write_checksums(path.parent)
+                failures[name, place, str(wrong)] = resume()
+        next(back, None)
+        if path.parent != stopped:
+            write_checksums(path.parent)
+    assert len(failures) > 500
+    assert_none(failures)
+    assert resume() == "accepted"
