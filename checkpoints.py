@@ -133,8 +133,8 @@ def read_bert_config(folder: Path) -> BertConfig:
     """The shape of the encoder in a checkpoint folder, which is BERT or a variant."""
     values, where = read_config(folder), folder / "config.json"
     name = values.get("model_type", BertConfig.model_type)
-    if name not in CONFIGS:
-        raise CheckpointError(f"{where}: model_type is {name!r}, expected one of {', '.join(CONFIGS)}")
+    if not isinstance(name, str) or name not in CONFIGS:
+        raise CheckpointError(f"{where}: model_type is {shown(repr(name))}, expected one of {', '.join(CONFIGS)}")
     return CONFIGS[name].from_dict(values, str(where))
 
 
@@ -343,6 +343,8 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
             f"--copy_top_layers {layout.copy_top_layers}"
         )
     tensors = read_tensors(folder) if saved.tasks else {}
+    if lacking and saved.tasks and layout.reads_pooler:
+        raise CheckpointError(f"{folder}: {lacking[0]} is missing, expected the pooler that its heads read")
     new_parts = ["pooler"] if lacking and layout.reads_pooler else []
     parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
         ("head", model.heads, True),

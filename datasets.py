@@ -201,13 +201,21 @@ class Tokenizer:
 
     def num_tokens(self, texts: tuple[str, ...]) -> int:
         """Tokens of a row before truncation, the special ones included."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._encodings(list(texts))
         num_special = self._num_special(1) * len(texts) if self.is_siamese else self._num_special(len(texts))
         return num_special + sum(len(encoding.ids) for encoding in encodings)
 
     def _num_special(self, num_texts: int) -> int:
         """Special tokens of a sequence."""
         return sum(map(len, self._around[num_texts]))
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        try:
+            return list(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # such as the library's panic over a regular expression, which is no Exception
+            raise CheckpointError(f"{self.folder}: the tokenizer cannot be used ({shown(error)})") from None
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         """Token ids of rows of one or two texts each, truncated on the longer text where a sequence is too long."""
@@ -217,7 +225,7 @@ class Tokenizer:
     def _encode_chunk(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         num_texts = len(rows[0])
         flat = [text for row in rows for text in row]
-        encodings = self._tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+        encodings = self._encodings(flat)
         pieces = [encoding.ids for encoding in encodings]
         ids: list[int] = []
         lengths, firsts = [], []
