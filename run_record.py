@@ -249,7 +249,7 @@ def parse_records(content: bytes) -> list[dict[str, Any]]:
     for line in content.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and {"stage", "epoch", "step"} <= record.keys():
             records.append(record)

@@ -40,6 +40,7 @@ SETTINGS = {
     "data": str,
     "seed": int,
     "data_files": {...: {"sha256": str}},
+    "checkpoint": (None, str),
     "checkpoints": (None, [str]),
 }
 RESULTS_BESIDE_SCORES = {

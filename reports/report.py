@@ -19,6 +19,7 @@ import numpy as np
 
 from console import duration
 from remarks import GUESS, GUESS_IN_WORDS
+from messages import machine_failure, printable
 from reports.command import Parser, check_new_file, run_command
 from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, row_intervals, score_names, settings_of
 from reports.document import Section, Table, to_html, to_text
@@ -188,7 +189,7 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
         results, dev = run.results, run.results["dev"]
         scores = {column: dev.get(task, {}).get(metric) for column, (task, metric) in metrics.items()}
         others = (results["seconds"]["training"], results.get("peak_memory_mb"), results["parameters"]["total"])
-        row = {**run.config, "run": run.path, "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
+        row = {**run.config, "run": printable(str(run.path)), "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
         writer.writerow(row | dict(zip(ends, [*others, json.dumps(run.config)], strict=True)))
 
 
@@ -236,7 +237,7 @@ def report(args: argparse.Namespace) -> None:
     if not runs:
         raise RunError("; ".join(problems))
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"left out: {printable(problem)}", file=sys.stderr)
     if args.csv:
         return print_csv(runs)
     settings, plots, files = settings_of(runs), list[Plot](), list[Path]()
@@ -247,7 +248,7 @@ def report(args: argparse.Namespace) -> None:
         if is_one:
             files = write_plots(plots, runs[0].path, args.format)
     except (OSError, RunError) as error:
-        print(f"warning: no plots: {error}", file=sys.stderr)
+        print(f"warning: no plots: {printable(machine_failure(error) or str(error))}", file=sys.stderr)
     sections = run_sections(runs[0], files) if is_one else comparison_sections(runs, settings)
     if args.html is not None:
         left_out = [Section("Left out", ["\n".join(problems)])] if problems else []
