@@ -38,7 +38,6 @@ OPTIONS = {
     "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
-POOLING, PAIR = "pooler", "cross"  # of a new model
 BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "names", "eval_batch_size", "max_length", "device", "threads"),
@@ -144,10 +143,12 @@ class Config:
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
     )
     pooling: str = parameter(
-        "", f"what heads read; {_listed(POOLINGS)} (default: {POOLING}, or the checkpoint's)", metavar="NAME"
+        "",
+        f"what heads read; {_listed(POOLINGS)} (default: the checkpoint's; new: mean for minilm, else pooler)",
+        metavar="NAME",
     )
     pairs: str = parameter(
-        "", f"how a pair is read; {_listed(PAIRS)} (default: {PAIR}, or the checkpoint's)", metavar="NAME"
+        "", f"how a pair is read; {_listed(PAIRS)} (default: {Layout.pairs}, or the checkpoint's)", metavar="NAME"
     )
 
     augment: str = parameter("none", "augmentation of the training rows: none, {}", metavar="NAME")
@@ -171,6 +172,7 @@ class Config:
     mlm_lr: float = parameter(0.0, "peak learning rate of masked-language modelling; 0: by the model's width", ">= 0")
     warmup: float = parameter(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
     weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
+    pretrain_weight_decay: float = parameter(1.0, "the same in the frozen stage", ">= 0")
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
     patience: int = parameter(0, "epochs without a gain after which a stage ends; 0: never", ">= 0")
     average: str = parameter(
@@ -485,7 +487,8 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
     tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
-    training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
+    training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "pretrain_weight_decay", "save_every"]
+    training += ["max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
     heads = [HEADS.get(config.heads.get(task, "")) for task in config.tasks]  # None: unknown, or the checkpoint's
@@ -502,7 +505,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.option != "soup", f"{option} takes it from --checkpoints", of_checkpoint),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
-        (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
+        (has_frozen_stage, "there is no frozen stage", ("pretrain_lr", "pretrain_weight_decay")),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
         (reads_pooled, "no head reads a pooled vector", ("pooling",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),

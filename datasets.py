@@ -454,9 +454,9 @@ class FeatureRows:
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each feature, (F,); 1 for the deviation of a constant."""
+        """Mean and deviation of each feature, (F,); 1 for the deviation of what is constant but for rounding."""
         deviation = self.features.std(0, correction=0)
-        return self.features.mean(0), torch.where(deviation > 0, deviation, 1.0)
+        return self.features.mean(0), torch.where(deviation > 1e-3 * deviation.mean(), deviation, 1.0)
 
     def standardized(self, mean: Tensor, deviation: Tensor) -> "FeatureRows":
         """(features - mean) / deviation, both (F,)."""

@@ -19,8 +19,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
-from config import PAIR, POOLING, Config, FlagError
+from checkpoints import (
+    EMBEDDED_MODEL,
+    checkpoint_folder,
+    find_checkpoint,
+    load_model,
+    read_bert_config,
+    read_layout,
+    save_checkpoint,
+)
+from config import Config, FlagError
 from console import Console, duration
 from datasets import (
     SPLITS,
@@ -113,7 +121,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     start = config.checkpoint or next(iter(config.checkpoints), "")
     folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
-    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=POOLING, pairs=PAIR)
+    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=default_pooling(config.model))
     if config.max_length > (most := encoder.num_positions):
         raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
@@ -153,6 +161,11 @@ def resolve_device(name: str) -> str:
 def default_eval_batch_size(device: str) -> int:
     """As many rows as keep a device busy."""
     return 64 if device == "cpu" else 1024
+
+
+def default_pooling(model: str) -> str:
+    """Of a new model: the embedded one was made with means of its tokens, and its pooler is what that left behind."""
+    return "mean" if model == EMBEDDED_MODEL else Layout.pooling
 
 
 def default_learning_rate(width: int) -> float:
@@ -210,7 +223,7 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
         accumulation_steps=config.accumulation_steps,
         lr=config.pretrain_lr if is_frozen else config.lr,
         warmup=config.warmup,
-        weight_decay=config.weight_decay,
+        weight_decay=config.pretrain_weight_decay if is_frozen else config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         patience=config.patience,
         eval_every=config.eval_every,

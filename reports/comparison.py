@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 # the treatment, and data by the checksums of their files.
 NOT_COMPARED = frozenset({"versions", "machine", "commit", "compiled", "data_files", "layout", "stages", "data"})
 NOT_COMPARED |= {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
-NOT_COMPARED |= {"checksum", "cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
+NOT_COMPARED |= {"processor", "gpu", "checksum", "cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
 
 
 @dataclass(frozen=True)

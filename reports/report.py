@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from console import duration
-from remarks import GUESS, GUESS_IN_WORDS
 from messages import machine_failure, printable
+from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
 from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, row_intervals, score_names, settings_of
 from reports.document import Section, Table, to_html, to_text

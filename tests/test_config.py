@@ -14,9 +14,9 @@ from tasks import TASKS
 PUBLIC_FLAGS = """
     option tasks model data out resume checkpoint scheduler temperature_tau draws_per_step pcgrad gradvac gradvac_beta
     treatment smart bregman pal pal_size augment drop_longest head mlp_layers epochs pretrain_epochs steps_per_epoch
-    batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience
-    mlm_epochs mlm_lr seed threads device amp task input output average ema_decay rdrop rdrop_alpha task_weights
-    copy_top_layers checkpoints soup names name format
+    batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay pretrain_weight_decay
+    max_grad_norm patience mlm_epochs mlm_lr seed threads device amp task input output average ema_decay rdrop
+    rdrop_alpha task_weights copy_top_layers checkpoints soup names name format
 """
 METHOD_FLAGS = [
     (table, name, flag)

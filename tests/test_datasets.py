@@ -359,6 +359,14 @@ def test_feature_rows_give_what_is_asked_for_and_deferred_ones_are_made_once_whe
     assert len(made) == 2
 
 
+def test_features_that_are_constant_but_for_rounding_are_left_at_their_scale() -> None:
+    """In units of its deviation such a feature would be noise as loud as the others, and explode when it moves."""
+    features = torch.tensor([[1.0, 3.0, 5.0], [2.0, 3.0, 5.000001], [4.0, 3.0, 5.0]])
+    mean, deviation = FeatureRows(features, np.zeros(3, np.float32)).moments
+    assert deviation.tolist() == pytest.approx([np.std([1, 2, 4]), 1, 1])
+    assert mean.tolist() == pytest.approx([7 / 3, 3, 5])
+
+
 LENGTHS = np.array([5, 9, 3, 9, 7, 9, 1, 2, 4, 6])
 
 

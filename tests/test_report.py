@@ -77,11 +77,11 @@ def no_plots(monkeypatch: Patch) -> None:
 def test_errors_are_shown_with_file_line_and_text(files: Path, capsys: Capture) -> None:
     found = sections_of(run(capsys, made(files, "run"))[0])
     text = (files / "quora-dev.csv").read_text().splitlines()
-    rows = re.findall(r"quora-dev\.csv:(\d+) +(\d) +(\d) +(0\.\d+)  (\S+)", found["Quora paraphrase: errors"])
+    rows = re.findall(r"quora-dev\.csv:(\d+) +(no|yes) +(no|yes) +(0\.\d+)  (\S+)", found["Quora paraphrase: errors"])
     assert len(rows) == 5
     for line, label, prediction, _, first_word in rows:
         cells = text[int(line) - 1].split("\t")
-        assert cells[-1] == label != prediction and cells[2].split()[0] == first_word
+        assert ["no", "yes"][int(cells[-1])] == label != prediction and cells[2].split()[0] == first_word
     assert [row[3] for row in rows] == sorted((row[3] for row in rows), reverse=True)
     assert "Largest errors:" in found["STS similarity: errors"]
     assert "words" in found["SST-5 sentiment: errors"] and "class" in found["SST-5 sentiment: errors"]

@@ -75,8 +75,8 @@ def make_run(arguments: str, dropout: float = 0.0) -> Run:
     return Run(config, model, Path(), data, nothing, Console(), stop)
 
 
-BASE = """--batch_size 7 --accumulation_steps 2 --pretrain_epochs 8 --pretrain_lr 0.02 --warmup 0.3
---weight_decay 0.1 --max_grad_norm 0.3 --eval_every 0 --eval_batch_size 9 --seed 3 --device cpu"""
+BASE = """--batch_size 7 --accumulation_steps 2 --pretrain_epochs 8 --pretrain_lr 0.02 --pretrain_weight_decay 0.4
+--warmup 0.3 --weight_decay 0.1 --max_grad_norm 0.3 --eval_every 0 --eval_batch_size 9 --seed 3 --device cpu"""
 ROWS = 14  # of a step
 
 
@@ -299,7 +299,8 @@ class Naive:
             if names and (group == "shared" or group in gradients):
                 values, zeros = flat(self.values, names), torch.zeros_like(flat(self.values, names))
                 adam = self.adams.setdefault(group, Adam(zeros, zeros))
-                decays = {name: torch.full_like(self.values[name], decay_of(name)) for name in names}
+                decay = 0.1 if {"encoder", "adapters"} & set(self.moves) else 0.4
+                decays = {name: torch.full_like(self.values[name], decay * is_decayed(name)) for name in names}
                 values = adam.step(values, factor * flat(total, names), share * self.lr, flat(decays, names))
                 self.values.update(unflat(values, self.values, names))
         beta = 0.99 if step < 0.1 * self.num_steps else 0.999
@@ -310,8 +311,8 @@ class Naive:
         return found | {"gradient_norm": norm, "lr": share * self.lr}
 
 
-def decay_of(name: str) -> float:
-    return 0.0 if "norm" in name or "bias" in name else 0.1
+def is_decayed(name: str) -> bool:
+    return "norm" not in name and "bias" not in name
 
 
 def by_layer(names: Sequence[str]) -> list[list[str]]:
