@@ -139,7 +139,7 @@ class Layout:
                     raise ValueError(f"{shown(repr(read))}, expected one of {', '.join(choices)}")
             return cls(heads, adapter, copied, pooling, pairs)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{where}: multitask_bert is not of a known format ({shown(error)})") from None
+            raise CheckpointError(f"{where}: multitask_bert is not of a known format ({error})") from None
 
 
 def _of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _no_number(name: str) -> None:
 
 def mismatch(value: Any, shape: Any, place: str = "") -> str:
     """Where a JSON value has not this shape, in words, or ""."""
-    found = f"{place} is {'missing' if value is None else shown(repr(value))}".strip()
+    found = f"{place} is {'missing' if value is None else shown(repr(str(value)))}".strip()
     if isinstance(shape, tuple):
         return "" if value is None else mismatch(value, shape[1], place)
     if not isinstance(shape, dict | list):
