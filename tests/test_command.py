@@ -562,10 +562,11 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_run(
 
 
 def test_a_stage_that_has_ended_is_not_begun_again(runs: Runs, out: Path, monkeypatch: Patch) -> None:
+    whole = runs.whole()
     runs.kill(out, "", "step", 7)  # in fine-tuning
     monkeypatch.setattr(running, "compute_features", lambda *_: pytest.fail("features were computed"))
     run(["--resume", str(out)])
-    assert_same_run(out, runs.whole())
+    assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize(
@@ -583,17 +584,19 @@ def test_other_kinds_of_runs_resume_too(flags: str, number: int, runs: Runs, out
     assert_same_run(out, runs.whole(flags))
 
 
-def test_a_run_that_does_not_say_what_heads_read_goes_on_as_it_began(runs: Runs, out: Path, monkeypatch: Patch) -> None:
+def test_a_run_of_before_some_flags_goes_on_as_it_began(runs: Runs, out: Path, monkeypatch: Patch) -> None:
     """Whatever the defaults are by then, also where it was killed before its first checkpoint."""
-    whole = runs.whole()
+    flags = "--weight_decay 0.2 --pretrain_weight_decay 0.2"
+    whole = runs.whole(flags)
     monkeypatch.setattr(running, "default_pooling", lambda _: "mean")
     for number in (1, 8):
-        runs.kill(out, "--save_every 2", "step", number)
+        runs.kill(out, f"{flags} --save_every 2", "step", number)
         assert (out / "last").exists() == (number == 8)
         for path in (out / "config.json", *out.glob("*/config.json")):
             values = read(path)
             for part in (values, values.get("layout", {}), values.get("multitask_bert", {})):
-                part.pop("pooling", None), part.pop("pairs", None)
+                for name in ("pooling", "pairs", "pretrain_weight_decay"):
+                    part.pop(name, None)
             path.write_text(json.dumps(values))
         run(["--resume", str(out)])
         assert_same_run(out, whole)

@@ -20,7 +20,7 @@ import multitask_classifier
 import run as running
 from bert import BertConfig, CheckpointError, Encoder, empty_bert, initialize
 from checkpoints import (
-    CONFIGS,
+    ENCODERS,
     load_bert,
     load_huggingface,
     load_model,
@@ -89,7 +89,7 @@ def reference_model(config: BertConfig, std: float = 0.3) -> Any:
 
 def same_encoder(reference: Any) -> Encoder:
     """Ours with the same weights; a pooler that transformers has none of is zero."""
-    encoder = empty_bert(CONFIGS[reference.config.model_type].from_dict(reference.config.to_dict()))
+    encoder = empty_bert(ENCODERS[reference.config.model_type][0].from_dict(reference.config.to_dict()))
     nn.init.zeros_(encoder.pooler.weight), nn.init.zeros_(encoder.pooler.bias)
     lacking = load_huggingface(encoder, reference.state_dict(), "here")
     assert lacking == ([] if hasattr(reference, "pooler") else ["pooler.weight", "pooler.bias"])
