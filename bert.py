@@ -53,9 +53,9 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type is int and (type(value) is not int or value < 1):
-                raise CheckpointError(f"{item.name} is {shown(repr(value))}, expected a whole number of at least 1")
+            value, most = getattr(self, item.name), 1000 if item.name.startswith("num_") else 10**7
+            if item.type is int and (type(value) is not int or not 1 <= value <= most):
+                raise CheckpointError(f"{item.name} is {shown(repr(value))}, expected a whole number from 1 to {most}")
             if item.type is float and (type(value) not in (int, float) or not 0 <= value < float("inf")):
                 raise CheckpointError(f"{item.name} is {shown(repr(value))}, expected a number of at least 0")
             if item.name.endswith("_prob") and value >= 1:

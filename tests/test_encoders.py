@@ -284,7 +284,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "rope_type is 'yarn', expected 'default'",
     ),
     ({"model_type": "modernbert", "norm_eps": -1}, "layer_norm_eps is -1, expected a number of at least 0"),
-    ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number of at least 1"),
+    ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number from 1 to"),
 ]
 
 

@@ -195,7 +195,7 @@ def allowed_nowhere(place: tuple[Any, ...], wrong: list[Any]) -> list[Any]:
         return []
     if SUMS & {*place}:
         return [x for x in wrong if type(x) not in (int, float, type(...))]
-    may_miss, is_free = place[0] in ("pooling", "pairs"), place[0] in FREE
+    may_miss, is_free = place[0] in ("pooling", "pairs", "pretrain_weight_decay"), place[0] in FREE
     return [x for x in wrong if not (x is ... and may_miss) and not (x == "what?" and is_free)]
 
 
