@@ -31,7 +31,7 @@ from helpers import write_checkpoint, write_data
 TIMED = {"seconds", "peak_memory_mb", "examples_per_second", "dev_examples_per_second", "metrics_size"}
 TIMED |= {"metrics_sha256", "out", "checksum"}
 SETTINGS = {name: METHODS[name] for name in METHODS if name not in ("PCD", "UW")} | {
-    "plain": "--save_every 2 --tensorboard",
+    "plain": "--save_every 5 --tensorboard",
     "heads": "--option individual_pretrain --format svg",
 }
 
@@ -51,10 +51,11 @@ def start(arguments: Sequence[str], log: Path) -> int:
         os._exit(status)
 
 
-def killed(process: int, after: float) -> bool:
-    """Whether the process still ran after so many seconds, and was killed. Raises SystemExit if it failed."""
+def killed(process: int, after: float, until: Path | None = None) -> bool:
+    """Whether the process still ran after so many seconds, or until something was there, and was killed. Raises
+    SystemExit if it failed."""
     deadline = time.monotonic() + after
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not (until and until.exists()):
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             if status:
@@ -112,23 +113,24 @@ def main() -> None:
     (folder / "model").mkdir()
     model, data = write_checkpoint(folder / "model"), write_data(folder / "data")
     draw, places, wrong = random.Random(seed), Counter[str](), list[str]()
-    base = (
-        f"--model {model} --data {data} --device cpu --cache off --steps_per_epoch 3 --batch_size 4 --pretrain_epochs 2"
-    )
+    base = f"--model {model} --data {data} --device cpu --cache off --steps_per_epoch 12 --batch_size 4"
     for name, flags in SETTINGS.items():
-        epochs = "" if "individual" in flags else "--epochs 2"
+        epochs = "--pretrain_epochs 2" + ("" if "individual" in flags else " --epochs 2")
         arguments = [*base.split(), *epochs.split(), *flags.split()]
         arguments += [] if "--tensorboard" in arguments else ["--no-tensorboard"]
-        begun = time.monotonic()
-        assert not killed(start([*arguments, "--out", str(folder / name / "whole")], folder / "log"), 600)
-        lasted = time.monotonic() - begun
-        expected = contents(folder / name / "whole")
+        first, whole, times = folder / name / "first", folder / name / "whole", [time.monotonic()]
+        for out, until in ((first, first / "predictions"), (whole, None)):  # as far as the last evaluation; all
+            killed(start([*arguments, "--out", str(out)], folder / "log"), 600, until)
+            times.append(time.monotonic())
+        trained, lasted = times[1] - times[0], times[2] - times[1]
+        expected = contents(whole)
         kills = 0
         while kills < num_kills // len(SETTINGS):
             out, chain = folder / name / f"run{kills}", list[str]()
             while True:
                 again = ["--resume", str(out)] if (out / "config.json").exists() else [*arguments, "--out", str(out)]
-                after = draw.uniform(0, lasted) if kills < num_kills // len(SETTINGS) and len(chain) < 3 else 600
+                is_last = kills == num_kills // len(SETTINGS) or len(chain) == 3
+                after = 600 if is_last else draw.uniform(0, draw.choice([trained, trained, lasted]))
                 if (out / "results.json").exists() or not killed(start(again, folder / "log"), after):
                     break
                 kills += 1
