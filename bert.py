@@ -151,17 +151,17 @@ class BertLayer(nn.Module):
             task_term = None if task_term is None else task_term.index_select(0, first_tokens)  # (N, D) -> (B, D)
         attended = ops.linear_residual_norm(
             context, self.attention_output, hidden_states, self.attention_norm, prob, masks
-        )
-        activated = ops.activated_linear(attended, self.intermediate, config.hidden_act)  # (N, D) -> (N, I)
+        )  # (M, D), M = N or B
+        activated = ops.activated_linear(attended, self.intermediate, config.hidden_act)  # (M, D) -> (M, I)
         return ops.linear_residual_norm(
             activated, self.output, attended, self.output_norm, prob, masks, task_term
-        )  # (N, I) -> (N, D)
+        )  # (M, I) -> (M, D)
 
     def _queries_of(self, first_tokens: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, D) of the first tokens, keys and values (N, 2 D) of all."""
         size, (weight, bias) = self.config.hidden_size, (self.qkv.weight, self.qkv.bias)
         first_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
-        query = ops.linear(first_states, weight, bias, slice(size))
+        query = ops.linear(first_states, weight, bias, slice(size))  # (B, D)
         return query, ops.linear(hidden_states, weight, bias, slice(size, 3 * size))  # (N, D) -> (N, 2 D)
 
 
@@ -206,16 +206,16 @@ class Encoder(nn.Module):
         for i, layer in enumerate(layers):
             term = None if adapter is None else adapter(i, hidden_states, tokens.packing, masks)  # (N, D)
             first_tokens = tokens.first_tokens if first_only and i == last else None
-            hidden_states = layer(hidden_states, tokens.packing, masks, term, first_tokens)
+            hidden_states = layer(hidden_states, tokens.packing, masks, term, first_tokens)  # (N, D), last (B, D)
             yield hidden_states
 
     def forward(self, *arguments: Any, **more: Any) -> Tensor:
         """The hidden states of the last layer, (N, D) or (B, D); arguments: those of `states`."""
-        return deque(self.states(*arguments, **more), maxlen=1)[0]
+        return deque(self.states(*arguments, **more), maxlen=1)[0]  # (N,) -> (N, D) or (B, D)
 
     def pool(self, first_states: Tensor) -> Tensor:
         """(B, D) pooled output, a dense layer and tanh, from the hidden states (B, D) of the rows' [CLS]."""
-        return torch.tanh(self.pooler(first_states))
+        return torch.tanh(self.pooler(first_states))  # (B, D)
 
 
 class Bert(Encoder):

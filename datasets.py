@@ -361,7 +361,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The rows of these numbers, in this order."""
+        """The rows of these numbers, in this order: evaluation's way, which has the numbers on the host."""
         ...
 
     def num_places(self, rows: np.ndarray) -> int:
@@ -369,7 +369,7 @@ class Rows(Protocol):
         ...
 
     def gather(self, rows: Tensor, num_places: int) -> Batch:
-        """The same batch for numbers (B,) that are on the device: nothing of it is computed elsewhere."""
+        """The same batch for numbers (B,) that are on the device: training's way, as a CUDA graph can record it."""
         ...
 
     def by_length(self) -> np.ndarray:

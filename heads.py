@@ -83,7 +83,7 @@ class LinearHead(nn.Module):
         initialize(self, std, generator)
 
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
-        return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+        return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, F) -> (B, K)
 
     def absorb(self, mean: Tensor, deviation: Tensor) -> None:
         _absorb(self.output, mean, deviation)
@@ -111,7 +111,7 @@ class MlpHead(nn.Module):
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
         for layer in self.hidden:
             pooled = torch.relu(layer(ops.dropout(pooled, self.dropout_prob, masks)))  # (B, F) -> (B, D)
-        return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+        return self.output(ops.dropout(pooled, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, F) -> (B, K)
 
     def absorb(self, mean: Tensor, deviation: Tensor) -> None:
         _absorb(cast(nn.Linear, self.hidden[0]), mean, deviation)
@@ -130,7 +130,7 @@ def pair_features(vectors: Tensor) -> Tensor:
     not symmetric in the two sentences by itself.
     """
     u, v = vectors.view(-1, 2, vectors.shape[1]).unbind(1)  # (2 B, D) -> (B, D) each
-    return torch.cat([u, v, (u - v).abs(), u * v], 1)
+    return torch.cat([u, v, (u - v).abs(), u * v], 1)  # (B, 4 D)
 
 
 class LstmHead(nn.Module):
@@ -165,8 +165,8 @@ class LstmHead(nn.Module):
             ends.append(states[torch.arange(len(states), device=states.device), is_token.sum(1) - 1])  # (S, E)
         last = torch.cat(ends, 1)  # (S, 2 E)
         assert read.pooled is not None
-        features = torch.cat([read.pooled, pair_features(last) if read.is_split else last], 1)
-        return self.output(ops.dropout(features, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, K)
+        features = torch.cat([read.pooled, pair_features(last) if read.is_split else last], 1)  # (B, F + 2 E or 8 E)
+        return self.output(ops.dropout(features, self.dropout_prob, masks))  # type: ignore[no-any-return]  # (B, F) -> (B, K)
 
 
 class RoutingHead(nn.Module):
@@ -211,11 +211,11 @@ class RoutingHead(nn.Module):
         normalized = nn.functional.layer_norm(states, states.shape[-1:]).flatten(1) * self.norm_weight + self.norm_bias
         block, is_token = ops.padded(normalized, read.packing)  # (B, L, (layers + 1) D), (B, L)
         capsules = block.view(len(block), -1, states.shape[-1])  # (B, L (layers + 1), D)
-        is_real: Tensor | None = is_token.repeat_interleave(states.shape[1], 1)
+        is_real: Tensor | None = is_token.repeat_interleave(states.shape[1], 1)  # (B, L) -> (B, L (layers + 1))
         for routing in self.routings:
             capsules, is_real = routing(capsules, is_real), None  # (B, 64, D) twice, (B, K or 2, 1)
-        logits = capsules.squeeze(-1)
-        return logits[:, :1] - logits[:, 1:] if self.is_single else logits
+        logits = capsules.squeeze(-1)  # (B, K or 2, 1) -> (B, K or 2)
+        return logits[:, :1] - logits[:, 1:] if self.is_single else logits  # (B, K)
 
 
 HEADS: dict[str, type[Head]] = {"linear": LinearHead, "mlp": MlpHead, "lstm": LstmHead, "routing": RoutingHead}

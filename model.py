@@ -189,14 +189,14 @@ class MultitaskBert(nn.Module):
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
         """Logits (B, K) of a task."""
-        return self.predict(task, self.read(task, batch, masks, perturbation), masks)
+        return self.predict(task, self.read(task, batch, masks, perturbation), masks)  # (N,) -> (B, F) -> (B, K)
 
     def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
         """Of each of the tasks the logits (B, K) of all rows."""
         if len(tasks) == 1:
             return [self(tasks[0], batch, masks)]
-        pooled = self.pooled(tasks[0], batch, masks)  # (B, F)
-        return [self.predict(task, pooled, masks) for task in tasks]
+        pooled = self.pooled(tasks[0], batch, masks)  # (N,) -> (B, F)
+        return [self.predict(task, pooled, masks) for task in tasks]  # (B, F) -> (B, K) each
 
     @property
     def shares_passes(self) -> bool:
@@ -220,7 +220,7 @@ class MultitaskBert(nn.Module):
         packing = batch.tokens.packing
         assert len(packing) == len(batch) * (2 if is_split else 1), "rows that were tokenized for other --pairs"
         pooled = self._pool(kept[-1], batch.tokens, first_only) if Reads.POOLED in reads else None  # (S, D)
-        pooled = pair_features(pooled) if pooled is not None and is_split else pooled  # (B, F)
+        pooled = pair_features(pooled) if pooled is not None and is_split else pooled  # (2 B, D) -> (B, F = 4 D)
         if reads == Reads.POOLED:
             assert pooled is not None
             return pooled
@@ -229,8 +229,8 @@ class MultitaskBert(nn.Module):
     def _pool(self, states: Tensor, tokens: PackedTokens, first_only: bool) -> Tensor:
         """(S, D) one vector of each sequence from the last layer's states, (N, D) or of [CLS] only (S, D)."""
         if self.layout.pooling == "mean":
-            return ops.row_means(states, tokens.packing)
-        first_states = states if first_only else states.index_select(0, tokens.first_tokens)  # (S, D)
+            return ops.row_means(states, tokens.packing)  # (N, D) -> (S, D)
+        first_states = states if first_only else states.index_select(0, tokens.first_tokens)  # (N, D) -> (S, D)
         return self.encoder.pool(first_states) if self.layout.pooling == "pooler" else first_states
 
     def pooled(
@@ -243,7 +243,7 @@ class MultitaskBert(nn.Module):
 
     def predict(self, task: str, read: Tensor | Encoded, masks: DropoutMasks | None = None) -> Tensor:
         """Logits (B, K) of a task's head from what it reads."""
-        return self.heads[task](read, masks)  # type: ignore[no-any-return]
+        return self.heads[task](read, masks)  # type: ignore[no-any-return]  # (B, F) -> (B, K)
 
     def adapter(self, task: str) -> LayerAdapter | None:
         """The task's addition to each encoder layer, or None for a model without adapters."""

@@ -268,8 +268,3 @@ TASKS: dict[str, Task] = {
         Task("sts", "STS similarity", "sts", _PAIR, "similarity", Score(0.0, 5.0), "Predicted_Similiary"),
     )
 }
-
-
-def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss over the rows of a batch, a scalar. logits (B, K), labels (B,)."""
-    return task.output.losses(logits, labels).mean()

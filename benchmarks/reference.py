@@ -20,7 +20,7 @@ from datasets import TokenizedRows
 from evaluation import Precision
 from heads import LinearHead
 from model import MultitaskBert
-from tasks import TASKS, task_loss
+from tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class OrdinaryLoop:
         batch = pad(self.rows[task], numbers, self.precision.device)
         with self.precision.autocast():
             logits = self.model(task, batch)
-        return task_loss(TASKS[task], logits, batch.labels)
+        return TASKS[task].output.losses(logits, batch.labels).mean()
 
 
 @torch.inference_mode()

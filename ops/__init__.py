@@ -1,15 +1,17 @@
-"""What the encoder computes with. Each operation's plain torch form stands first: it is the definition, what runs where
-nothing faster is to be had, and what tests compare with. Below it one dispatch, in each file, decides who answers:
-torch, oneDNN, a kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
-(triton_kernels.py). Nobody outside this package knows which.
+"""What the encoder computes with. Each file has an operation's plain torch form: it is the definition, what runs where
+nothing faster is to be had, and what tests compare with. Beside it one dispatch decides who answers: torch, oneDNN, a
+kernel of our own for the CPU that is compiled when it is first needed (kernels.py), or one for CUDA
+(triton_kernels.py). Outside this package one question is asked of it, `has_fused_operations`: whether passes can be
+recorded and task gradients taken apart within one, which the training step is laid out by.
 
                                 CPU                                         CUDA
 attention, residual norm, GELU  kernels.c in float32 if compiled, or torch  triton_kernels.py
-linear                          oneDNN where it is faster, or torch         half precision: linear.py, or torch
-a task's part of a gradient     a pass for each task                        triton_kernels.py
+linear                          oneDNN where it is faster, or torch         torch, or linear.py in half precision
+task gradients of one pass      none: a pass for each task                  triton_kernels.py, linear.py
 AdamW                           torch's fused kernel                        triton_kernels.py
 Gram matrix, weighted sum       torch                                       triton_kernels.py
 dropout                         bits of numpy's, dropout.py                 triton_kernels.py
+embedding, pooling, layer norm  torch                                       torch
 
 Shape letters: N packed tokens, B rows, L longest row of a group, D hidden, H heads, E = D / H.
 """
@@ -20,7 +22,7 @@ from ops.attention import attention, first_token_attention, rotated
 from ops.dispatch import has_fused_operations
 from ops.dropout import DropoutMasks, dropout
 from ops.embedding import embedding
-from ops.gradients import gramian, is_exact, weighted_sum
+from ops.gramian import gramian, is_exact, weighted_sum
 from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear

@@ -30,10 +30,10 @@ from checkpoints import (
     save_checkpoint,
     to_huggingface,
 )
+from flat_parameters import FlatParameters
 from heads import LstmHead, MlpHead, RoutingHead
 from helpers import LINEAR, Patch, generator, outputs, run_python, shaken, tiny_config, tiny_model, write_vocabulary
 from model import Layout, MultitaskBert
-from optimizer import FlatParameters
 from pal import ProjectedAttention
 from parameters import Choice
 from tasks import TASKS

@@ -62,9 +62,9 @@ class Evened:
         self.state = {"norms": torch.ones(num_segments, num_tasks, dtype=torch.float64)}
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
-        norms, present = self.state["norms"], list(tasks)
+        norms, present = self.state["norms"], list(places)
         norms[:, present] += self.rate * (gramians.diagonal(dim1=1, dim2=2).sqrt() - norms[:, present])
         return torch.diag_embed(1 / norms[:, present])  # (S, T, T)
 

@@ -121,7 +121,7 @@ for name in {sorted(set(LISTED) - {"ops.triton_kernels"})!r}:  # which torch has
 from bert import BertConfig, empty_bert
 from model import Layout, MultitaskBert
 from ops import adamw_step
-from optimizer import FlatParameters
+from flat_parameters import FlatParameters
 from pal import ProjectedAttention
 from parameters import Choice
 config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)

@@ -1,9 +1,9 @@
 """The engine against the methods as their papers have them: a run put together as the command does it, followed step
 by step by a naive one, which is written here on plain gradients, with float64 in place of float32 on both sides.
 
-The naive run takes nothing from schedulers.py, pcgrad.py, smart.py, optimizer.py or engine.py. It shares the model, the
-losses and the seeds: derive_seed(seed, stage, purpose, ...) for the plan of a step, the order of a task's rows, the
-dropout of a forward pass and the treatment of a step.
+The naive run takes nothing from schedulers.py, pcgrad.py, smart.py, flat_parameters.py or engine.py. It shares the
+model, the losses and the seeds: derive_seed(seed, stage, purpose, ...) for the plan of a step, the order of a task's
+rows, the dropout of a forward pass and the treatment of a step.
 """
 
 import random
