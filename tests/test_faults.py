@@ -2,7 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,9 @@ from bert import CheckpointError
 from config import Config
 from datasets import Tokenizer
 from engine import Trainer
-from helpers import Capture, Patch
+from helpers import ROOT, Capture, Patch
 from predictor import load
+from reports import comparison, report
 from run import Stopped
 from run_record import CHECKSUMS, settings_checksum, write_checksums
 
@@ -308,3 +314,203 @@ def test_a_tokenizer_whose_expressions_explode_is_refused(checkpoint: Path) -> N
     path.write_text(json.dumps({**json.loads(path.read_text()), "pre_tokenizer": pattern}))
     with pytest.raises(CheckpointError, match="the tokenizer cannot be used"):
         load(checkpoint, "cpu").predict("sst", ["a" * 40 + "b" * 40 + " " + "a" * 3000])
+
+
+# ------------------------------------------------------------------------------------------------ data, machine, end
+
+
+@pytest.fixture
+def line(capsys: Capture) -> Callable[..., str]:
+    """The one line of a command that fails."""
+
+    def line(*arguments: object, status: int = 2) -> str:
+        capsys.readouterr()
+        found, shown = command(*arguments), capsys.readouterr()
+        lines = shown.err.splitlines()
+        assert found == status and len(lines) == 1 and lines[0].isprintable() and len(lines[0]) < 1100, (found, shown)
+        return lines[0].removeprefix("error: ")
+
+    return line
+
+
+@pytest.fixture
+def flags(tiny: Path, data: Path, tmp_path: Path) -> list[object]:
+    """Of a short run without a frozen stage, into tmp_path/run."""
+    short = (
+        "--device cpu --cache off --no-tensorboard --pretrain_epochs 0 --epochs 2 --steps_per_epoch 2 --batch_size 4"
+    )
+    return ["--model", tiny, "--data", data, "--out", tmp_path / "run", *short.split()]
+
+
+def test_data_that_is_no_file_of_rows_is_refused(
+    tiny: Path, data: Path, tmp_path: Path, capsys: Capture, flags: list[object]
+) -> None:
+    folder, found = shutil.copytree(data, tmp_path / "data"), {}
+    for path in sorted(folder.iterdir()):
+        for kind, damage in DAMAGES.items():
+            if kind not in ("cut", "flipped") and (kind, "test" in path.name) != ("deleted", True):  # rows like others
+                back = restored(path)
+                next(back)
+                damage(path)
+                found[path.name, kind] = problem(capsys, command(*flags, "--data", folder))
+                next(back, None)
+    path.write_bytes(bytes(2 * 10**7))
+    found["zeros", 0] = problem(capsys, command(*flags, "--data", folder))
+    path.write_text("id\tid\tsentence1\tsentence2\tsimilarity\n1\t1\ta\tb\t2\n")
+    found["a column twice", 0] = problem(capsys, command(*flags, "--data", folder))
+    assert_none(found)
+    assert len(found) > 60 and not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_numbers_are_not_finite_is_neither_kept_nor_used(
+    flags: list[object], line: Callable[..., str], checkpoint: Path, tmp_path: Path
+) -> None:
+    run, told = tmp_path / "run", "finetune epoch 1: the model's outputs are not finite for 8 of 8 rows"
+    assert line(*flags, "--lr", "1e38", "--steps_per_epoch", "1", status=1) == told
+    assert line(f"--resume={run}", status=1) == told and not (run / "best").exists()
+    (tmp_path / "input").write_text("a film\n")
+    tensors, name = load_file(checkpoint / "model.safetensors"), "heads.sst.output.weight"
+    for value, told in ((3e38, "outputs are not finite"), (float("inf"), f"{name} holds numbers that are not finite")):
+        save_file({**tensors, name: torch.full_like(tensors[name], value)}, checkpoint / "model.safetensors")
+        base = ("--checkpoint", checkpoint, "--device", "cpu", "--option")
+        assert told in line(*base, "predict", "--task", "sst", "--input", tmp_path / "input")
+        assert told in line(*base, "test", "--data", flags[3], "--cache", "off", "--out", tmp_path / str(value))
+
+
+@pytest.mark.parametrize("size", [0, 1000, 20_000, 60_000])
+def test_a_run_whose_disk_is_full_says_so_and_goes_on_later(
+    size: int, stopped: Path, tmp_path: Path, line: Callable[..., str], undisturbed: Path
+) -> None:
+    """The system's limit on the size of a file stands for the end of the disk."""
+    out = shutil.copytree(stopped, tmp_path / "a run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        told = line(f"--resume={out}", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in told and str(out) in told
+    assert told.endswith(f"; to go on: python multitask_classifier.py '--resume={out}'")
+    assert not list(out.glob("*.tmp")) and not (out / "results.json").exists()
+    assert command(f"--resume={out}") == 0
+    for name in ("best/model.safetensors", "last/trainer.safetensors", "predictions/sts-dev-rows.csv"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = shutil.copytree(stopped, tmp_path_factory.mktemp("undisturbed") / "run")
+    assert command(f"--resume={out}") == 0
+    return out
+
+
+def test_a_lack_of_memory_is_a_line(
+    checkpoint: Path, flags: list[object], line: Callable[..., str], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "hidden_size": 10**7}))
+    assert line("--model", checkpoint, *flags[2:], status=1).startswith("out of memory (")
+
+    def fail(trainer: Trainer, *_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Trainer, "_launch", fail)
+    told = line(*flags, status=1)
+    assert (
+        told.startswith("out of memory") and f"; to go on: python multitask_classifier.py --resume={tmp_path}" in told
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_that_takes_nothing_more_is_a_line(flags: list[object], capsys: Capture) -> None:
+    with open("/dev/full", "w") as full, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        status = command(*flags)
+    assert status == 1 and "error: standard output: No space left on device" in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def test_a_run_killed_while_plots_are_drawn_draws_them_when_it_goes_on(
+    stopped: Path, tmp_path: Path, monkeypatch: Patch, undisturbed: Path
+) -> None:
+    out, drawn = shutil.copytree(stopped, tmp_path / "run"), list[Any]()
+
+    def kill(run: running.Run, results: Any) -> None:
+        drawn.append(results)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "draw_plots", kill)
+        with pytest.raises(Killed):
+            command(f"--resume={out}")
+    assert not (out / "results.json").exists()
+    monkeypatch.setattr(running.Run, "draw_plots", lambda run, results: drawn.append(results))
+    assert command(f"--resume={out}") == 0 and len(drawn) == 2
+    results = [json.loads((run / "results.json").read_text()) for run in (out, undisturbed)]
+    assert results[0]["dev"] == results[1]["dev"] == drawn[1]["dev"]
+
+
+def test_ctrl_c_while_modules_are_loaded_says_nothing() -> None:
+    arguments = [sys.executable, ROOT / "multitask_classifier.py", "--help"]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and process.stderr.read() == b"" and process.wait() == -signal.SIGINT
+
+
+# ------------------------------------------------------------------------------------------------ runs that have ended
+
+
+@pytest.fixture
+def ended(treated_run: Path, tmp_path: Path, monkeypatch: Patch) -> Path:
+    """A run whose report draws no pictures."""
+    monkeypatch.setattr(report, "run_plots", lambda run: run.records() and [])
+    monkeypatch.setattr(comparison, "NUM_RESAMPLES", 20)
+    return shutil.copytree(treated_run, tmp_path / "ended", ignore=shutil.ignore_patterns("best", "last", "plots"))
+
+
+def reported(run: Path, other: Path, capsys: Capture) -> str:
+    """What is wrong with the reports on a run that may be damaged, or ""."""
+    for arguments in ([run], [run, other], ["--csv", run]):
+        try:
+            status = report.main(list(map(str, arguments)))
+        except Exception as error:
+            return f"{arguments}: traceback: {error!r}"
+        shown = capsys.readouterr()
+        if (status and not shown.err.startswith("error: ")) or not all(map(str.isprintable, shown.err.splitlines())):
+            return f"{arguments}: status {status}: {shown.err[-300:]}"
+    return ""
+
+
+def test_reports_on_damaged_runs_say_what_is_wrong(ended: Path, treated_run: Path, capsys: Capture) -> None:
+    found = {}
+    for path in [*ended.glob("*.json*"), *ended.glob("predictions/*rows.csv")]:
+        for kind, damage in DAMAGES.items():
+            back = restored(path)
+            next(back)
+            damage(path)
+            found[path.name, kind] = reported(ended, treated_run, capsys)
+            next(back, None)
+    assert_none(found)
+    assert len(found) == 60 and reported(ended, treated_run, capsys) == ""
+
+
+def test_reports_on_edited_runs_say_what_is_wrong(ended: Path, treated_run: Path, capsys: Capture) -> None:
+    found = {}
+    for name in ("results.json", "config.json", "metrics.jsonl"):
+        path = ended / name
+        first, *rest = path.read_text().splitlines() if name == "metrics.jsonl" else [path.read_text()]
+        values = json.loads(first)
+        back = restored(path)
+        next(back)
+        for place, value in leaves(values):
+            for wrong in wrong_values(value):
+                path.write_text("\n".join([json.dumps(changed(values, place, wrong)), *rest]))
+                found[name, place, str(wrong)] = reported(ended, treated_run, capsys)
+        next(back, None)
+    assert_none(found)
+    assert len(found) > 300
