@@ -4,6 +4,7 @@ Minutes, and therefore not part of the tests. Each process is forked from this o
 killed run, once it has ended, must be to the bit what an undisturbed one is, and hold the same files.
 """
 
+import itertools
 import json
 import os
 import random
@@ -122,11 +123,13 @@ def main() -> None:
         for out, until in ((first, first / "predictions"), (whole, None)):  # as far as the last evaluation; all
             killed(start([*arguments, "--out", str(out)], folder / "log"), 600, until)
             times.append(time.monotonic())
-        trained, lasted = times[1] - times[0], times[2] - times[1]
+        trained, lasted = times[1] - times[0], (times[2] - times[1]) * 0.9
         expected = contents(whole)
         kills = 0
-        while kills < num_kills // len(SETTINGS):
-            out, chain = folder / name / f"run{kills}", list[str]()
+        for number in itertools.count():
+            if kills == num_kills // len(SETTINGS):
+                break
+            out, chain = folder / name / f"run{number}", list[str]()
             while True:
                 again = ["--resume", str(out)] if (out / "config.json").exists() else [*arguments, "--out", str(out)]
                 is_last = kills == num_kills // len(SETTINGS) or len(chain) == 3
@@ -138,7 +141,7 @@ def main() -> None:
             places.update(chain)
             found = contents(out)
             different = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-            print(f"{name}, killed in {', '.join(chain) or 'nothing'}: {different or 'the same'}", flush=True)
+            print(f"{name}, killed in {', '.join(chain)}: {different or 'the same'}", flush=True)
             wrong += [f"{out}: {different}"] if different else []
     print(f"{sum(places.values())} kills ({dict(places)}); runs that differ: {wrong or 'none'}")
     sys.exit(bool(wrong))
