@@ -132,7 +132,10 @@ def read_bert_config(folder: Path) -> BertConfig:
     if not isinstance(name, str) or name not in ENCODERS:
         raise CheckpointError(f"{where}: model_type is {shown(repr(name))}, expected one of {', '.join(ENCODERS)}")
     config, _ = ENCODERS[name]
-    return config.from_dict(values, str(where))
+    try:
+        return config.from_dict(values, str(where))
+    except (TypeError, AttributeError) as error:  # lists and mappings that are none
+        raise CheckpointError(f"{where}: not the configuration of a {name} ({shown(error)})") from None
 
 
 def read_layout(folder: Path) -> Layout | None:

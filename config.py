@@ -18,7 +18,7 @@ from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
 from datasets import AUGMENTATIONS, tasks_in
 from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
-from messages import shown
+from messages import command, shown
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
@@ -468,7 +468,7 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
         others = (name for name in given if name not in RESUME_FLAGS)
-        way = f"leave it out, or start a new run from its model: --checkpoint {config.resume}"
+        way = f"leave it out, or start a new run from its model: {command(f'--checkpoint={config.resume}')}"
         yield from (f"--{name}: --resume takes it from the run; {way}" for name in others)
     elif config.option == "predict":
         others = (name for name in given if name not in PREDICT_FLAGS)

@@ -8,6 +8,7 @@ Shape letters: R rows of a data set, N packed tokens, B rows of a batch.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def data_folder(name: str, flag: str = "--data ") -> Path:
 def tasks_in(name: str) -> list[str]:
     """The tasks with files in the directory of `--data`; all where there are none."""
     folder = SAMPLE if name == "sample" else Path(name)
-    found = [name for name, task in TASKS.items() if any((folder / task.file_name(x)).exists() for x in SPLITS)]
+    found = [name for name, task in TASKS.items() if any(os.path.lexists(folder / task.file_name(x)) for x in SPLITS)]
     return found or list(TASKS)
 
 

@@ -1,5 +1,6 @@
 """The data of a run: files read through the cache, training rows filtered and augmented, what was found told."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Dat
         hashes: dict[str, np.ndarray] = {}
         for split in SPLITS:
             path = folder / task.file_name(split)
-            if (split == "test" and not path.exists()) or (split == "train" and not config.trains):
+            if (split == "test" and not os.path.lexists(path)) or (split == "train" and not config.trains):
                 continue
             file = load(path, task, split != "test", device)
             hashes[split] = file.text_hashes

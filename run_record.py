@@ -90,20 +90,20 @@ def _no_number(name: str) -> None:
 
 def mismatch(value: Any, shape: Any, place: str = "") -> str:
     """Where a JSON value has not this shape, in words, or ""."""
-    found = f"{place} is {'missing' if value is None else shown(repr(str(value)))}".strip()
     if isinstance(shape, tuple):
         return "" if value is None else mismatch(value, shape[1], place)
-    if not isinstance(shape, dict | list):
-        is_switch = isinstance(value, bool) and shape is not bool
-        return "" if isinstance(value, shape) and not is_switch else found
-    if type(value) is not type(shape):
-        return f"{found}, expected a {'mapping' if isinstance(shape, dict) else 'list'}"
-    if isinstance(value, dict) and isinstance(shape, dict):
+    is_nested = isinstance(shape, dict | list)
+    is_switch = isinstance(value, bool) and shape is not bool
+    if type(value) is not type(shape) if is_nested else is_switch or not isinstance(value, shape):
+        expected = f", expected a {'mapping' if isinstance(shape, dict) else 'list'}" if is_nested else ""
+        return f"{shown(place)} is {'missing' if value is None else shown(repr(str(value)))}{expected}".strip()
+    parts: dict[Any, tuple[Any, Any]] = {}
+    if isinstance(shape, list):
+        parts = {i: (part, shape[0]) for i, part in enumerate(value)}
+    elif isinstance(shape, dict):
         others = value if ... in shape else {}
         parts = {k: (value.get(k), shape.get(k, shape.get(...))) for k in {**shape, **others} if k is not ...}
-    else:
-        parts = {i: (part, shape[0]) for i, part in enumerate(value)}
-    return next(filter(None, (mismatch(*part, f"{place} {shown(key)}".strip()) for key, part in parts.items())), "")
+    return next(filter(None, (mismatch(*part, f"{place} {key}".strip()) for key, part in parts.items())), "")
 
 
 def finite(value: Any) -> Any:

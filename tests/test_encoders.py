@@ -283,6 +283,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"model_type": "modernbert", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
         "rope_type is 'yarn', expected 'default'",
     ),
+    ({"model_type": "modernbert", "layer_types": 5}, "not the configuration of a modernbert"),
+    ({"model_type": "modernbert", "rope_parameters": {"full_attention": [5]}}, "not the configuration of a modernbert"),
     ({"model_type": "modernbert", "norm_eps": -1}, "layer_norm_eps is -1, expected a number of at least 0"),
     ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number from 1 to"),
 ]
