@@ -4,7 +4,10 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 
+IS_INSTALLED = Path(__file__).parent.name == "multitask_bert"  # by entry_point.py
+COMMAND = ("multitask-bert",) if IS_INSTALLED else ("python", "multitask_classifier.py")
 VALUE_WIDTH, LINE_WIDTH = 60, 1000  # characters shown
 
 
@@ -33,7 +36,7 @@ def _quoted(word: str) -> str:
 
 def resume_command(path: object) -> str:
     """The command that goes on with a run."""
-    return command("python", "multitask_classifier.py", f"--resume={path}")
+    return command(*COMMAND, f"--resume={path}")
 
 
 def machine_failure(error: BaseException) -> str:

@@ -69,6 +69,7 @@ def execute(config: Config, console: Console) -> int:
     finally:
         stop.restore()
         if run is not None:
+            run.tracking.finish({})
             run.directory.close()
 
 

@@ -31,7 +31,6 @@ from checkpoints import (
 from config import Config, FlagError
 from console import Console, duration
 from datasets import (
-    SPLITS,
     DataError,
     DeferredRows,
     FeatureRows,
@@ -66,12 +65,13 @@ from pcgrad import find_treatment
 from remarks import guess_scores, remarks
 from run_data import Data, load_data
 from run_record import CONFIG, MetricsLog, RunDirectory, RunError, replace_folder
-from run_state import read_settings, read_state, write_state
+from run_state import read_state, saved_settings, write_state
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
 from soup import check_ingredients, cook
-from tasks import TASKS
+from tasks import SPLITS, TASKS
+from trackers import Tracking
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -131,6 +131,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         out=str(Path(out)),
         model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
+        task_file=tuple(str(Path(name).resolve()) for name in config.task_file),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         checkpoints=tuple(str(Path(name).resolve()) for name in config.checkpoints),
         lr=config.lr or default_learning_rate(encoder.hidden_size),
@@ -298,6 +299,7 @@ class Run:
         self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
         self.start_lines: list[str] = []
         self.metrics: MetricsLog
+        self.tracking = Tracking("", Path(), {}, 0, console.say)
 
     def train(self) -> None:
         """All stages, from the checkpoint on where there is one."""
@@ -306,6 +308,8 @@ class Run:
             self.console.say(textwrap.fill(line, 99, **wrapped))
         state, first = self.saved, self.first_stage()
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
+        config, num_records = self.config, len(self.metrics.records())
+        self.tracking = Tracking(config.log, self.directory.path, config.to_dict(), num_records, self.console.say)
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
         if self.config.option == "soup":
@@ -450,6 +454,7 @@ class Run:
         if event.record is None:
             return
         self.metrics.write(event.record)
+        self.tracking.write(event.record)
         if not event.is_epoch:
             self.console.advance(1, event.record)
             return
@@ -515,6 +520,7 @@ class Run:
             **({"soup": self.soup} if self.soup else {}),
         }
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
+        self.tracking.finish(results["dev"])
         self.metrics.close()
         num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
         gap = "\n" if self.stages else ""  # below the lines of training
@@ -523,7 +529,8 @@ class Run:
             self.console.say(line)
         self.draw_plots(results)
         self.directory.write_results(results)  # last: with it the run has ended
-        if missing := [task for task in config.tasks if task not in self.data.test]:
+        with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
+        if missing := [task for task in with_test_file if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
         has_best = self.directory.best.exists()
         holds = "results, predictions and the best checkpoint are" if has_best else "results and predictions are"
@@ -533,10 +540,10 @@ class Run:
 
     def dev_texts(self, task: str) -> list[tuple[str, ...]]:
         """The texts of the dev file, none if it has changed since it was read."""
-        path = data_folder(self.config.data) / TASKS[task].file_name("dev")
+        path = TASKS[task].path("dev", data_folder(self.config.data))
         with suppress(DataError):
             file = read_examples(path, TASKS[task], labelled=True)
-            if file.sha256 == self.data.files[path.name]["sha256"]:
+            if file.sha256 == self.data.files[TASKS[task].file_key("dev")]["sha256"]:
                 return [example.texts for example in file.examples]
         return []
 
@@ -578,7 +585,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     saved: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {})
     if resumed is not None:
         flags = config
-        config, begun = read_settings(resumed)
+        config, begun = saved_settings(resumed)
         saved = read_state(resumed)
         config = replace(config, out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
@@ -644,7 +651,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     ]
     for task in config.tasks:
         rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]
-        lines.append(f"            {task:<5} {', '.join(rows)}")
+        lines.append(f"            {task:<{max(5, *map(len, config.tasks))}} {', '.join(rows)}")
     if absent := [task for task in TASKS if task not in tasks_in(config.data)]:
         lines.append(f"            (no files of {', '.join(absent)}: left out)")
     for stage in run.stages:

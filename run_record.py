@@ -36,6 +36,11 @@ NUMBER = int | float
 GAP = (None, NUMBER)  # null stands for NaN
 
 
+RECORD_KEYS = frozenset(  # of config.json beside the flags
+    {"versions", "machine", "processor", "gpu", "commit", "compiled", "data_files", "layout", "stages", CHECKSUM}
+)
+
+
 class RunError(ValueError):
     """A run directory cannot be used; the message is one line for the user."""
 

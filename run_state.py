@@ -52,7 +52,7 @@ SHAPE = {
 }
 
 
-def read_settings(directory: RunDirectory) -> tuple[Config, dict[str, Any]]:
+def saved_settings(directory: RunDirectory) -> tuple[Config, dict[str, Any]]:
     """The settings of a run, as its flags and as config.json holds them. Raises RunError if they are damaged."""
     path = directory.path / CONFIG
     saved = read_json(path)
@@ -61,6 +61,7 @@ def read_settings(directory: RunDirectory) -> tuple[Config, dict[str, Any]]:
     if saved[CHECKSUM] != settings_checksum(saved):
         raise RunError(f"{path}: not as it was written, expected the settings that the run began with")
     try:
+        Layout.from_dict(saved["layout"], str(path))  # its tasks are known from here on
         return checked(completed(saved)), saved
     except FlagError as error:
         raise RunError(f"{path}: {'; '.join(error.args)}") from None
