@@ -447,7 +447,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise FlagError(f"--config {path}: {error.strerror}, expected a TOML file or a run's config.json") from None
     except (ValueError, RecursionError) as error:
         kind = path.suffix[1:].upper() or "TOML"
-        raise FlagError(f"--config {path}: not readable as {kind} ({shown(error)})") from None
+        raise FlagError(f"--config {path}: not readable as {kind} ({error})") from None
     if not isinstance(values, dict) or (path.suffix == ".json" and not isinstance(values.get("layout"), dict)):
         raise FlagError(f"--config {path}: no settings of a run, expected its config.json")
     return values

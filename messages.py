@@ -57,6 +57,11 @@ def print_error(error: BaseException) -> None:
         print(f"error: {whole if len(whole) <= LINE_WIDTH else cut}", file=sys.stderr)
 
 
+def ensure_output() -> None:
+    """A closed standard output takes what it is given, and its number is no other file's."""
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
 def discard_output() -> None:
     """Sends what is left for standard output nowhere: Python would fail on it once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

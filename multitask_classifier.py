@@ -21,7 +21,7 @@ from console import Console
 from datasets import DataError, OutputError
 from engine import TrainingError
 from evaluation import Precision
-from messages import machine_failure, print_error, resume_command
+from messages import ensure_output, machine_failure, print_error, resume_command
 from prediction import PredictionError, predict_lines
 from predictor import Predictor, load
 from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare, resolve_device
@@ -75,6 +75,7 @@ def execute(config: Config, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 for a run that failed, 2 for bad input, 128 + signal when stopped."""
+    ensure_output()
     console = Console()
     try:
         return execute(parse(sys.argv[1:] if arguments is None else arguments), console)

@@ -95,7 +95,7 @@ def read_task_file(path: Path) -> list[Task]:
     except OSError as error:
         raise TaskFileError(f"--task_file {path}: {error.strerror}, expected a TOML file") from None
     except (ValueError, RecursionError) as error:  # of TOML or UTF-8
-        raise TaskFileError(f"--task_file {path}: not readable as TOML ({shown(error)})") from None
+        raise TaskFileError(f"--task_file {path}: not readable as TOML ({error})") from None
     if not content:
         raise TaskFileError(f"--task_file {path}: no tasks, expected a table [NAME] for each")
     return [_task(f"--task_file {path}: ", name, values, path.parent) for name, values in content.items()]

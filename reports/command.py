@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from messages import discard_output, print_error
+from messages import discard_output, ensure_output, print_error
 
 
 class ReportError(ValueError):
@@ -23,6 +23,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(command: Callable[[], None], *errors: type[Exception]) -> int:
     """Runs it. Returns 0, or 2 after a line on standard error for an exception of these, whose message the line is."""
     expected: tuple[type[Exception], ...] = (OSError, MemoryError, ReportError, *errors)
+    ensure_output()
     try:
         command()
         sys.stdout.flush()
@@ -33,6 +34,10 @@ def run_command(command: Callable[[], None], *errors: type[Exception]) -> int:
         return 130
     except expected as error:
         print_error(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # which was the error
+            discard_output()
         return 2
     return 0
 

@@ -431,6 +431,18 @@ def test_an_output_that_takes_nothing_more_is_a_line(flags: list[object], capsys
     assert status == 1 and "error: standard output: No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_report_whose_output_is_full_is_a_line_and_without_output_there_is_none(
+    treated_run: Path, capsys: Capture
+) -> None:
+    for name, status, told in (("/dev/full", 2, "error: No space left on device\n"), ("", 0, "")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdout", Path(name).open("w") if name else None)
+            assert report.main(["--csv", str(treated_run)]) == status
+            sys.stdout.close()  # as Python does at its end
+        assert capsys.readouterr().err == told
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing catches it."""
 
