@@ -437,7 +437,7 @@ def test_a_report_whose_output_is_full_is_a_line_and_without_output_there_is_non
 ) -> None:
     for name, status, told in (("/dev/full", 2, "error: No space left on device\n"), ("", 0, "")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.stdout", Path(name).open("w") if name else None)
+            patch.setattr("sys.stdout", os.fdopen(os.open(name, os.O_WRONLY), "w") if name else None)
             assert report.main(["--csv", str(treated_run)]) == status
             sys.stdout.close()  # as Python does at its end
         assert capsys.readouterr().err == told

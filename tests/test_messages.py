@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from config import FlagError
+from console import Console
 from helpers import Capture
 from messages import LINE_WIDTH, command, machine_failure, print_error, printable, resume_command, shown
 
@@ -67,3 +68,8 @@ def test_an_error_is_a_line_for_each_problem_with_its_notes_and_none_is_too_long
     first, second = capsys.readouterr().err.splitlines()
     assert first == r"error: f\x1b: broken; to go on: x"
     assert second.startswith("error: aaa") and second.endswith("the end") and len(second) < LINE_WIDTH + 20
+
+
+def test_what_a_run_says_has_its_line_ends_and_no_control_characters(capsys: Capture) -> None:
+    Console().say("runs/\x1b[2J\n  größe")
+    assert capsys.readouterr().out == "runs/\\x1b[2J\n  größe\n"
