@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from datasets import DataFile, TokenizedRows, Tokenizer, TokenRows, parse_examples, read_content, text_hashes, tokenize
+from run_record import read_file
 from tasks import Task
 
 MAGIC = "multitask-bert tokens 2"  # the number changes with anything that changes an entry's content
@@ -61,7 +62,7 @@ class TokenCache:
         entry = self.folder / f"{task.name}-{key[:32]}.tokens"
         try:
             if self._is_usable:
-                return _unpacked(entry.read_bytes(), key, task, sha256, device)
+                return _unpacked(read_file(entry), key, task, sha256, device)
         except FileNotFoundError:
             pass
         except OSError as error:
