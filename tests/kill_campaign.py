@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import matplotlib
 import scipy.stats  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch
@@ -119,6 +120,7 @@ def place(run: Path) -> str:
 def main() -> None:
     folder, num_kills, seed = Path(sys.argv[1]), int([*sys.argv, "100"][2]), int([*sys.argv, "", "0"][3] or 0)
     torch.set_num_threads(1)
+    os.environ["SOURCE_DATE_EPOCH"], matplotlib.rcParams["svg.hashsalt"] = "0", "salt"  # of pictures as svg
     Figure.__init__ = plain_figure  # type: ignore[method-assign]
     folder.mkdir()
     (folder / "model").mkdir()
