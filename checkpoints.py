@@ -156,8 +156,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(map(str, json.loads(index.read_text("utf-8"))["weight_map"].values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index}: not readable as the index of a checkpoint in shards ({shown(error)})"
             ) from None

@@ -315,6 +315,18 @@ def test_a_checkpoint_with_a_wrong_tensor_is_refused(checkpoint: Path, predict: 
     assert_none(found)
 
 
+def test_a_damaged_index_of_a_checkpoint_in_shards_is_refused_or_changes_nothing(
+    checkpoint: Path, predict: Callable[[], str]
+) -> None:
+    expected, index = predict(), checkpoint / "model.safetensors.index.json"
+    names = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-1-of-1.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-1-of-1.safetensors")}))
+    found = {case: predict() for case in itertools.chain(damaged([index]), edited(index))}
+    assert_none({case: of for case, of in found.items() if of != expected})
+    assert len(found) > 20 and "" in found.values()
+
+
 def test_a_tokenizer_whose_expressions_explode_is_refused(checkpoint: Path) -> None:
     path = checkpoint / "tokenizer.json"
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+(b+)+c"}, "behavior": "Isolated", "invert": False}
