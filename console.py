@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from messages import discard_output, printable
+
 
 class Console:
     """Lines, and a bar for what is running, one below the other where a part of it has its own; the first then
@@ -40,8 +42,12 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line of its own, above the bars where there are some."""
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print("\n".join(map(printable, line.split("\n"))), flush=True)
+        except OSError as error:
+            discard_output()
+            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def duration(seconds: float) -> str:

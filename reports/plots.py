@@ -20,7 +20,7 @@ import numpy as np
 
 from reports.comparison import Setting, row_intervals, score_names
 from reports.finished_run import MEAN, FinishedRun
-from run_record import DevRows, RunError, write_atomically
+from run_record import CONFIG, DevRows, RunError, read_json, write_atomically
 from tasks import TASKS, Task, is_degenerate
 
 if TYPE_CHECKING:
@@ -282,9 +282,9 @@ def write_plots(plots: Iterable[Plot], run: Path, format: str) -> list[Path]:
     return paths
 
 
-def write_run_plots(path: Path, format: str = "png") -> None:
-    """Draws a run directory."""
-    write_plots(run_plots(FinishedRun.read(path)), path, format)
+def write_run_plots(path: Path, results: Mapping[str, Any], format: str) -> None:
+    """Draws a run whose results are not in its directory yet: once they are, it has ended."""
+    write_plots(run_plots(FinishedRun(path, read_json(path / CONFIG), results)), path, format)
 
 
 def draw_comparison(settings: Sequence[Setting]) -> Plot:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from console import duration
+from messages import machine_failure, printable
 from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
 from reports.comparison import (
@@ -203,7 +204,7 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
         results, dev = run.results, run.results["dev"]
         scores = {column: dev.get(task, {}).get(metric) for column, (task, metric) in metrics.items()}
         others = (results["seconds"]["training"], results.get("peak_memory_mb"), results["parameters"]["total"])
-        row = {**run.config, "run": run.path, "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
+        row = {**run.config, "run": printable(str(run.path)), "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
         writer.writerow(row | dict(zip(ends, [*others, json.dumps(run.config)], strict=True)))
 
 
@@ -258,7 +259,7 @@ def report(args: argparse.Namespace) -> None:
     if not runs:
         raise RunError("; ".join(problems))
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"left out: {printable(problem)}", file=sys.stderr)
     if args.csv:
         return print_csv(runs)
     if args.push:
@@ -275,7 +276,7 @@ def report(args: argparse.Namespace) -> None:
         if is_one:
             files = write_plots(plots, runs[0].path, args.format)
     except (OSError, RunError) as error:
-        print(f"warning: no plots: {error}", file=sys.stderr)
+        print(f"warning: no plots: {printable(machine_failure(error) or str(error))}", file=sys.stderr)
     sections = run_sections(runs[0], files) if is_one else comparison_sections(runs, settings)
     if args.html is not None:
         left_out = [Section("Left out", ["\n".join(problems)])] if problems else []

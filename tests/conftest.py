@@ -18,7 +18,7 @@ DRAW_PLOTS = Run.draw_plots
 def no_pictures() -> Iterator[None]:
     """Runs draw none, which takes longer than all else; `treated_run` has those of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "draw_plots", lambda run: None)
+        patch.setattr(Run, "draw_plots", lambda run, results: None)
         yield
 
 

@@ -283,8 +283,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"model_type": "modernbert", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
         "rope_type is 'yarn', expected 'default'",
     ),
+    ({"model_type": "modernbert", "layer_types": 5}, "not the configuration of a modernbert"),
+    ({"model_type": "modernbert", "rope_parameters": {"full_attention": [5]}}, "not the configuration of a modernbert"),
     ({"model_type": "modernbert", "norm_eps": -1}, "layer_norm_eps is -1, expected a number of at least 0"),
-    ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number of at least 1"),
+    ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number from 1 to"),
 ]
 
 
@@ -390,7 +392,7 @@ def trained(
         sizes = "--pretrain_epochs 1 --steps_per_epoch 3 --batch_size 6"
         sizes += "" if "--option" in flags else " --epochs 1 --lr 1e-3"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(running.Run, "draw_plots", lambda run: None)
+            patch.setattr(running.Run, "draw_plots", lambda run, results: None)
             assert multitask_classifier.main([*base.split(), *sizes.split(), *flags.split()]) == status
         return out
 
