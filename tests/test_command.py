@@ -30,6 +30,7 @@ from heads import MlpHead
 from helpers import ROOT, Capture, Patch, cases, run_python, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
+from run_record import settings_checksum, write_checksums
 from tasks import TASKS
 
 ErrorLine = Callable[..., str]
@@ -597,7 +598,11 @@ def test_a_run_of_before_some_flags_goes_on_as_it_began(runs: Runs, out: Path, m
             for part in (values, values.get("layout", {}), values.get("multitask_bert", {})):
                 for name in ("pooling", "pairs", "pretrain_weight_decay"):
                     part.pop(name, None)
-            path.write_text(json.dumps(values))
+            path.write_text(
+                json.dumps(values | ({"checksum": settings_checksum(values)} if path.parent == out else {}))
+            )
+            if path.parent != out:
+                write_checksums(path.parent)
         run(["--resume", str(out)])
         assert_same_run(out, whole)
         shutil.rmtree(out)
