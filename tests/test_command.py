@@ -30,7 +30,7 @@ from heads import MlpHead
 from helpers import ROOT, Capture, Patch, cases, run_python, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
-from run_record import settings_checksum, write_checksums
+from run_record import CHECKSUMS, settings_checksum, write_checksums
 from tasks import TASKS
 
 ErrorLine = Callable[..., str]
@@ -690,6 +690,7 @@ def as_before(folder: Path) -> Path:
     layout = {"format": 1, "tasks": outputs, "head_layers": 1, "adapters": adapters}
     for part in ("best", "last"):
         change_config(folder / part, multitask_bert=layout)
+        (folder / part / CHECKSUMS).unlink()
     config = read(folder / "config.json")
     for name in ("head", "mlp_layers", "adapter", "regularizers", "temperature_tau"):
         config.pop(name, None)
@@ -735,7 +736,7 @@ def test_a_run_of_the_version_before_is_not_resumed(
         forget_format(out / "last" / "trainer.json")
     before = everything(out)
     line = error_line(["--resume", str(out)])
-    assert "version of the program" in line and f"--checkpoint {out}" in line and everything(out) == before
+    assert "version of the program" in line and f"--checkpoint={out}" in line and everything(out) == before
 
 
 @pytest.mark.parametrize("method", ["plain", "gradvac"])
