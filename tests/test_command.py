@@ -664,9 +664,9 @@ def test_what_is_no_run_to_go_on_with_is_not_resumed_nor_an_existing_one_replace
     before = everything(runs.run(out, "--option pretrain"))
     for path in (out, out / "best", f"{out}/last/"):
         line = error_line(["--resume", str(path)])
-        assert "has ended" in line and line.endswith(f"start a new run with --checkpoint {out}")
+        assert "has ended" in line and line.endswith(f"start a new run with --checkpoint={out}")
     assert "no run directory" in error_line(["--resume", str(out / "none")])
-    assert f"or start a new run from its model: --checkpoint {out}" in error_line(["--resume", str(out), "--epochs=8"])
+    assert f"or start a new run from its model: --checkpoint={out}" in error_line(["--resume", str(out), "--epochs=8"])
     assert f"--out {out}: exists" in error_line(runs.arguments(out))
     assert everything(out) == before
 
