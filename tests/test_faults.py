@@ -219,7 +219,7 @@ def test_a_run_with_a_damaged_file_is_not_resumed(stopped: Path, resume: Callabl
 # Entries of config.json that only tell what was, and texts that can be anything.
 RECORDS = {"versions", "machine", "processor", "gpu", "commit", "compiled", "stages", "layout"}
 SUMS = {"conflicts", "seconds", "best_epochs", "loss_sum", "best_score"}
-FREE = {"out", "resume", "input", "output", "cache", "name", "wordnet"}
+FREE = {"config", "out", "resume", "input", "output", "cache", "name", "wordnet"}
 
 
 def is_wrong(place: tuple[Any, ...], value: Any) -> bool:
