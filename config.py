@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -344,7 +345,7 @@ class _Completion(argparse.Action):
             if kind and not action.choices:
                 vars(action)["complete"] = kind  # an attribute of shtab's
         parser.prog = "multitask-bert"
-        print(shtab.complete(parser, value))
+        parser._print_message(shtab.complete(parser, value) + "\n", sys.stdout)  # minds no reader that ends early
         parser.exit()
 
 

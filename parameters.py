@@ -50,7 +50,7 @@ class Flag:
         """What is wrong with a value, in a line; None if nothing is."""
         words, is_allowed = LIMITS[self.limits]
         if self.choices and value not in self.choices:
-            return f"--{self.name} {shown(value)}: expected one of {', '.join(self.choices)}"
+            return f"--{self.name} {shown(value)}: expected one of {', '.join(filter(None, self.choices))}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and isinstance(value, int) and abs(value) >= 2**63:
             return f"--{self.name} {shown(value)}: expected a whole number below 2**63"
@@ -60,9 +60,10 @@ class Flag:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" where a known word is like this one."""
-    found = difflib.get_close_matches(word[:60], list(known), 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    """ "; did you mean X?" where a known word is like this one, in capitals or not."""
+    names = {name.lower(): name for name in reversed([*known])}
+    found = difflib.get_close_matches(word[:60].lower(), names, 1)
+    return f"; did you mean {names[found[0]]}?" if found else ""
 
 
 def parameter(default: Any, help: str, limits: str = "", flag: str = "", **options: Any) -> Any:

@@ -307,6 +307,13 @@ def test_what_a_configuration_lacks_is_the_base_model_s() -> None:
     assert (found.global_attn_every_n_layers, found.global_rope_theta, found.local_rope_theta) == (4, 5.0, 6.0)
 
 
+def test_a_configuration_says_how_long_rows_are_and_which_layers_see_them_whole() -> None:
+    assert RobertaConfig.from_dict({"max_position_embeddings": 514}).num_positions == 512
+    whole, near = "full_attention", "sliding_attention"
+    for kinds, every in (([whole], 1), ([whole, whole], 1), ([whole, near, near], 3), ([whole, near, near, whole], 3)):
+        assert ModernBertConfig.from_dict({"layer_types": kinds}).global_attn_every_n_layers == every
+
+
 # ----------------------------------------------------------------------------------------------------- token ids
 
 
