@@ -86,7 +86,10 @@ def report(descriptions: Sequence[Description]) -> Iterator[str]:
             yield f"  {of.split:<6}{of.file.path.name:<26}{len(of.lengths):>8,} rows"
             facts = [f"        {title:<10}{text}" for title, text in _facts(of) if text]
             yield from (
-                textwrap.fill(x, text_width(), subsequent_indent=" " * 18, break_on_hyphens=False) for x in facts
+                textwrap.fill(
+                    x, text_width(), subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False
+                )
+                for x in facts
             )
         if {"train", "dev"} <= of_task.keys():
             train, dev = of_task["train"], of_task["dev"]

@@ -73,7 +73,9 @@ def to_text(sections: Sequence[Section], is_markdown: bool = False) -> str:
                 parts.append(block.layout(is_markdown))
             elif isinstance(block, str):
                 lines = map(_printable, block.split("\n"))
-                wrapped = (textwrap.fill(x, text_width(), break_on_hyphens=False) for x in lines)
+                wrapped = (
+                    textwrap.fill(x, text_width(), break_long_words=False, break_on_hyphens=False) for x in lines
+                )
                 parts.append("  \n".join(lines) if is_markdown else "\n".join(wrapped))
     return "\n\n".join(parts) + "\n"
 

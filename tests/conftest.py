@@ -22,6 +22,12 @@ def no_pictures() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are as wide as without one, also in the processes that share the tests, which are given a width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random checkpoint in Hugging Face's format: 2 layers, 32 wide."""
