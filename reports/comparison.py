@@ -181,12 +181,12 @@ class Difference:
         return "within noise" if self.p >= LEVEL else "worse" if self.value < 0 else "better"
 
     @property
-    def words(self) -> str:
-        """Verdict, p and the interval."""
+    def parts(self) -> tuple[str, ...]:
+        """Verdict, p and the interval, in words; nothing where nothing was tested."""
         if math.isnan(self.p):
-            return "-"
+            return ()
         p = "p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}"
-        return f"{self.verdict}, {p}, {self.low:+.3f} to {self.high:+.3f}"
+        return self.verdict, p, f"{self.low:+.3f} to {self.high:+.3f}"
 
 
 def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:

@@ -10,6 +10,7 @@ from typing import Any
 import tabulate
 
 WIDTH = 120  # columns of text at most
+NO_BREAK = "\N{NO-BREAK SPACE}"  # in cells, between words that stay on one line
 LONGEST_WORD = 30  # that is not broken where a column gets narrow
 tabulate.MIN_PADDING = 0  # a title needs no more room than its letters
 
@@ -40,7 +41,7 @@ class Table:
             cells[i][j] = mark.format(cells[i][j])
         widths = [max(map(len, column)) for column in zip(self.columns, *cells, strict=True)]
         texts = [j for j in range(len(widths)) if j not in self.numeric and not is_markdown]
-        words = [max(map(len, " ".join(column).split())) for column in zip(self.columns, *cells, strict=True)]
+        words = [max(map(len, " ".join(column).split(" "))) for column in zip(self.columns, *cells, strict=True)]
         while sum(widths) + 2 * (len(widths) - 1) > text_width():  # the widest texts go on below themselves
             wide = [j for j in texts if widths[j] > min(words[j], LONGEST_WORD)]
             if not wide:
@@ -51,7 +52,7 @@ class Table:
         if not is_markdown:
             layout |= {"maxcolwidths": widths, "maxheadercolwidths": widths, "break_on_hyphens": False}
         shown = tabulate.tabulate(cells, self.columns, **layout, colalign=align)
-        return "\n".join(line.rstrip() for line in shown.split("\n"))
+        return "\n".join(line.rstrip() for line in shown.replace(NO_BREAK, " ").split("\n"))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _is_number(cell: str) -> bool:
 
 def _printable(text: str) -> str:
     """The text without line ends and control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return "".join(c if c.isprintable() or c == NO_BREAK else " " for c in text)
 
 
 def _escaped(cell: str) -> str:

@@ -24,6 +24,7 @@ from reports.command import Parser, check_new_file, run_command
 from reports.comparison import (
     LEVEL,
     NUM_RESAMPLES,
+    Difference,
     Setting,
     best_of,
     common_values,
@@ -32,7 +33,7 @@ from reports.comparison import (
     score_names,
     settings_of,
 )
-from reports.document import Section, Table, to_html, to_text
+from reports.document import NO_BREAK, Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
 from reports.model_card import push
@@ -60,7 +61,7 @@ def run_sections(run: FinishedRun, files: Sequence[Path]) -> list[Section]:
     sections += [Section(f"{TASKS[name].title}: errors", _error_blocks(run, name)) for name in run.tasks]
     kept = (run.path / name for name in ("results.json", "metrics.jsonl", "predictions", "best"))
     paths = "\n".join(str(path) for path in [*files, *kept] if path.exists())
-    return [*sections, Section("Plots and files", [paths])]
+    return [*sections, Section("Files", [paths])]
 
 
 def _scores_section(run: FinishedRun) -> Section:
@@ -168,13 +169,19 @@ def _scores_cell(setting: Setting, name: str) -> str:
     return f"{values.mean():.3f}" + (f" ±{values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
+def _tested(difference: Difference) -> str:
+    """Verdict, p and interval, which a narrow table sets below each other."""
+    return ", ".join(part.replace(" ", NO_BREAK) for part in difference.parts) or "-"
+
+
 def _differences(settings: Sequence[Setting]) -> list[str | Table]:
     comparisons, notes = compare(settings)
     if not comparisons:
         return []
     columns = ("setting", "score", "difference", "over seeds, 95% interval", "over dev rows, 95% interval")
     rows = [
-        (c.other.name, c.name, f"{c.over_rows.value:+.3f}", c.over_seeds.words, c.over_rows.words) for c in comparisons
+        (c.other.name, c.name, f"{c.over_rows.value:+.3f}", _tested(c.over_seeds), _tested(c.over_rows))
+        for c in comparisons
     ]
     text = (
         f"Each setting minus the best, which is {'; on other data '.join({c.best.name: 0 for c in comparisons})}. Over "

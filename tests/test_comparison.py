@@ -193,8 +193,8 @@ def test_a_verdict_follows_from_p_and_the_sign(numbers: tuple[float, ...], verdi
     found = Difference(*numbers)
     assert found.verdict == verdict
     low, high = numbers[1:3] if len(numbers) > 1 else (0, 0)
-    words = f"{verdict}, p {found.p:.3f}, {low:+.3f} to {high:+.3f}"
-    assert found.words == (words if verdict != "untested" else "-")
+    parts = (verdict, f"p {found.p:.3f}", f"{low:+.3f} to {high:+.3f}")
+    assert found.parts == (parts if verdict != "untested" else ())
 
 
 @pytest.mark.filterwarnings("error")

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from reports.document import WIDTH, Section, Table, to_html, to_text
+from reports.document import NO_BREAK, WIDTH, Section, Table, to_html, to_text
 
 
 @dataclass
@@ -68,7 +68,7 @@ def test_long_texts_go_on_below_their_own_column() -> None:
 def test_tables_and_texts_fit_the_terminal_and_numbers_are_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     words, cells = (
         "word " * 30,
-        ("a setting of some length", "0.5 to 0.6", "runs of it, seed-0, seed-1, seed-2", "0.123"),
+        ("a setting of some length", "0.5 to 0.6", f"runs of{NO_BREAK}it, seed-0,{NO_BREAK}seed-1, seed-2", "0.123"),
     )
     section = Section("T", (words, Table(("setting", "score", "runs", "p"), (cells, cells))))
     for columns in (60, 80, 100):
@@ -76,7 +76,8 @@ def test_tables_and_texts_fit_the_terminal_and_numbers_are_never_broken(monkeypa
         lines = to_text([section]).splitlines()
         assert all(len(line) <= columns for line in lines)
         shown = "\n".join(lines)
-        assert shown.count("0.5 to 0.6") == shown.count("0.123") == shown.count("seed-1") == 2
+        assert shown.count("0.5 to 0.6") == shown.count("0.123") == shown.count("seed-0, seed-1") == 2
+        assert shown.count("of it") == 2 and NO_BREAK not in shown
     assert sum(line.startswith("a setting of some length ") for line in lines) == 2
 
 
