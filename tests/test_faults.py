@@ -206,6 +206,9 @@ def test_a_run_with_a_damaged_file_is_not_resumed(stopped: Path, resume: Callabl
     files = [path for path in sorted(stopped.rglob("*")) if path.is_file() and path.name != ".lock"]
     assert len(files) == 2 + 4 + 6
     failures: dict[Any, str] = {(*case, i): resume() for i, case in enumerate(damaged(files))}
+    with restored(config := stopped / "config.json"):
+        config.write_text(config.read_text().replace('"seed": 0', '"seed": 1'))
+        failures["another seed"] = resume()
     with restored(stopped / "metrics.jsonl"):
         for folder in ("best", "last"):
             shutil.move(stopped / folder, stopped / "aside")
