@@ -19,6 +19,7 @@ from helpers import WORDS, Capture, Patch, cases
 from predictor import load
 from reports.data_report import main as describe
 from reports.finished_run import FinishedRun
+from reports.model_card import write_model
 from reports.plots import run_plots, write_plots
 from reports.report import main as report
 from task_files import TaskFileError, add_saved_tasks, read_task_file
@@ -339,6 +340,13 @@ def test_tasks_of_the_same_name_that_mean_something_else_are_refused(five: Path,
     for definition, found in ((3, "nli is 3"), ({"kind": "classes"}, "no 'files'")):
         with pytest.raises(TaskFileError, match=f"here: .*{found}"):
             add_saved_tasks({"tasks": {"nli": {"definition": definition}}}, "here")
+
+
+def test_what_goes_to_a_hub_can_be_loaded_and_names_no_folder(five: Path, file: Path, tmp_path: Path) -> None:
+    write_model(FinishedRun.read(five), tmp_path / "model", "me/mine")
+    assert str(file.parent) not in (tmp_path / "model" / "config.json").read_text()
+    found, expected = (load(path).predict("valence", ["good", "bad"]) for path in (tmp_path / "model", five))
+    assert found == expected
 
 
 def test_its_data_are_described(file: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
