@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
 from datasets import DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
 from reports.command import Parser, check_new_file, run_command
-from reports.document import text_width
+from reports.document import filled
 from reports.plots import Plot, panels, style
 from run_record import FORMATS, write_atomically
 from task_files import TaskFileError, add_task_file
@@ -84,13 +83,7 @@ def report(descriptions: Sequence[Description]) -> Iterator[str]:
         yield f"{task}  {TASKS[task].title}"
         for of in of_task.values():
             yield f"  {of.split:<6}{of.file.path.name:<26}{len(of.lengths):>8,} rows"
-            facts = [f"        {title:<10}{text}" for title, text in _facts(of) if text]
-            yield from (
-                textwrap.fill(
-                    x, text_width(), subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False
-                )
-                for x in facts
-            )
+            yield from (filled(f"        {title:<10}{text}", 18) for title, text in _facts(of) if text)
         if {"train", "dev"} <= of_task.keys():
             train, dev = of_task["train"], of_task["dev"]
             shared, lines = same_texts(dev, train), _lines(dev, train)

@@ -20,6 +20,12 @@ def text_width() -> int:
     return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
+def filled(line: str, indent: int = 0) -> str:
+    """The line in as many as the terminal needs, those below the first indented; no word or path is broken."""
+    way: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, text_width(), subsequent_indent=" " * indent, **way)
+
+
 @dataclass(frozen=True)
 class Table:
     """Cells as text. marked: (row, column) of cells that stand out."""
@@ -74,10 +80,7 @@ def to_text(sections: Sequence[Section], is_markdown: bool = False) -> str:
                 parts.append(block.layout(is_markdown))
             elif isinstance(block, str):
                 lines = map(_printable, block.split("\n"))
-                wrapped = (
-                    textwrap.fill(x, text_width(), break_long_words=False, break_on_hyphens=False) for x in lines
-                )
-                parts.append("  \n".join(lines) if is_markdown else "\n".join(wrapped))
+                parts.append("  \n".join(lines) if is_markdown else "\n".join(map(filled, lines)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -26,6 +26,8 @@ def model_card(run: FinishedRun, name: str) -> str:
     """The card as markdown behind the head that hubs read. name: of the model on the hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    from checkpoints import EMBEDDED_MODEL  # which imports torch
+
     found, rows = list[EvalResult](), []
     for task in (TASKS[name] for name in run.tasks):
         kind = "text-classification" if task.output.class_names else "sentence-similarity"
@@ -38,11 +40,7 @@ def model_card(run: FinishedRun, name: str) -> str:
     base = str(run.config.get("model", ""))
     head = ModelCardData(
         language="en",
-        base_model="sentence-transformers/all-MiniLM-L6-v2"
-        if base == "minilm"
-        else base
-        if base[:1] not in ("", "/")
-        else None,
+        base_model=EMBEDDED if base == EMBEDDED_MODEL else None if base[:1] in ("", "/") else base,
         pipeline_tag="text-classification",
         tags=["multi-task-learning", *run.tasks],
         model_name=name.split("/")[-1],
