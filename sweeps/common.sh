@@ -47,7 +47,7 @@ run() {
     shift 2
     for seed in $SEEDS; do
         wait_for_jobs "$JOBS"
-        run_once "$name-seed$seed" "${first:+$first-seed$seed}" --data "$DATA" --seed "$seed" $FLAGS \
+        run_once "$name-seed$seed" "${first:+$first-seed$seed}" --data "$DATA" --seed "$seed" --name "$name" $FLAGS \
             ${first:+--checkpoint "$OUT/$first-seed$seed"} "${@//@seed/seed$seed}" &
     done
 }

@@ -14,6 +14,7 @@ choose pal random round_robin temperature task_weights pcgrad gradvac smart smar
     UPGrad MGDA AlignedMTL CAGrad ConFIG CRMOGM DualProj FairGrad IMTLG Krum NashMTL PCD Random \
     COSMOS DWA GeometricMean IMTLL PBI STCH UW late_adapters soup
 EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-0} BATCH=${BATCH:-32}
+SMART_WIDE=${SMART_WIDE:---smart_eps 0.1 --smart_sigma 0.01 --smart_eta 0.1}
 
 tune() { # NAME FIRST EPOCHS FLAGS...: fine-tunes from a first run
     run "$1" "$2" --batch_size "$BATCH" --steps_per_epoch "$STEPS" --epochs "$3" ${LR:+--lr "$LR"} "${@:4}"
