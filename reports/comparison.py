@@ -108,8 +108,8 @@ def common_values(flags: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """The settings of each run that change what it learns; a flag that a run's program did not have has its default.
 
-    The checkpoint that a run started from replaces the flag of the model; if it is named after the run's seed, those of
-    other seeds are the same.
+    The checkpoints that a run started from replace the flag of the model; where they are named after the run's seed,
+    those of other seeds are the same.
     """
     names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_COMPARED]
     configs = [run.config for run in runs]
@@ -119,10 +119,13 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         configs = [{**Config().to_dict(), **completed(config)} for config in configs]
     flags: list[dict[str, Any]] = [{name: config.get(name) for name in names} for config in configs]
     for run, of in zip(runs, flags, strict=True):
+        own_seed = re.compile(rf"seed{run.config['seed']}(?!\d)")
+        starts = [Path(path) for path in (of.get("checkpoint"), *(of.get("checkpoints") or ())) if path]
+        cleaned = [str(path.with_name(own_seed.sub("seed*", path.name))) for path in starts]
         if of.get("checkpoint"):
-            start = Path(of["checkpoint"])
-            name = re.sub(rf"seed{run.config['seed']}(?!\d)", "seed*", start.name)
-            of.update(model="", checkpoint=str(start.with_name(name)))
+            of.update(model="", checkpoint=cleaned[0])
+        elif cleaned:
+            of.update(model="", checkpoints=cleaned)
     return flags
 
 

@@ -90,6 +90,15 @@ def test_checkpoints_of_other_seeds_are_one_setting_and_hide_the_flag_of_the_mod
     assert settings[0].flags == {"model": "-", "checkpoint": "start-seed*"}
 
 
+def test_soups_of_other_seeds_are_one_setting(files: Path) -> None:
+    def soup(seed: int, *of: str) -> Any:
+        starts = [str(files / f"{name}-seed{seed}") for name in of]
+        return made_run(files, f"s{seed}{len(of)}", seed=seed, checkpoints=starts, model="minilm")
+
+    settings = settings_of([soup(0, "pal", "random"), soup(1, "pal", "random"), soup(1, "pal", "random", "ema")])
+    assert [len(setting.runs) for setting in settings] == [2, 1]
+
+
 def test_of_paths_the_last_part_is_shown_where_that_tells_them_apart(files: Path) -> None:
     runs = [made_run(files, name, model=model) for name, model in (("a", "/x/one"), ("b", "/y/two"))]
     assert {s.flags["model"] for s in settings_of(runs)} == {"one", "two"}
