@@ -1,7 +1,20 @@
 """The state of a run that is to be resumed: what a checkpoint says besides the model, checked before any of it is used.
 
-Every file is compared with its checksum, every setting with what its flag allows; engine.Trainer.load_state looks
-whether tensors and numbers are those of the stage.
+`last/` holds, beside the model in Hugging Face's format and the tokenizer:
+
+    SHA256SUMS           of every other file in it
+    trainer.json         SHAPE below: the stage, how much of metrics.jsonl belongs to it, seconds, and within a stage
+                         engine.Progress (null between stages)
+    trainer.safetensors  engine.Trainer.state_tensors, empty between stages:
+        optimizer.V.{exp_avg,exp_avg_sq,step}  AdamW's moments of the vector V: shared, or own.TASK
+        scaler.{scale,steps}                   of the loss under fp16
+        treatment.K, regularizer.I.K           running averages of the treatment and of the I-th regularizer
+        average.V, average.step                the averaged weights of --average ema
+        best.V                                 frozen stage: the heads at its best epoch (fine-tuning's are in best/)
+
+Nothing random is kept: every draw follows from the seed, the epoch and the step. Every file is compared with its
+checksum, every setting with what its flag allows; engine.Trainer.load_state looks whether tensors and numbers are those
+of the stage.
 """
 
 import hashlib
