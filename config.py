@@ -640,7 +640,7 @@ def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     every_task = f"a treatment takes every task in every step, at least {num_tasks}"
     named = {name for name in TREATMENTS if given.get(name)} | {given.get("treatment", config.treatment)}
     if len(named) > 1 and ("treatment" in given or len(named - {NO_TREATMENT}) > 1):
-        yield f"{', '.join(f'--{name}' for name in (*TREATMENTS, 'treatment'))}: expected one of these treatments"
+        yield f"{', '.join(f'--{name}' for name in (*TREATMENTS, 'treatment'))}: expected at most one of these"
     if sum(bool(given.get(name)) for name in ADAPTERS) > 1:
         yield f"{', '.join(f'--{name}' for name in ADAPTERS)}: expected one of them"
     if config.option == "test" and not config.checkpoint:

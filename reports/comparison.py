@@ -72,8 +72,8 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
     shown = [{n: cells[group[0]] for n, cells in columns.items() if len(set(cells)) > 1} for group in groups.values()]
     names = short_names(shown)
     for i, group in enumerate(groups.values()):
-        given = {str(runs[j].config.get("name") or "") for j in group}
-        names[i] = given.pop() if len(given) == 1 and "" not in given else names[i]
+        given = {str(runs[j].config.get("name") or "") for j in group} - {""}
+        names[i] = given.pop() if len(given) == 1 else names[i]
     settings = []
     for group, name, of in zip(groups.values(), names, shown, strict=True):
         own = tuple(runs[i] for i in group)
@@ -132,9 +132,9 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 def _cells(values: Sequence[Any]) -> list[str]:
     """A flag's values as they are shown; of paths the last part where that tells them apart."""
     words = {"True": "yes", "False": "no", "": "-", "None": "-"}
-    texts = [" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
-    cells = [words.get(text, text) for text in texts]
-    short = [Path(cell).name or cell for cell in cells]
+    items = [[str(item) for item in (value if isinstance(value, list) else [value])] for value in values]
+    ends = [[Path(item).name or item for item in of] for of in items]
+    cells, short = ([words.get(text := " ".join(of), text) for of in kind] for kind in (items, ends))
     return short if len(set(short)) == len(set(cells)) else cells
 
 

@@ -138,8 +138,9 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
         key.append({"setting": s.name, **own, "parameters": _size(s.runs[0].results["parameters"]["total"])})
         key[-1]["differs in"] = flags
     for data in dict.fromkeys(s.data for s in settings):
-        best = next(s.runs[0] for s in settings if s.data == data)
-        guesses = {**best.guesses, MEAN: _mean_guess(best)}
+        on_data = [s for s in settings if s.data == data]
+        of_mean = _mean_guess(on_data[0].runs[0]) if len({s.tasks for s in on_data}) == 1 else None
+        guesses = {**on_data[0].runs[0].guesses, MEAN: of_mean}
         rows.append({"setting": GUESS, **{title: guesses.get(name) for name, title in names.items()}})
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
@@ -183,8 +184,9 @@ def _differences(settings: Sequence[Setting]) -> list[str | Table]:
         (c.other.name, c.name, f"{c.over_rows.value:+.3f}", _tested(c.over_seeds), _tested(c.over_rows))
         for c in comparisons
     ]
+    best = "the best of those with the most tasks" if len({s.tasks for s in settings}) > 1 else "the best"
     text = (
-        f"Each setting minus the best, which is {'; on other data '.join({c.best.name: 0 for c in comparisons})}. Over "
+        f"Each setting minus {best}, which is {'; on other data '.join({c.best.name: 0 for c in comparisons})}. Over "
         "seeds: t test, paired where both have the same seeds, else Welch's. Over dev rows: paired bootstrap, "
         f"{NUM_RESAMPLES:,} resamples of the rows, the same for all runs."
     )

@@ -97,6 +97,8 @@ def test_soups_of_other_seeds_are_one_setting(files: Path) -> None:
 
     settings = settings_of([soup(0, "pal", "random"), soup(1, "pal", "random"), soup(1, "pal", "random", "ema")])
     assert [len(setting.runs) for setting in settings] == [2, 1]
+    soups = [setting.flags["checkpoints"] for setting in settings]
+    assert soups == ["pal-seed* random-seed*", "pal-seed* random-seed* ema-seed*"]
 
 
 def test_of_paths_the_last_part_is_shown_where_that_tells_them_apart(files: Path) -> None:

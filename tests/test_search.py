@@ -318,6 +318,7 @@ def postgresql() -> Iterator[str]:
     place = next((folder for folder in programs if (folder / "initdb").exists()), None)
     if place is None:
         pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg")
     with tempfile.TemporaryDirectory() as name:
         folder, user = Path(name), dict[str, Any]()
         if os.getuid() == 0:  # the server refuses to be root's
