@@ -24,7 +24,7 @@ from ops.gradients import gramian, is_exact, weighted_sum
 from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
-from ops.packed import PackedTokens, Packing, TokenStore
+from ops.packed import PackedTokens, Packing, Padded, TokenStore
 from ops.pooling import row_means
 from ops.residual_norm import layer_norm, linear_residual_norm
 from ops.task_gradients import TaskBounds, gradients_by_task
@@ -37,6 +37,7 @@ __all__ = [
     "Moments",
     "PackedTokens",
     "Packing",
+    "Padded",
     "Reading",
     "Replayed",
     "TaskBounds",

@@ -13,7 +13,7 @@ from ops import kernels
 from ops.dispatch import triton_kernels
 from ops.dropout import DropoutBits, DropoutMasks
 from ops.linear import rows_multiple
-from ops.packed import Packing
+from ops.packed import Packing, Padded
 
 
 def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None) -> Tensor:
@@ -21,6 +21,9 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks:
 
     prob: of dropping an attention probability. What the tokens that belong to no row get is finite, and means nothing.
     """
+    if isinstance(packing, Padded):
+        blocks = (part.view(*packing.is_real.shape, -1) for part in qkv.chunk(3, -1))  # (B, L, D) each
+        return _block_attention(*blocks, packing.is_real, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
     if kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
     if qkv.device.type == "cuda" and (triton := triton_kernels()) is not None:
@@ -36,6 +39,9 @@ def first_token_attention(
     query: Tensor, key_value: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None
 ) -> Tensor:
     """The same for the first token of each row alone: query (B, D), key_value (N, 2 D) -> (B, D)."""
+    if isinstance(packing, Padded):
+        key, value = (part.view(*packing.is_real.shape, -1) for part in key_value.chunk(2, -1))  # (B, L, D) each
+        return _block_attention(query[:, None], key, value, packing.is_real, num_heads)[:, 0]  # (B, 1, D) -> (B, D)
     if kernels.can_run(query, key_value):
         bits = _bits(packing, num_heads, prob, masks, True)
         return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
@@ -67,16 +73,26 @@ def _by_groups(
     contexts, first = [], 0
     for group in packing.groups:
         q = query[group.rows][:, None] if first_only else query[group.tokens]  # (b, L or 1, D)
-        q, k, v = (
-            part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, key[group.tokens], value[group.tokens])
-        )  # (b, H, L or 1, E), (b, H, L, E), (b, H, L, E)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
-        probs = scores.masked_fill(~group.is_real[:, None, None], -torch.inf).softmax(-1)
-        if mask is not None:
-            probs = probs * mask[first : first + probs.numel()].view(probs.shape)
-            first += probs.numel()
-        contexts.append((probs @ v).transpose(1, 2).flatten(2))  # (b, H, L or 1, E) -> (b, L or 1, D)
+        size = num_heads * q.shape[:2].numel() * group.tokens.shape[1]  # b H (L or 1) L
+        part = None if mask is None else mask[first : first + size]
+        contexts.append(_block_attention(q, key[group.tokens], value[group.tokens], group.is_real, num_heads, part))
+        first += size
     return contexts
+
+
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_real: Tensor, num_heads: int, mask: Tensor | None = None
+) -> Tensor:
+    """Context (b, L or 1, D) of a block of padded rows: query (b, L or 1, D), key, value (b, L, D), is_real (b, L).
+
+    mask: of dropout, for all probabilities one behind the other.
+    """
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))  # (b, H, L, E)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
+    probs = scores.masked_fill(~is_real[:, None, None], -torch.inf).softmax(-1)
+    if mask is not None:
+        probs = probs * mask.view(probs.shape)
+    return (probs @ v).transpose(1, 2).flatten(2)  # (b, H, L or 1, E) -> (b, L or 1, D)
 
 
 # ------------------------------------------------------------------------------------------------------- kernel

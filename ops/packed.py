@@ -86,6 +86,20 @@ class Packing:
         return sum(b * num_heads * length * (1 if first_only else length) for b, length in longest)
 
 
+class Padded(Packing):
+    """B rows of L places each, place behind place: (B L) tokens. What an exported model reads: no shape in its graph
+    depends on the lengths of the rows.
+
+    is_real: (B, L) whether the place is within its row.
+    """
+
+    def __init__(self, is_real: Tensor) -> None:
+        self.is_real = is_real
+
+    def __len__(self) -> int:
+        return len(self.is_real)
+
+
 def group_by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
     """Row numbers in groups of similar length, longest first."""
     order = np.argsort(-lengths, kind="stable")

@@ -1,0 +1,246 @@
+"""A model as an ONNX graph: as it is, and smaller.
+
+The graph is that of the program's own modules on padded rows (ops.Padded), so that heads, adapters and poolings need no
+second form. Made smaller, the matrices of its layers are in int8 with a scale for each column and meet inputs that
+onnxruntime brings to eight bits as they come; tables of embeddings are in int8 or in four bits, looked up and
+multiplied out by ONNX's own operations, which other runtimes have too.
+
+Shape letters: S sequences, L places of a sequence, R rows, N numbers of a table's row.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets import Batch, TokenRows
+from model import MultitaskBert
+from ops import PackedTokens, Padded
+from tasks import TASKS, Output
+
+OPSET = 20  # with GELU and LayerNorm as operations
+BLOCK = 64  # numbers of a table's row that share a scale in four bits
+SMALL_TABLE, LARGE_TABLE = 1 << 14, 1 << 20  # a table of fewer numbers stays as it is; of fewer is never in four bits
+
+# -------------------------------------------------------------------------------------------------------- the graph
+
+
+def answer(output: Output, logits: Tensor) -> Tensor:
+    """What a user wants of logits (R, K): the probability of each class (R, C), that of yes (R,), or the score (R,)."""
+    probabilities = output.probabilities(logits)
+    if probabilities is None:
+        return output.decode(logits)
+    return probabilities[:, 1] if output.num_outputs == 1 else probabilities
+
+
+def decoded(output: Output, answers: np.ndarray) -> np.ndarray:
+    """(R,) the predictions, in the units of the label, that answers stand for."""
+    if output.num_classes is None:
+        return answers
+    return answers.argmax(1) if answers.ndim == 2 else (answers > 0.5).astype(int)
+
+
+class PaddedModel(nn.Module):
+    """The model on padded sequences: each task's answers. Where a pair is two sequences, they are neighbours."""
+
+    def __init__(self, model: MultitaskBert) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
+        """Three of (S, L) -> of each task (S, C) or (S,), or half as many where two sequences are a row."""
+        model, layout = self.model, self.model.layout
+        logits = []
+        if model.shares_passes:
+            logits = model.logits_of(layout.tasks, _batch(input_ids, attention_mask, token_type_ids, 1))
+        for task in layout.tasks[len(logits) :]:
+            part = 2 if layout.is_split(task) else 1
+            num_sequences = input_ids.shape[0] // part * part
+            given = (of[:num_sequences] for of in (input_ids, attention_mask, token_type_ids))
+            logits.append(model(task, _batch(*given, part)))
+        return tuple(answer(TASKS[task].output, of) for task, of in zip(layout.tasks, logits, strict=True))
+
+
+def _batch(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, part: int) -> Batch:
+    """Rows of `part` padded sequences each, three of (S, L)."""
+    num_sequences, length = input_ids.shape
+    place = torch.arange(length).expand(num_sequences, length).flatten()  # (S L,)
+    first_tokens = torch.arange(num_sequences) * length  # (S,)
+    ids, types, packing = input_ids.flatten(), token_type_ids.flatten(), Padded(attention_mask.bool())
+    return Batch(torch.zeros(num_sequences // part), PackedTokens(ids, types, place, place, first_tokens, packing))
+
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def write_graph(model: MultitaskBert, path: Path) -> None:
+    """Writes model.onnx in float32, whose inputs are INPUTS and whose outputs are the tasks."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    example = torch.ones(4, 6, dtype=torch.int64)
+    longest = model.encoder.config.max_position_embeddings
+    shape = {0: torch.export.Dim("sequences"), 1: torch.export.Dim("places", max=longest)}
+    program = torch.onnx.export(
+        PaddedModel(model.eval()),
+        (example, example, torch.zeros_like(example)),
+        input_names=INPUTS,
+        output_names=model.layout.tasks,
+        opset_version=OPSET,
+        dynamic_shapes=(shape, shape, shape),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path, external_data=False)
+
+
+# ------------------------------------------------------------------------------------------------------ smaller forms
+
+
+def matrices(path: Path) -> list[str]:
+    """The names of the layers' matrices in a graph."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    return [name for node in nodes for name in node.input if name in constants]
+
+
+def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collection[str] = ()) -> None:
+    """Writes a graph with the matrices of its layers in int8, and its tables in 8 or in 4 bits.
+
+    in_float: names of matrices that stay as they are.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    nodes = [node.name for node in onnx.load(source).graph.node if set(node.input) & set(in_float)]
+    with _quiet():
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=nodes,
+            per_channel=True,
+            reduce_range=True,  # 7 bits: a processor without VNNI adds up products of 8 bits in too few
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    small = onnx.load(target)
+    pack_tables(small.graph, table_bits)
+    onnx.save(small, target)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the quantizer, which asks for what it then does itself."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def quantized_blocks(table: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers (V, N) and scales (V, N / block, 1): the largest number of each block becomes 7 or 127."""
+    blocks = table.reshape(len(table), -1, block)  # (V, N) -> (V, N / block, block)
+    scales = np.abs(blocks).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
+    whole = np.rint(blocks / np.where(scales > 0, scales, 1)).astype(np.int8)
+    return whole.reshape(table.shape), scales.astype(np.float32)
+
+
+def pack_tables(graph: Any, bits: int) -> None:
+    """Replaces each lookup in a large table of floats by lookups in a table of whole numbers and in one of scales.
+
+    In 8 bits a row has one scale. In 4 bits, for the largest tables only, every BLOCK numbers have one, and a byte
+    holds the numbers n and n + N / 2 of a row.
+    """
+    from onnx import numpy_helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = list(graph.node)
+    graph.ClearField("node")
+    for node in nodes:
+        tensor = tensors.get(node.input[0]) if node.op_type == "Gather" else None
+        if tensor is None or len(tensor.dims) != 2 or np.prod(tensor.dims) < SMALL_TABLE:
+            graph.node.append(node)
+            continue
+        table = numpy_helper.to_array(tensor)
+        is_packed = bits == 4 and table.size >= LARGE_TABLE and table.shape[1] % 2 == 0
+        block = BLOCK if is_packed and table.shape[1] % BLOCK == 0 else table.shape[1]
+        whole, scales = quantized_blocks(table, 4 if is_packed else 8, block)
+        constants = {"scales": scales, "whole": whole, "blocks": [0, *scales.shape[1:2], block], "row": [0, -1]}
+        if is_packed:
+            low, high = np.split((whole + 8).astype(np.uint8), 2, axis=1)  # (V, N / 2) each
+            constants |= {"whole": low | high << 4, "mask": np.uint8(15), "shift": np.uint8(4), "middle": np.float32(8)}
+        graph.initializer.remove(tensor)
+        for name, value in constants.items():
+            graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{tensor.name}.{name}"))
+        graph.node.extend(_lookup(tensor.name, node.input[1], node.output[0], is_packed))
+
+
+def _lookup(table: str, ids: str, output: str, is_packed: bool) -> Iterator[Any]:
+    """The nodes that look up the rows (T, N) of ids (T,), whose constants are named behind the table."""
+    from onnx import TensorProto, helper
+
+    unpacked: list[tuple[str, str, str, dict[str, Any]]] = [
+        ("BitwiseAnd", "rows mask", "low", {}),
+        ("BitShift", "rows shift", "high", {"direction": "RIGHT"}),
+        ("Concat", "low high", "unpacked", {"axis": 1}),  # (T, N / 2) -> (T, N)
+        ("Cast", "unpacked", "unsigned", {"to": TensorProto.FLOAT}),
+        ("Sub", "unsigned middle", "floats", {}),
+    ]
+    for kind, inputs, name, attributes in (
+        ("Gather", "whole ids", "rows", {}),
+        *(unpacked if is_packed else [("Cast", "rows", "floats", {"to": TensorProto.FLOAT})]),
+        ("Reshape", "floats blocks", "in_blocks", {}),  # (T, N) -> (T, N / block, block)
+        ("Gather", "scales ids", "scales_of_rows", {}),  # (T, N / block, 1)
+        ("Mul", "in_blocks scales_of_rows", "multiplied", {}),
+        ("Reshape", "multiplied row", "output", {}),
+    ):
+        given = [ids if of == "ids" else f"{table}.{of}" for of in inputs.split()]
+        yield helper.make_node(kind, given, [output if name == "output" else f"{table}.{name}"], **attributes)
+
+
+# -------------------------------------------------------------------------------------------------------- answers
+
+
+def feed(tokens: TokenRows, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    """A graph's inputs (S, L) for these rows."""
+    sequences: list[tuple[np.ndarray, int]] = []  # token ids, and how many are of type 0
+    for row in rows:
+        ids, first = tokens.ids[tokens.starts[row] :][: tokens.lengths[row]], int(tokens.firsts[row])
+        sequences += [(ids[:first], first), (ids[first:], len(ids))] if tokens.is_split else [(ids, first)]
+    place = np.arange(max(len(ids) for ids, _ in sequences))
+    padded = np.stack([np.pad(ids, (0, len(place) - len(ids))) for ids, _ in sequences])
+    lengths, firsts = (np.array(of)[:, None] for of in ([len(ids) for ids, _ in sequences], [n for _, n in sequences]))
+    is_real = place < lengths  # (S, L)
+    values = (padded, is_real, is_real & (place >= firsts))
+    return {name: value.astype(np.int64) for name, value in zip(INPUTS, values, strict=True)}
+
+
+def open_session(path: Path) -> Any:
+    """onnxruntime with a graph, on one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def answers(session: Any, task: str, tokens: TokenRows, batch_size: int = 1) -> np.ndarray:
+    """A task's answers for all rows, (R, C) or (R,), in their order; rows of similar length share a batch.
+
+    batch_size: 1 as on a phone: what is in eight bits depends a little on the other rows of a batch.
+    """
+    order = np.argsort(tokens.lengths, kind="stable")
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = np.concatenate([session.run([task], feed(tokens, part))[0] for part in parts])
+    return found[np.argsort(order, kind="stable")]
