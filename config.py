@@ -31,12 +31,14 @@ OPTIONS = {
     "test": "score a checkpoint and write its predictions",
     "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
+    "export": "write a checkpoint as ONNX files for a phone, and prove them on the dev rows",
 }
 POOLING, PAIR = "pooler", "cross"  # of a new model
 BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp")
 }
+EXPORT_FLAGS = {"option", "checkpoint", "out", "data", "max_length", "threads"}
 RESUME_FLAGS = {"resume", "device", "threads"}
 
 # Of each table of methods: its entries, and how one is chosen on the command line.
@@ -340,7 +342,8 @@ def parse(arguments: Sequence[str]) -> Config:
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
     given = vars(parsed)
-    config = from_dict({"tasks": list(TASKS), **given})
+    data = {"data": ""} if given.get("option") == "export" else {}  # the run's
+    config = from_dict({"tasks": list(TASKS), **data, **given})
     if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
     return config
@@ -408,6 +411,11 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield "--option predict: expected --checkpoint DIR"
         if not config.task:
             yield f"--option predict: expected --task, one of {', '.join(TASKS)}"
+    elif config.option == "export":
+        others = (name for name in given if name not in EXPORT_FLAGS)
+        yield from (f"--{name}: --option export does not use it; leave it out" for name in others)
+        if not config.checkpoint:
+            yield "--option export: expected --checkpoint DIR"
     else:
         yield from _flags_in_vain(config, given)
         yield from _conflicts(config, given)

@@ -196,7 +196,9 @@ class MultitaskBert(nn.Module):
             states = ops.row_means(states, batch.tokens.packing)  # (N, D) -> (S, D)
         elif self.layout.pooling == "pooler":
             states = self.encoder.pool(states)  # (S, D)
-        assert states.shape[0] == batch.labels.shape[0] * (2 if is_split else 1), "rows that were tokenized for other --pairs"
+        assert states.shape[0] == batch.labels.shape[0] * (2 if is_split else 1), (
+            "rows that were tokenized for other --pairs"
+        )
         return pair_features(states) if is_split else states
 
     def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:

@@ -17,12 +17,13 @@ from console import Console
 from datasets import DataError
 from engine import TrainingError
 from evaluation import Precision
+from export import ExportError, export
 from prediction import PredictionError, predict_lines
 from predictor import Predictor, load
 from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare, resolve_device
 from run_record import RunError
 
-USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError, PredictionError)
+USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError, PredictionError, ExportError)
 
 
 def predict(config: Config) -> int:
@@ -43,6 +44,10 @@ def execute(config: Config, console: Console) -> int:
     """Runs to the end or to a stop; returns the exit status."""
     if config.option == "predict":
         return predict(config)
+    if config.option == "export":
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return export(config, console)
     stop = StopSignals()
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)

@@ -1,0 +1,153 @@
+"""Exports: the graph gives the program's answers, its smaller forms come close, and nothing is left half-written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import multitask_classifier
+from datasets import TokenizedRows, Tokenizer, TokenRows
+from evaluation import Precision, predict_logits
+from heads import MlpHead
+from helpers import Capture, Patch, shaken, tiny_model
+from ops import Packing, Padded, attention, first_token_attention, row_means
+from pal import ProjectedAttention
+from parameters import Choice
+from tasks import TASKS
+
+onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+pytest.importorskip("onnxscript", reason="requirements-export.txt is not installed")
+
+from onnx_graph import answer, answers, feed, open_session, pack_tables, quantized_blocks, write_graph  # noqa: E402
+
+MLP = Choice("mlp", MlpHead.Parameters(layers=1))
+PAL = Choice("pal", ProjectedAttention.Parameters(size=8, heads=2))
+
+
+def random_rows(task: str, is_split: bool, num_rows: int = 7) -> TokenRows:
+    """Rows of different lengths, of one text or of two."""
+    draw = np.random.default_rng(3)
+    firsts = draw.integers(2, 9, num_rows)
+    seconds = draw.integers(2, 9, num_rows) if len(TASKS[task].text_columns) == 2 else np.zeros(num_rows, int)
+    lengths = firsts + seconds
+    return TokenRows(draw.integers(5, 100, lengths.sum()), lengths, firsts, is_split)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"adapter": PAL, "pooling": "mean", "head": MLP, "copied": 1}, {"pairs": "siamese", "pooling": "cls"}],
+    ids=["shared", "adapters-own-layers-mean-mlp", "siamese-cls"],
+)
+def test_the_graph_gives_the_programs_answers(parts: dict[str, Any], tmp_path: Path) -> None:
+    model = shaken(tiny_model(**parts))
+    write_graph(model, tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx")
+    for task in TASKS:
+        tokens = random_rows(task, model.layout.is_split(task))
+        rows = TokenizedRows(TASKS[task], [""] * 7, np.zeros(7, np.float32), tokens, torch.device("cpu"))
+        logits = predict_logits(model, task, rows, 4, Precision(torch.device("cpu")))
+        expected = answer(TASKS[task].output, logits).numpy()
+        assert expected.std(0).max() > 1e-3
+        for batch_size in (1, 3):
+            np.testing.assert_allclose(answers(session, task, tokens, batch_size), expected, atol=1e-4)
+
+
+def test_padded_rows_give_what_packed_rows_give() -> None:
+    lengths, draw = [3, 5, 1], torch.Generator().manual_seed(0)
+    is_real = torch.arange(5) < torch.tensor(lengths)[:, None]
+    qkv = torch.randn(15, 24, generator=draw)
+    padded, packed, real = Padded(is_real), Packing.of(lengths), is_real.flatten()
+    context = attention(qkv[real], packed, 2, 0.0, None)
+    torch.testing.assert_close(attention(qkv, padded, 2, 0.0, None)[real], context)
+    firsts = first_token_attention(qkv[[0, 5, 10], :8], qkv[:, 8:], padded, 2, 0.0, None)
+    torch.testing.assert_close(firsts, context[[0, 3, 8]])
+    torch.testing.assert_close(row_means(qkv, padded), row_means(qkv[real], packed))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_table_gives_its_rows_to_half_a_step(bits: int, tmp_path: Path, monkeypatch: Patch) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    monkeypatch.setattr("onnx_graph.LARGE_TABLE", 0)
+    table = np.random.default_rng(0).normal(size=(200, 128)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "ids"], ["rows"])],
+        "lookup",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", 128])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    pack_tables(graph, bits)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(made, tmp_path / "lookup.onnx")
+    ids = np.array([0, 199, 7, 7])
+    found = open_session(tmp_path / "lookup.onnx").run(None, {"ids": ids})[0]
+    block = {8: 128, 4: 64}[bits]
+    step = np.repeat(np.abs(table.reshape(200, -1, block)).max(2) / {8: 127, 4: 7}[bits], block, 1)
+    assert (np.abs(found - table[ids]) <= step[ids] / 2 * 1.001).all()
+    assert sum(len(tensor.raw_data) for tensor in graph.initializer) < table.nbytes * (bits + 1.3) / 32
+
+
+def test_the_largest_number_of_a_block_becomes_the_largest_whole_number() -> None:
+    whole, scales = quantized_blocks(np.array([[1.0, -4.0, 0.0, 0.0]], np.float32), 4, 2)
+    assert whole.tolist() == [[2, -7, 0, 0]] and scales.ravel().tolist() == pytest.approx([4 / 7, 0.0])
+
+
+def test_sequences_of_a_split_row_are_neighbours() -> None:
+    given = feed(TokenRows(np.array([2, 9, 3, 2, 8, 8, 3]), np.array([7]), np.array([3]), True), [0])
+    assert given["input_ids"].tolist() == [[2, 9, 3, 0], [2, 8, 8, 3]]
+    assert given["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]] and not given["token_type_ids"].any()
+
+
+@pytest.fixture(scope="module")
+def exported(treated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes of a run."""
+    out = tmp_path_factory.mktemp("exported") / "export"
+    assert multitask_classifier.main(f"--option export --checkpoint {treated_run} --out {out}".split()) == 0
+    return out
+
+
+def test_the_command_writes_and_proves_three_files(exported: Path, treated_run: Path) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    assert list(report) == ["program", "model.onnx", "model.int8.onnx", "model.small.onnx"]
+    results = json.loads((treated_run / "results.json").read_text())
+    assert report["program"]["dev"]["mean"] == pytest.approx(results["dev"]["mean"])
+    assert max(report["model.onnx"]["largest_difference"].values()) < 1e-4
+    assert 0 < max(report["model.int8.onnx"]["largest_difference"].values()) < 0.3
+    texts = [("a fine film",), ("not good",)]
+    ids = [Tokenizer(folder, 64).encode(texts).ids.tolist() for folder in (exported, treated_run / "best")]
+    assert ids[0] == ids[1]
+    labels = json.loads((exported / "labels.json").read_text())
+    assert {task: of["output"] for task, of in labels["tasks"].items()} == {
+        "sst": "probabilities",
+        "para": "probability",
+        "sts": "score",
+    }
+
+
+@pytest.mark.parametrize("kind", ["existing", "missing", "full disk"])
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
+    kind: str, treated_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    out, run, words = tmp_path / "export", treated_run, ""
+    if kind == "existing":
+        out.mkdir()
+        words = f"error: --out {out}: exists already, expected a new directory\n"
+    elif kind == "missing":
+        monkeypatch.setattr("export.PACKAGES", ("onnx", "no_such_package"))
+        words = "error: --option export: no_such_package not installed: pip install -r requirements-export.txt\n"
+    else:
+
+        def full_disk(*arguments: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("export.write_graph", full_disk)
+        words = f"error: --out {out}: cannot be written (No space left on device)\n"
+    assert multitask_classifier.main(f"--option export --checkpoint {run} --out {out}".split()) == 2
+    assert capsys.readouterr().err == words
+    assert [path.name for path in tmp_path.iterdir()] == (["export"] if kind == "existing" else [])
+    assert not list(out.glob("*"))
