@@ -82,12 +82,12 @@ def write_graph(model: MultitaskBert, path: Path) -> None:
     """Writes model.onnx in float32, whose inputs are INPUTS and whose outputs are the tasks."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    example = torch.ones(4, 6, dtype=torch.int64)
+    examples = tuple(torch.ones(4, 6, dtype=torch.int64) for _ in INPUTS)  # one tensor would become one input
     longest = model.encoder.config.max_position_embeddings
     shape = {0: torch.export.Dim("sequences"), 1: torch.export.Dim("places", max=longest)}
     program = torch.onnx.export(
         PaddedModel(model.eval()),
-        (example, example, torch.zeros_like(example)),
+        examples,
         input_names=INPUTS,
         output_names=model.layout.tasks,
         opset_version=OPSET,
