@@ -61,8 +61,8 @@ class PaddedModel(nn.Module):
         for task in layout.tasks[len(logits) :]:
             part = 2 if layout.is_split(task) else 1
             num_sequences = input_ids.shape[0] // part * part
-            given = (of[:num_sequences] for of in (input_ids, attention_mask, token_type_ids))
-            logits.append(model(task, _batch(*given, part)))
+            ids, mask, types = (of[:num_sequences] for of in (input_ids, attention_mask, token_type_ids))
+            logits.append(model(task, _batch(ids, mask, types, part)))
         return tuple(answer(TASKS[task].output, of) for task, of in zip(layout.tasks, logits, strict=True))
 
 
@@ -211,7 +211,7 @@ def _lookup(table: str, ids: str, output: str, is_packed: bool) -> Iterator[Any]
 # -------------------------------------------------------------------------------------------------------- answers
 
 
-def feed(tokens: TokenRows, rows: Sequence[int]) -> dict[str, np.ndarray]:
+def feed(tokens: TokenRows, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     """A graph's inputs (S, L) for these rows."""
     sequences: list[tuple[np.ndarray, int]] = []  # token ids, and how many are of type 0
     for row in rows:

@@ -22,8 +22,8 @@ def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks:
     prob: of dropping an attention probability. What the tokens that belong to no row get is finite, and means nothing.
     """
     if isinstance(packing, Padded):
-        blocks = (part.view(*packing.is_real.shape, -1) for part in qkv.chunk(3, -1))  # (B, L, D) each
-        return _block_attention(*blocks, packing.is_real, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
+        query, key, value = (part.view(*packing.is_real.shape, -1) for part in qkv.chunk(3, -1))  # (B, L, D) each
+        return _block_attention(query, key, value, packing.is_real, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
     if kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
     if qkv.device.type == "cuda" and (triton := triton_kernels()) is not None:
@@ -92,7 +92,8 @@ def _block_attention(
     probs = scores.masked_fill(~is_real[:, None, None], -torch.inf).softmax(-1)
     if mask is not None:
         probs = probs * mask.view(probs.shape)
-    return (probs @ v).transpose(1, 2).flatten(2)  # (b, H, L or 1, E) -> (b, L or 1, D)
+    context: Tensor = probs @ v  # (b, H, L or 1, E)
+    return context.transpose(1, 2).flatten(2)  # (b, L or 1, D)
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
