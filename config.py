@@ -6,18 +6,23 @@
 import argparse
 import difflib
 import inspect
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from checkpoints import EMBEDDED_MODEL
-from datasets import AUGMENTATIONS
-from heads import HEADS
+from bert import CheckpointError
+from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
+from datasets import AUGMENTATIONS, tasks_in
+from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
+from run_record import FORMATS
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
 from tasks import TASKS
@@ -33,10 +38,9 @@ OPTIONS = {
     "predict": "predict new texts",
     "export": "write a checkpoint as ONNX files for a phone, and prove them on the dev rows",
 }
-POOLING, PAIR = "pooler", "cross"  # of a new model
-BEFORE = {"pooling": Layout.pooling, "pairs": Layout.pairs}  # of a run that says nothing of them
 PREDICT_FLAGS = {
-    *("option", "checkpoint", "task", "input", "output", "eval_batch_size", "max_length", "device", "threads", "amp")
+    *("option", "checkpoint", "task", "input", "output", "names"),
+    *("eval_batch_size", "max_length", "device", "threads", "amp"),
 }
 EXPORT_FLAGS = {"option", "checkpoint", "out", "data", "max_length", "threads"}
 RESUME_FLAGS = {"resume", "device", "threads"}
@@ -65,10 +69,12 @@ def _listed(choices: Mapping[str, str]) -> str:
 class Config:
     """All settings of a run. What is 0 or empty is chosen automatically, until run.resolve has filled it in."""
 
-    option: str = parameter("finetune", _listed(OPTIONS), choices=OPTIONS)
-    tasks: tuple[str, ...] = parameter((), "tasks to train together; one is single-task training (default: all)")
-    model: str = parameter(EMBEDDED_MODEL, "minilm (embedded), a hub name such as bert-base-uncased, or a directory")
-    data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files")
+    option: str = parameter("finetune", "\n".join(map(": ".join, OPTIONS.items())) + "\n", choices=OPTIONS)
+    tasks: tuple[str, ...] = parameter((), "tasks to train together (default: those whose files are in --data)")
+    model: str = parameter(
+        EMBEDDED_MODEL, "minilm (embedded), hub name or directory of a BERT, RoBERTa or ModernBERT", metavar="NAME"
+    )
+    data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files", metavar="DIR")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
@@ -92,6 +98,7 @@ class Config:
         "line empty but for the tab, and the exit status is 1",
         metavar="FILE",
     )
+    names: bool = parameter(False, "predict: the name of the class too, behind another tab")
 
     scheduler: str = parameter("pal", "how tasks are sampled: {}", metavar="NAME")
     draws_per_step: int = parameter(
@@ -133,10 +140,12 @@ class Config:
         (), "head of all tasks, or TASK=NAME of single ones: {} (default: linear, or the checkpoint's)", metavar="NAME"
     )
     pooling: str = parameter(
-        "", f"what heads read; {_listed(POOLINGS)} (default: {POOLING}, or the checkpoint's)", metavar="NAME"
+        "",
+        f"what heads read; {_listed(POOLINGS)} (default: the checkpoint's; new: mean for minilm, else pooler)",
+        metavar="NAME",
     )
     pairs: str = parameter(
-        "", f"how a pair is read; {_listed(PAIRS)} (default: {PAIR}, or the checkpoint's)", metavar="NAME"
+        "", f"how a pair is read; {_listed(PAIRS)} (default: {Layout.pairs}, or the checkpoint's)", metavar="NAME"
     )
 
     augment: str = parameter("none", "augmentation of the training rows: none, {}", metavar="NAME")
@@ -160,6 +169,7 @@ class Config:
     mlm_lr: float = parameter(0.0, "peak learning rate of masked-language modelling; 0: by the model's width", ">= 0")
     warmup: float = parameter(0.1, "share of the steps in which the learning rate rises", "0 <= x < 1")
     weight_decay: float = parameter(0.01, "AdamW's weight decay, not for biases and LayerNorms", ">= 0")
+    pretrain_weight_decay: float = parameter(1.0, "the same in the frozen stage", ">= 0")
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm; 0: never", ">= 0")
     patience: int = parameter(0, "epochs without a gain after which a stage ends; 0: never", ">= 0")
     average: str = parameter(
@@ -173,7 +183,9 @@ class Config:
     device: str = parameter("auto", "auto takes CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
     cuda_graphs: bool = parameter(True, "record training steps on a GPU as CUDA graphs; the results are the same")
     amp: str = parameter("off", "mixed precision: bf16 (also the bare flag) or fp16", choices=("off", "bf16", "fp16"))
-    tensorboard: bool = parameter(True, "write TensorBoard files too")
+    tensorboard: bool = parameter(True, "write TensorBoard files")
+    name: str = parameter("", "what reports call the run's setting (default: by the flags in which it differs)")
+    format: str = parameter("png", "of the run's plots: png, pdf or svg", choices=FORMATS)
 
     method_parameters: Mapping[str, Any] = field(default_factory=dict)  # by flag: those of the tables' entries
 
@@ -243,6 +255,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     )
 
 
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, and what its program did where it did not have the flags yet."""
+    decay = saved.get("weight_decay", Config.weight_decay)
+    return {"pooling": Layout.pooling, "pairs": Layout.pairs, "pretrain_weight_decay": decay, **saved}
+
+
 def _method_flags() -> Iterator[tuple[str, str, Flag]]:
     """(table, entry, flag) of every parameter of every entry of the tables."""
     for table, (entries, _) in TABLES.items():
@@ -261,10 +279,12 @@ def _switches() -> Iterator[tuple[str, str]]:
 GROUPS = {  # by the first flag of each
     "option": "what to run",
     "tasks": "tasks and data",
+    "out": "output",
+    "resume": "what to run",
     "scheduler": "methods",
     "augment": "tasks and data",
     "epochs": "training",
-    "seed": "machine",
+    "tensorboard": "output",
 }
 
 
@@ -273,6 +293,19 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         raise FlagError(message.replace("argument ", "", 1))
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Names and texts side by side; a text's own line ends stay."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -284,8 +317,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="""examples:
   python multitask_classifier.py --option finetune --scheduler pal --pcgrad
   python multitask_classifier.py --data DIR --epochs 3 --seed 1 --out runs/mine
-  python multitask_classifier.py --option predict --checkpoint runs/mine --task sst --input texts.txt""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+  echo "a fine film" | python multitask_classifier.py --option predict \\
+      --checkpoint runs/mine --task sst --names""",
+        formatter_class=_Help,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -295,29 +329,34 @@ def make_parser() -> argparse.ArgumentParser:
         title = GROUPS.get(name, title)
         entries, _ = TABLES.get("adapter" if name == "train" else name, ({}, ""))
         _add(groups[title], replace(flag, help=flag.help.format(", ".join(entries))))
-    for table, name in _switches():
-        summary = (inspect.getdoc(TABLES[table][0][name]) or name).split("\n")[0]
-        what = f"short for --treatment {name}" if table == "treatment" else summary.split(". ")[0].rstrip(".:")
-        _add(groups["methods"], Flag(name, False, what))
-    for _, _, flag in _method_flags():
-        _add(groups["methods"], flag)
+    switches = set(_switches())
+    for table, (entries, _) in TABLES.items():
+        for name, entry in entries.items():
+            if (table, name) in switches:
+                summary = (inspect.getdoc(entry) or name).split("\n")[0].split(". ")[0].rstrip(".:")
+                what = f"short for --treatment {name}" if table == "treatment" else summary[0].lower() + summary[1:]
+                _add(groups["methods"], Flag(name, False, what))
+            for _, flag in flags_of(parameters_type(entry), f"{name}_"):
+                _add(groups["methods"], flag)
     return parser
 
 
 def _add(group: Any, flag: Flag) -> None:
-    default = flag.default
-    help = flag.help + (f" (default {default})" if default not in ("", ()) and default is not False else "")
-    help = help.replace("%", "%%")
-    metavar = flag.metavar or ("{" + ",".join(flag.choices) + "}" if flag.choices else None)
-    if isinstance(default, bool):
-        group.add_argument(f"--{flag.name}", action=argparse.BooleanOptionalAction, help=help)
-    elif isinstance(default, tuple):
-        group.add_argument(f"--{flag.name}", nargs="+", metavar=metavar or flag.name.upper().rstrip("S"), help=help)
-    elif flag.name == "amp":
-        group.add_argument("--amp", nargs="?", const="bf16", metavar=metavar, help=help)
-    else:
-        kind = type(default)
-        group.add_argument(f"--{flag.name}", type=kind, metavar=metavar or kind.__name__.upper(), help=help)
+    """A flag that is on or off is shown in the form that changes it; its other form is allowed."""
+    if isinstance(flag.default, bool):
+        for way, value in ((f"--{flag.name}", True), (f"--no-{flag.name}", False)):
+            shown = ("do not " if flag.default else "") + flag.help if value is not flag.default else argparse.SUPPRESS
+            group.add_argument(way, dest=flag.name, action="store_const", const=value, help=shown.replace("%", "%%"))
+        return
+    kind, default = type(flag.default), flag.default
+    shown = f"{default:g}" if kind is float else default if default not in ("", ()) else "none"
+    help = flag.help + ("" if "(default" in flag.help else f" (default {shown})")
+    choices = flag.choices if not all(choice in flag.help for choice in flag.choices) else ()
+    metavar = flag.metavar or ("{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME"))
+    options: dict[str, Any] = {"nargs": "+"} if kind is tuple else {"type": kind}
+    if flag.name == "amp":
+        options |= {"nargs": "?", "const": "bf16"}
+    group.add_argument(f"--{flag.name}", metavar=metavar, help=help.replace("%", "%%"), **options)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -343,10 +382,20 @@ def parse(arguments: Sequence[str]) -> Config:
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
     given = vars(parsed)
     data = {"data": ""} if given.get("option") == "export" else {}  # the run's
-    config = from_dict({"tasks": list(TASKS), **data, **given})
+    config = from_dict({"tasks": _default_tasks(given), **data, **given})
     if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
         raise FlagError("\n".join(dict.fromkeys(problems)))
     return config
+
+
+def _default_tasks(given: Mapping[str, Any]) -> list[str]:
+    """The tasks whose files are there and, where a checkpoint is scored as it is, that it has heads for."""
+    tasks, starts = tasks_in(given.get("data", "sample")), [given.get("checkpoint"), *given.get("checkpoints", ())]
+    if given.get("option") in ("test", "soup") and (start := next(filter(None, starts), "")):
+        with suppress(CheckpointError):  # told of when it is loaded
+            layout = read_layout(checkpoint_folder(Path(start)))
+            tasks = [task for task in tasks if layout and task in layout.tasks] or tasks
+    return tasks
 
 
 def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
@@ -403,7 +452,8 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
         others = (name for name in given if name not in RESUME_FLAGS)
-        yield from (f"--{name}: --resume takes it from the run; leave it out" for name in others)
+        way = f"leave it out, or start a new run from its model: --checkpoint {config.resume}"
+        yield from (f"--{name}: --resume takes it from the run; {way}" for name in others)
     elif config.option == "predict":
         others = (name for name in given if name not in PREDICT_FLAGS)
         yield from (f"--{name}: --option predict does not use it; leave it out" for name in others)
@@ -411,6 +461,8 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield "--option predict: expected --checkpoint DIR"
         if not config.task:
             yield f"--option predict: expected --task, one of {', '.join(TASKS)}"
+        if config.names and config.task in TASKS and not TASKS[config.task].output.class_names:
+            yield f"--names: {config.task} is a score, which has no classes"
     elif config.option == "export":
         others = (name for name in given if name not in EXPORT_FLAGS)
         yield from (f"--{name}: --option export does not use it; leave it out" for name in others)
@@ -429,12 +481,15 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
     tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
-    training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "save_every", "max_grad_norm", "eval_every"]
+    training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "pretrain_weight_decay", "save_every"]
+    training += ["max_grad_norm", "eval_every"]
     training += ["mlm_epochs"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
+    heads = [HEADS.get(config.heads.get(task, "")) for task in config.tasks]  # None: unknown, or the checkpoint's
+    reads_pooled = any(head is None or Reads.POOLED in head.reads for head in heads)
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
-        (False, "expected only with --option predict", ("task", "input", "output")),
+        (False, "expected only with --option predict", ("task", "input", "output", "names")),
         (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
         (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
         (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),
@@ -444,8 +499,9 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         (config.option != "soup", f"{option} takes it from --checkpoints", of_checkpoint),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
-        (has_frozen_stage, "there is no frozen stage", ("pretrain_lr",)),
+        (has_frozen_stage, "there is no frozen stage", ("pretrain_lr", "pretrain_weight_decay")),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
+        (reads_pooled, "no head reads a pooled vector", ("pooling",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():

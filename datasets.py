@@ -23,11 +23,12 @@ from bert import CheckpointError
 from eda import EdaConfig, EdaError, WordNet, augment_rows
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
-from tasks import Task
+from tasks import TASKS, Task
 from tsv import numbered_rows
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
 SPLITS = ("train", "dev", "test")
+ROBERTAS = {"PAD": "<pad>", "UNK": "<unk>", "CLS": "<s>", "SEP": "</s>", "MASK": "<mask>"}  # for BERT's [PAD], ...
 ROWS_PER_CALL = 4096  # the tokenizer's results hold a hundred times the memory of the ids that are kept of them
 
 
@@ -61,6 +62,13 @@ def data_folder(name: str, flag: str = "--data ") -> Path:
     if not folder.is_dir():
         raise DataError(f"{flag}{name}: no such directory; expected 'sample' or a directory with CS224N's files")
     return folder
+
+
+def tasks_in(name: str) -> list[str]:
+    """The tasks with files in the directory of `--data`; all where there are none."""
+    folder = SAMPLE if name == "sample" else Path(name)
+    found = [name for name, task in TASKS.items() if any((folder / task.file_name(x)).exists() for x in SPLITS)]
+    return found or list(TASKS)
 
 
 def read_content(path: Path, task: Task) -> bytes:
@@ -128,31 +136,44 @@ def _example(
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint: texts to token ids, `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`."""
+    """The tokenizer of a checkpoint: texts to token ids, with its special tokens around them: BERT's `[CLS] a [SEP]`
+    and `[CLS] a [SEP] b [SEP]`, RoBERTa's `<s> a </s>` and `<s> a </s></s> b </s>`."""
 
     def __init__(self, folder: Path, max_length: int, is_siamese: bool = False) -> None:
         """folder: holds tokenizer.json, or vocab.txt. max_length: tokens of a sequence, the special ones included.
-        is_siamese: the texts of a pair are a sequence each, `[CLS] a [SEP]` and `[CLS] b [SEP]`."""
+        is_siamese: the texts of a pair are a sequence each."""
         self.folder = folder
         self.max_length, self.is_siamese = max_length, is_siamese
         self._tokenizer = _load_tokenizer(folder)
-        self.cls_id = self._special(folder, "[CLS]", "cls_token")
-        self.sep_id = self._special(folder, "[SEP]", "sep_token")
+        self._around = {num_texts: self._special_around(num_texts) for num_texts in (1, 2)}
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def _special(self, folder: Path, default: str, kind: str) -> int:
-        names = _read_json(folder / "tokenizer_config.json")
-        name = names.get(kind, default)
-        token = name["content"] if isinstance(name, dict) else name
-        token_id = self._tokenizer.token_to_id(str(token))
-        if token_id is None:
-            raise CheckpointError(f"{folder}: the tokenizer has no token {token}, expected that of a BERT")
-        return int(token_id)
+    def _special_around(self, num_texts: int) -> list[list[int]]:
+        """The special tokens of a sequence: before the first text, and behind each."""
+        encoding = self._tokenizer.encode(*["a"] * num_texts)
+        around: list[list[int]] = [[]]
+        for token_id, text in zip(encoding.ids, encoding.sequence_ids, strict=True):
+            if text is None:
+                around[-1].append(token_id)
+            elif text == len(around) - 1:
+                around.append([])
+        if len(around) == num_texts + 1 and all(around):
+            return around
+        return [[self._special("CLS")], *[[self._special("SEP")]] * num_texts]
+
+    def _special(self, name: str) -> int:
+        """The token's id, by the name that the checkpoint gives it, or BERT's or RoBERTa's."""
+        names = _read_json(self.folder / "special_tokens_map.json") | _read_json(self.folder / "tokenizer_config.json")
+        given = names.get(f"{name.lower()}_token")
+        tokens = [given["content"] if isinstance(given, dict) else given] if given else [f"[{name}]", ROBERTAS[name]]
+        ids = [self._tokenizer.token_to_id(str(token)) for token in tokens]
+        if all(token_id is None for token_id in ids):
+            raise CheckpointError(f"{self.folder}: the tokenizer has no token {tokens[0]}, expected that of a BERT")
+        return int(next(token_id for token_id in ids if token_id is not None))
 
     def special_ids(self) -> dict[str, int]:
         """Of BERT's special tokens. Raises CheckpointError if one is not there."""
-        names = ("PAD", "UNK", "CLS", "SEP", "MASK")
-        return {name: self._special(self.folder, f"[{name}]", f"{name.lower()}_token") for name in names}
+        return {name: self._special(name) for name in ROBERTAS}
 
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids."""
@@ -162,8 +183,12 @@ class Tokenizer:
     def num_tokens(self, texts: tuple[str, ...]) -> int:
         """Tokens of a row before truncation, the special ones included."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        num_sequences = len(texts) if self.is_siamese else 1
-        return num_sequences + sum(len(encoding.ids) + 1 for encoding in encodings)
+        num_special = self._num_special(1) * len(texts) if self.is_siamese else self._num_special(len(texts))
+        return num_special + sum(len(encoding.ids) for encoding in encodings)
+
+    def _num_special(self, num_texts: int) -> int:
+        """Special tokens of a sequence."""
+        return sum(map(len, self._around[num_texts]))
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         """Token ids of rows of one or two texts each, truncated on the longer text where a sequence is too long."""
@@ -178,18 +203,19 @@ class Tokenizer:
         ids: list[int] = []
         lengths, firsts = [], []
         for start in range(0, len(pieces), num_texts):
-            row, before = pieces[start : start + num_texts], len(ids)
+            row, before, ends = pieces[start : start + num_texts], len(ids), list[int]()
             if self.is_siamese:
-                row = [part[: self.max_length - 2] for part in row]
+                sequences = [[part[: self.max_length - self._num_special(1)]] for part in row]
             else:
-                row = truncate(row, self.max_length - 1 - num_texts)
-            for i, part in enumerate(row):
-                if i == 0 or self.is_siamese:
-                    ids.append(self.cls_id)
-                ids.extend(part)
-                ids.append(self.sep_id)
-                if i == 0:
-                    firsts.append(len(ids) - before)
+                sequences = [truncate(row, self.max_length - self._num_special(num_texts))]
+            for sequence in sequences:
+                first, *behind = self._around[len(sequence)]
+                ids.extend(first)
+                for part, special in zip(sequence, behind, strict=True):
+                    ids.extend(part)
+                    ids.extend(special)
+                    ends.append(len(ids))
+            firsts.append(ends[0] - before)
             lengths.append(len(ids) - before)
         is_split = self.is_siamese and num_texts == 2
         return TokenRows(np.array(ids, np.int32), np.array(lengths, np.int32), np.array(firsts, np.int32), is_split)
@@ -216,8 +242,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load_tokenizer(folder: Path) -> Any:
     """A `tokenizers.Tokenizer` without truncation and padding, which are our own business."""
-    from tokenizers import BertWordPieceTokenizer
+    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
     from tokenizers import Tokenizer as Fast
+    from tokenizers.processors import RobertaProcessing
 
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -233,8 +260,18 @@ def _load_tokenizer(folder: Path) -> Any:
             strip_accents=settings.get("strip_accents"),
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )._tokenizer
+        tokenizer.post_processor = None  # the special tokens are those of the settings
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        path = folder / "vocab.json"
+        try:
+            tokenizer = ByteLevelBPETokenizer(str(path), str(folder / "merges.txt"))._tokenizer
+        except Exception as error:  # the same
+            raise CheckpointError(f"{path}, merges.txt: not readable as a tokenizer ({error})") from None
+        tokenizer.add_special_tokens(list(ROBERTAS.values()))
+        cls, sep = ((name, tokenizer.token_to_id(name)) for name in (ROBERTAS["CLS"], ROBERTAS["SEP"]))
+        tokenizer.post_processor = RobertaProcessing(sep, cls)
     else:
-        raise CheckpointError(f"{folder}: no tokenizer, expected tokenizer.json or vocab.txt")
+        raise CheckpointError(f"{folder}: no tokenizer, expected tokenizer.json, vocab.txt or vocab.json, merges.txt")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -297,7 +334,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        """The rows of these numbers, in this order."""
+        """The rows of these numbers, in this order: evaluation's way, which has the numbers on the host."""
         ...
 
     def num_places(self, rows: np.ndarray) -> int:
@@ -305,7 +342,7 @@ class Rows(Protocol):
         ...
 
     def gather(self, rows: Tensor, num_places: int) -> Batch:
-        """The same batch for numbers (B,) that are on the device: nothing of it is computed elsewhere."""
+        """The same batch for numbers (B,) that are on the device: training's way, as a CUDA graph can record it."""
         ...
 
     def by_length(self) -> np.ndarray:
@@ -390,9 +427,9 @@ class FeatureRows:
 
     @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each feature, (F,); 1 for the deviation of a constant."""
+        """Mean and deviation of each feature, (F,); 1 for the deviation of what is constant but for rounding."""
         deviation = self.features.std(0, correction=0)
-        return self.features.mean(0), torch.where(deviation > 0, deviation, 1.0)
+        return self.features.mean(0), torch.where(deviation > 1e-3 * deviation.mean(), deviation, 1.0)
 
     def standardized(self, mean: Tensor, deviation: Tensor) -> "FeatureRows":
         """(features - mean) / deviation, both (F,)."""
@@ -502,7 +539,7 @@ class Eda:
         alpha: float = parameter(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
         deletion_prob: float = parameter(0.1, "probability of a word to be deleted", "0 < x < 1")
         wordnet: str = parameter(
-            "", "directory of a WordNet database; default: nltk's or the system's", flag="wordnet", metavar="DIR"
+            "", "directory of a WordNet database (default: nltk's, else the system's)", flag="wordnet", metavar="DIR"
         )
 
     def __init__(self, parameters: Parameters) -> None:

@@ -3,8 +3,8 @@
 _launch            plan = scheduler.plan(...): how often each task is drawn, {"para": 9, "sst": 4, "sts": 3}; its rows
 _passes            which rows go through the model together: those of a task, or without a treatment of all tasks
                    (on a GPU also with one: `_bounds` then tells the tasks' rows apart, see ops/task_gradients.py)
-_forward_backward  forward, loss (+ regularizers), backward: autograd adds into the task's row of the shared gradients
-                   (on a GPU ops/linear.py adds some of them itself)
+_forward_backward  forward, loss (+ regularizers), backward: each parameter's `grad` is its part of the task's row of
+                   the shared gradients (FlatParameters.point_to), and what the backward pass finds is added to it
 _treat             Gram matrix -> treatment -> weighted sum, in the first row
 _move              clip once -> AdamW -> average of weights
 _record            what is logged, when the device has come that far
@@ -29,9 +29,9 @@ from torch import Tensor
 import ops
 from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_stop
 from evaluation import Precision, evaluate, mean_score
+from flat_parameters import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
-from optimizer import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
 from schedulers import Draws, Plan, Scheduler
 from seeding import derive_seed
@@ -363,7 +363,7 @@ class Trainer:
             found = self._treat(rows, weights, losses, step) if self.is_treated else {}
             numbers = self._move(tasks, losses, lr, is_overflow=found is None)
         reading = Reading(numbers)
-        if self.methods.regularizers and found is not None and self._is_taken(reading):
+        if self.methods.regularizers and found is not None and (self.is_treated or not reading.wait()[-2]):
             for regularizer in self.methods.regularizers:
                 regularizer.after_step(step)
         drawn = dict(progress.rows)
@@ -434,13 +434,13 @@ class Trainer:
         """Each task's gradient, of its mean loss times its weight; returns those losses (T,). A step of a single pass
         and without a treatment is taken whole: then the second is what `_move` returns."""
         if len(passes) == 1 and not self.is_treated and not self.methods.regularizers:
-            numbers = self._take_whole(*self._seeded(passes[0]), lr)
+            numbers = self._take_whole(*self._prepared(passes[0]), lr)  # (T + 3,)
             return numbers[: len(tasks)], numbers
         self._forget_gradients()
-        losses = torch.zeros(len(tasks), device=self.precision.device)
+        losses = torch.zeros(len(tasks), device=self.precision.device)  # (T,)
         for part in passes:
             places = slice(tasks.index(part.tasks[0]), tasks.index(part.tasks[-1]) + 1)
-            losses[places] += self._take_pass(*self._seeded(part))
+            losses[places] += self._take_pass(*self._prepared(part))
         return losses, None
 
     def _forget_gradients(self) -> None:
@@ -464,9 +464,9 @@ class Trainer:
     def _rows_of(self, tasks: Sequence[str]) -> Rows:
         return self._joined[0] if self._joined else self.data.train[tasks[0]]
 
-    def _seeded(self, part: Pass) -> tuple[PassKey, Tensor, Tensor]:
-        """A pass as CUDA graphs want it: its dropout is ready, what depends on its rows comes in tensors (B,) and (T,
-        B), the rest is in the key."""
+    def _prepared(self, part: Pass) -> tuple[PassKey, Tensor, Tensor]:
+        """Sets the dropout masks of a pass, `_masks`, and returns the arguments of `_pass_on_device` as CUDA graphs
+        want them: what depends on the rows in tensors (B,) and (T, B), the rest in the key."""
         device = self.precision.device
         self._masks = DropoutMasks(part.seed, device)
         key = (part.tasks, len(part.numbers), self._rows_of(part.tasks).num_places(part.numbers))
@@ -480,7 +480,7 @@ class Trainer:
     def _pass_on_device(self, key: PassKey, numbers: Tensor, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after a forward and a backward pass."""
         tasks, _, num_places = key
-        batch = self._rows_of(tasks).gather(numbers, num_places)
+        batch = self._rows_of(tasks).gather(numbers, num_places)  # (B,) row numbers -> N = num_places tokens
         self.shared.point_to(0 if self._joined else self._gradient_row(tasks[0]))
         bounds = self._bounds(tasks, batch, weights) if self._joined and self.is_treated else None
         with ops.gradients_by_task(bounds):
@@ -489,9 +489,9 @@ class Trainer:
     def _bounds(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> TaskBounds:
         """Where each task's rows of a joined pass and its row of the shared gradients lie. weights: (T, B)."""
         assert batch.tokens is not None
-        counts = dict(zip(tasks, (weights > 0).sum(1), strict=True))
+        counts = dict(zip(tasks, (weights > 0).sum(1), strict=True))  # () each
         none = torch.zeros_like(counts[tasks[0]])
-        num_rows = torch.stack([counts.get(task, none) for task in self.stage.tasks])
+        num_rows = torch.stack([counts.get(task, none) for task in self.stage.tasks])  # of all tasks, (tasks,)
         tokens = batch.tokens
         return TaskBounds.of(num_rows, tokens.packing.ends, len(tokens.input_ids), len(self.shared))
 
@@ -501,21 +501,21 @@ class Trainer:
             logits = self.model.logits_of(tasks, batch, self._masks)  # T of (B, K)
         losses = []
         for task, of_task, of_row in zip(tasks, logits, weights, strict=True):
-            labels = torch.where(of_row > 0, batch.labels, 0)  # another task's label is nothing to compare with
-            of_rows = torch.where(of_row > 0, self.methods.losses(task, of_task, labels), 0)
-            losses.append((of_rows * of_row).sum())
+            labels = torch.where(of_row > 0, batch.labels, 0)  # (B,); another task's label is nothing to compare with
+            of_rows = torch.where(of_row > 0, self.methods.losses(task, of_task, labels), 0)  # (B, K) -> (B,)
+            losses.append((of_rows * of_row).sum())  # (B,) -> ()
         if self.methods.regularizers:
             losses[0] = losses[0] + weights[0].sum() * self._regularization(tasks[0], batch, logits[0])
         (sum(losses, torch.zeros((), device=weights.device)) * self.scaler.scale).backward()
-        return torch.stack(losses).detach()
+        return torch.stack(losses).detach()  # (T,)
 
     def _regularization(self, task: str, batch: Batch, logits: Tensor) -> Tensor:
         """The regularizers' terms for these rows, a scalar."""
         if self.precision.dtype is not None:
             self._masks = self._masks.again()
-            logits = self.model(task, batch, self._masks)  # in float32
+            logits = self.model(task, batch, self._masks)  # (B, K), in float32
         terms = [regularizer.term(task, batch, self._masks, logits) for regularizer in self.methods.regularizers]
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum()  # ()
 
     def _treat(
         self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], losses: Tensor, step: int
@@ -533,17 +533,17 @@ class Trainer:
         factors = torch.ones_like(draw_weights)
         if self.methods.scales_equally:
             factors = equal_lengths(gramians, draw_weights)  # (T,)
-            gramians = gramians * factors[:, None] * factors
+            gramians = gramians * factors[:, None] * factors  # (S, T, T)
         generator = random.Random(self._seed("treatment", step))
         coefficients = self.methods.treatment.coefficients(
             gramians, places, generator, losses / draw_weights, 1 + step // self.stage.steps_per_epoch
         )  # (S, T, T)
-        combined = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)
-        combined[:, places] = coefficients.sum(1) * factors  # nothing of a task that is not in the step
-        combine(self.shared.gradients, combined, self.segments)
+        combined = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)  # (S, tasks)
+        combined[:, places] = coefficients.sum(1) * factors  # (S, T); nothing of a task that is not in the step
+        combine(self.shared.gradients, combined, self.segments)  # (tasks, P) -> the first (P,)
         between = cosines(gramians.sum(0))  # (T, T)
         kept = (coefficients * gramians).sum(2).sum(0)  # (T,): each segment's Gram matrix under its own coefficients
-        removed = removed_shares(gramians.sum(0).diagonal(), kept)
+        removed = removed_shares(gramians.sum(0).diagonal(), kept)  # (T,)
         pairs = [(i, j) for i in range(len(tasks)) for j in range(i + 1, len(tasks))]
         return {
             "cosines": {f"{tasks[i]}-{tasks[j]}": float(between[i, j]) for i, j in pairs},
@@ -554,15 +554,15 @@ class Trainer:
         """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient or loss is not
         finite, and the losses (T,)."""
         norm = gradient_norm([of.gradients for of in self.own.values()])
-        others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])
+        others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])  # (T + 2,)
         for dtype in (self.shared.values.dtype, torch.float64):
-            found = gramians_of(self.shared.gradients, self.segments, dtype)
+            found = gramians_of(self.shared.gradients, self.segments, dtype)  # (S, tasks, tasks)
             numbers = Reading(torch.cat([found.flatten(), others])).wait()
-            gramians = numbers[: found.numel()].view(found.shape)[:, places][:, :, places]
+            gramians = numbers[: found.numel()].view(found.shape)[:, places][:, :, places]  # (S, T, T)
             if ops.is_exact(gramians):
                 break
         *on_host, of_own, scale = numbers[found.numel() :]
-        losses = torch.stack(on_host)
+        losses = torch.stack(on_host)  # (T,)
         return gramians / scale**2 + 0 * (of_own + losses.sum()), losses
 
     def _move(self, tasks: Sequence[str], losses: Tensor, lr: Tensor, is_overflow: bool) -> Tensor:
@@ -573,7 +573,7 @@ class Trainer:
         """
         stage, scale = self.stage, self.scaler.scale
         vectors = [vector for vector in (self.shared, *(self.own[task] for task in tasks)) if len(vector)]
-        norm = gradient_norm([vector.gradients[0] for vector in vectors]) / scale
+        norm = gradient_norm([vector.gradients[0] for vector in vectors]) / scale  # ()
         is_bad = torch.full_like(self._halted, True) if is_overflow else ~norm.isfinite()
         self._halted |= ~losses.isfinite().all() if self.scaler.is_enabled else is_bad | ~losses.isfinite().all()
         is_skipped = (self._halted | is_bad).to(torch.float32)
@@ -582,26 +582,18 @@ class Trainer:
         adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
         if self.average:
             self.average.after_step(is_skipped)
-        numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])
+        numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])  # (T + 3,)
         self.scaler.update((is_bad & ~self._halted).to(torch.float32))
         return numbers
 
-    def _is_taken(self, numbers: Reading) -> bool:
-        """Whether a step was not left out: after a treatment that is known, else the device has to be waited for."""
-        return self.is_treated or not numbers.wait()[-2]
-
     def _error(self, rows: Mapping[str, np.ndarray], losses: Sequence[float], norm: float, step: int) -> TrainingError:
-        for task, loss in zip(rows, losses, strict=True):
+        place = f"{self.stage.name} step {step + 1}"
+        for (task, numbers), loss in zip(rows.items(), losses, strict=True):
             if not math.isfinite(loss):
-                return self._loss_error(task, loss, rows[task], step)
-        return TrainingError(f"{self.stage.name} step {step + 1}: the gradient of {'+'.join(rows)} is {norm}")
-
-    def _loss_error(self, task: str, loss: float, rows: np.ndarray, step: int) -> TrainingError:
-        shown = ", ".join(str(int(row)) for row in sorted(rows)[:40]) + (", ..." if len(rows) > 40 else "")
-        return TrainingError(
-            f"{self.stage.name} step {step + 1}: the loss of {task} is {loss}; training rows {shown} "
-            "(counted from 0, after filtering)"
-        )
+                shown = ", ".join(map(str, sorted(numbers.tolist())[:40])) + (", ..." if len(numbers) > 40 else "")
+                found = f"the loss of {task} is {loss}; training rows {shown} (counted from 0, after filtering)"
+                return TrainingError(f"{place}: {found}")
+        return TrainingError(f"{place}: the gradient of {'+'.join(rows)} is {norm}")
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

@@ -6,7 +6,7 @@ Shape letters: R rows of a data set, K outputs, D hidden.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
 from model import MultitaskBert, TaskModel
+from remarks import GUESS, GUESS_IN_WORDS
 from run_record import DevRows, write_atomically
 from tasks import TASKS, is_degenerate
 
@@ -132,12 +133,14 @@ def write_predictions(task: str, rows: TokenizedRows, logits: Tensor, path: Path
     write_atomically(path, "".join(lines))
 
 
-def write_dev_rows(task: str, rows: TokenizedRows, logits: Tensor, folder: Path) -> None:
-    """Labels, predictions and probabilities of the dev rows, for reports and comparisons. logits: (R, K)."""
+def write_dev_rows(
+    task: str, rows: TokenizedRows, logits: Tensor, folder: Path, texts: Sequence[tuple[str, ...]]
+) -> None:
+    """Labels, predictions, probabilities and texts, where they are known, of the dev rows. logits: (R, K)."""
     output, probabilities = TASKS[task].output, TASKS[task].output.probabilities(logits)
     shares = None if probabilities is None else probabilities.numpy()
     dev_rows = DevRows(tuple(rows.ids), rows.labels, output.decode(logits).numpy(), shares)
-    dev_rows.write(folder / DevRows.file_name(task))
+    dev_rows.write(folder / DevRows.file_name(task), TASKS[task].text_columns if texts else (), texts)
 
 
 def format_scores(metrics: Mapping[str, Mapping[str, float]]) -> str:
@@ -147,11 +150,18 @@ def format_scores(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return ", ".join([*parts, f"mean {mean_score(metrics):.3f}"])
 
 
-def format_table(metrics: Mapping[str, Mapping[str, float]], num_rows: Mapping[str, int]) -> str:
-    """The table at the end of a run: both metrics of each task, rows, and the mean that selects checkpoints."""
-    lines = [f"{'task':<24}{'dev rows':>10}  {'':<10}{'':>7}  {'':<10}{'':>7}"]
+def format_table(
+    metrics: Mapping[str, Mapping[str, float]], num_rows: Mapping[str, int], guesses: Mapping[str, float]
+) -> str:
+    """The table at the end of a run: both metrics of each task, rows, and the mean that selects checkpoints.
+
+    guesses: of each task what one answer for all rows scores.
+    """
+    width = 4 + max(len(TASKS[task].title) for task in metrics)
+    lines = [f"{'task':<{width}}{'dev rows':>8}  {'':<36}{GUESS:>10}"]
     for task, values in metrics.items():
-        cells = "  ".join(f"{name:<10}{value:>7.3f}" for name, value in values.items())
-        lines.append(f"{TASKS[task].title:<24}{num_rows[task]:>10}  {cells}")
-    lines.append(f"{'mean':<24}{'':>10}  {'':<10}{mean_score(metrics):>7.3f}")
-    return "\n".join(line.rstrip() for line in lines)
+        cells = "".join(f"{name:<10}{value:>6.3f}  " for name, value in values.items())
+        lines.append(f"{TASKS[task].title:<{width}}{num_rows[task]:>8}  {cells:<36}{guesses[task]:>10.3f}")
+    mean = float(np.mean(list(guesses.values())))
+    lines.append(f"{'mean':<{width}}{'':>8}  {'':<10}{mean_score(metrics):>6.3f}{'':20}{mean:>10.3f}")
+    return "\n".join([*lines, f"({GUESS_IN_WORDS})"])

@@ -86,7 +86,7 @@ class JacobianDescent:
             self.state = {key: torch.zeros(num_segments, *value.shape).double() for key, value in kept.items()}
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # some aggregators draw from torch's global generator
             torch.manual_seed(generator.getrandbits(63))
@@ -160,7 +160,7 @@ class LossWeights:
         self._weights(torch.ones(num_tasks, dtype=torch.float64), is_trial=True)
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
         weights = self._epoch_weights(losses, epoch) if self.averages_epochs else self._weights(losses)
         return torch.diag(weights).repeat(len(gramians), 1, 1)  # (T,) -> (S, T, T)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert import Bert, BertConfig, Uninitialized, initialize
+from bert import BertConfig, Encoder, Uninitialized, initialize
 from checkpoints import load_masked_head
 from datasets import Batch, TokenizedRows, Tokenizer
 from engine import Methods, Stage, StageData, Trainer
@@ -80,7 +80,7 @@ class MaskedLanguageModel:
 
     shares_passes = False
 
-    def __init__(self, encoder: Bert, head: MaskedHead, tokenizer: Tokenizer) -> None:
+    def __init__(self, encoder: Encoder, head: MaskedHead, tokenizer: Tokenizer) -> None:
         self.encoder, self.head, special = encoder, head, tokenizer.special_ids()
         self.mask_id = special["MASK"]
         self.is_piece = torch.arange(len(head.bias), device=head.bias.device) < tokenizer.vocab_size  # (V,)

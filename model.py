@@ -5,6 +5,7 @@ Shape letters: N packed tokens, B rows, S sequences (B or 2 B), D hidden, F feat
 """
 
 import copy
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from bert import Bert, CheckpointError, LayerAdapter, Uninitialized, initialize
+from bert import CheckpointError, Encoder, LayerAdapter, Uninitialized
 from datasets import Batch
-from heads import HEADS
-from ops import DropoutMasks
+from heads import HEADS, Encoded, Head, Reads, pair_features
+from ops import DropoutMasks, PackedTokens
 from pal import ADAPTERS, Adapter
 from parameters import Choice
 from tasks import TASKS
@@ -91,12 +92,22 @@ class Layout:
         """Whether a row of the task is two sequences."""
         return self.is_siamese and len(TASKS[task].text_columns) == 2
 
+    def reads(self, task: str) -> Reads:
+        """What the head of the task reads."""
+        return HEADS[self.heads[task].name].reads
+
+    @property
+    def reads_pooler(self) -> bool:
+        return self.pooling == "pooler" and any(Reads.POOLED in self.reads(task) for task in self.tasks)
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json of a checkpoint holds it."""
-        tasks = {
-            task: {"outputs": TASKS[task].output.num_outputs, "head": head.to_dict()}
-            for task, head in self.heads.items()
-        }
+        tasks: dict[str, dict[str, Any]] = {}
+        for task, head in self.heads.items():
+            output = TASKS[task].output
+            tasks[task] = {"outputs": output.num_outputs, "head": head.to_dict()}
+            if output.class_names:
+                tasks[task]["id2label"] = {str(k): name for k, name in enumerate(output.class_names)}
         adapter = None if self.adapter is None else self.adapter.to_dict()
         more: dict[str, Any] = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
         more |= {"pooling": self.pooling, "pairs": self.pairs}
@@ -142,7 +153,7 @@ def _of_format_2(values: Mapping[str, Any]) -> dict[str, Any]:
 class MultitaskBert(nn.Module):
     """An encoder, and the heads, adapters and top layers of a layout. Raises ValueError for what does not fit."""
 
-    def __init__(self, encoder: Bert, layout: Layout, generator: torch.Generator) -> None:
+    def __init__(self, encoder: Encoder, layout: Layout, generator: torch.Generator) -> None:
         """encoder: a whole one, which gives its top layers away. generator: for the new heads and adapters, each
         initialized in the order of the tasks."""
         super().__init__()
@@ -159,7 +170,8 @@ class MultitaskBert(nn.Module):
             chosen = layout.adapter
             adapters = {task: ADAPTERS[chosen.name](chosen.parameters, config) for task in layout.tasks if chosen}
             self.adapters = nn.ModuleDict(cast(Mapping[str, nn.Module], adapters))
-        initialize(self.heads, std, generator)
+        for head in self.heads.values():
+            cast(Head, head).initialize(std, generator)
         for adapter in self.adapters.values():
             cast(Adapter, adapter).initialize(std, generator)
         num_shared = len(encoder.layers) - layout.copy_top_layers
@@ -174,36 +186,62 @@ class MultitaskBert(nn.Module):
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
         """Logits (B, K) of a task."""
-        return self.predict(task, self.pooled(task, batch, masks, perturbation), masks)
+        return self.predict(task, self.read(task, batch, masks, perturbation), masks)  # (N,) -> (B, F) -> (B, K)
 
     def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
         """Of each of the tasks the logits (B, K) of all rows."""
-        pooled = self.pooled(tasks[0], batch, masks)  # (B, F)
-        return [self.predict(task, pooled, masks) for task in tasks]
+        if len(tasks) == 1:
+            return [self(tasks[0], batch, masks)]
+        pooled = self.pooled(tasks[0], batch, masks)  # (N,) -> (B, F)
+        return [self.predict(task, pooled, masks) for task in tasks]  # (B, F) -> (B, K) each
 
     @property
     def shares_passes(self) -> bool:
-        return self.layout.adapter is None and self.layout.copy_top_layers == 0 and not self.layout.is_siamese
+        layout = self.layout
+        is_apart = layout.adapter is not None or layout.copy_top_layers > 0 or layout.is_siamese
+        return not is_apart and all(self.has_features(task) for task in layout.tasks)
+
+    def has_features(self, task: str) -> bool:
+        """Whether the head reads one vector of a row, which a frozen encoder gives once and for all."""
+        return self.layout.reads(task) == Reads.POOLED
+
+    def read(
+        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+    ) -> Tensor | Encoded:
+        """What the head of a task reads."""
+        assert batch.tokens is not None, "a batch of features is for the heads alone"
+        pooling, reads, is_split = self.layout.pooling, self.layout.reads(task), self.layout.is_split(task)
+        first_only, top = reads == Reads.POOLED and pooling != "mean", self.top_layers_of(task)
+        states = self.encoder.states(batch.tokens, masks, self.adapter(task), perturbation, first_only, top)
+        kept = deque(states, maxlen=None if Reads.LAYERS in reads else 1)  # (N, D) or (S, D) each
+        packing = batch.tokens.packing
+        num_sequences = batch.labels.shape[0] * (2 if is_split else 1)  # a symbol in an exported graph
+        assert packing.num_rows == num_sequences, "rows that were tokenized for other --pairs"
+        pooled = self._pool(kept[-1], batch.tokens, first_only) if Reads.POOLED in reads else None  # (S, D)
+        pooled = pair_features(pooled) if pooled is not None and is_split else pooled  # (2 B, D) -> (B, F = 4 D)
+        if reads == Reads.POOLED:
+            assert pooled is not None
+            return pooled
+        return Encoded(pooled, kept, packing, is_split)
+
+    def _pool(self, states: Tensor, tokens: PackedTokens, first_only: bool) -> Tensor:
+        """(S, D) one vector of each sequence from the last layer's states, (N, D) or of [CLS] only (S, D)."""
+        if self.layout.pooling == "mean":
+            return ops.row_means(states, tokens.packing)  # (N, D) -> (S, D)
+        first_states = states if first_only else states.index_select(0, tokens.first_tokens)  # (N, D) -> (S, D)
+        return self.encoder.pool(first_states) if self.layout.pooling == "pooler" else first_states
 
     def pooled(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
-        """(B, F) what the head of a task reads."""
-        assert batch.tokens is not None, "a batch of features is for the heads alone"
-        is_mean, is_split, top = self.layout.pooling == "mean", self.layout.is_split(task), self.top_layers_of(task)
-        states = self.encoder(batch.tokens, masks, self.adapter(task), perturbation, not is_mean, top)
-        if is_mean:
-            states = ops.row_means(states, batch.tokens.packing)  # (N, D) -> (S, D)
-        elif self.layout.pooling == "pooler":
-            states = self.encoder.pool(states)  # (S, D)
-        assert states.shape[0] == batch.labels.shape[0] * (2 if is_split else 1), (
-            "rows that were tokenized for other --pairs"
-        )
-        return pair_features(states) if is_split else states
+        """(B, F) what the head of a task reads that reads no more."""
+        read = self.read(task, batch, masks, perturbation)
+        assert isinstance(read, Tensor)
+        return read
 
-    def predict(self, task: str, pooled: Tensor, masks: DropoutMasks | None = None) -> Tensor:
-        """Logits (B, K) of a task's head from (B, F)."""
-        return self.heads[task](pooled, masks)  # type: ignore[no-any-return]
+    def predict(self, task: str, read: Tensor | Encoded, masks: DropoutMasks | None = None) -> Tensor:
+        """Logits (B, K) of a task's head from what it reads."""
+        return self.heads[task](read, masks)  # type: ignore[no-any-return]  # (B, F) -> (B, K)
 
     def adapter(self, task: str) -> LayerAdapter | None:
         """The task's addition to each encoder layer, or None for a model without adapters."""
@@ -216,7 +254,7 @@ class MultitaskBert(nn.Module):
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """By name, the parameters that the tasks share; the pooler's only where heads read it."""
         named = {f"encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
-        is_read = self.layout.pooling == "pooler"
+        is_read = self.layout.reads_pooler
         return {name: of for name, of in named.items() if is_read or not name.startswith("encoder.pooler.")}
 
     def head_parameters(self, task: str) -> dict[str, nn.Parameter]:
@@ -250,18 +288,9 @@ class MultitaskBert(nn.Module):
         return copy.deepcopy(self)
 
 
-def pair_features(states: Tensor) -> Tensor:
-    """[u, v, |u - v|, u * v] (B, 4 D) of the two vectors of each row, one row behind the other in (2 B, D).
-
-    As in InferSent (Conneau et al. 2017, arXiv 1705.02364). u and v have places of their own in it: a head on these is
-    not symmetric in the two sentences by itself.
-    """
-    u, v = states.view(-1, 2, states.shape[1]).unbind(1)  # (2 B, D) -> (B, D) each
-    return torch.cat([u, v, (u - v).abs(), u * v], 1)
-
-
 class FrozenEncoder:
-    """The heads of a model on features computed before: what is trained and evaluated while the encoder is frozen."""
+    """A model while its encoder is frozen: heads on features computed before, or, where a head reads hidden states, on
+    those that the encoder gives in every pass, without dropout."""
 
     def __init__(self, model: MultitaskBert) -> None:
         self.model = model
@@ -269,8 +298,10 @@ class FrozenEncoder:
     def __call__(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
-        assert batch.features is not None and perturbation is None, "a frozen encoder has features only"
-        return self.model.predict(task, batch.features, masks)
+        assert perturbation is None, "a frozen encoder has no input to move"
+        with torch.no_grad():
+            read = self.model.read(task, batch) if batch.features is None else batch.features
+        return self.model.predict(task, read, masks)
 
     def logits_of(self, tasks: Sequence[str], batch: Batch, masks: DropoutMasks | None = None) -> list[Tensor]:
         return [self(task, batch, masks) for task in tasks]

@@ -37,7 +37,7 @@ def predict(config: Config) -> int:
         batch_size = config.eval_batch_size or default_eval_batch_size(device)
         return load(config.checkpoint, device, batch_size, config.max_length, precision.autocast)
 
-    return predict_lines(make_predictor, config.task, config.input, config.output)
+    return predict_lines(make_predictor, config.task, config.input, config.output, config.names)
 
 
 def execute(config: Config, console: Console) -> int:

@@ -17,6 +17,7 @@ LIMITS: Mapping[str, tuple[str, Callable[[float], bool]]] = MappingProxyType(
         "> 0": ("a number above 0", lambda x: x > 0),
         ">= 0": ("0 or more", lambda x: x >= 0),
         ">= 1": ("1 or more", lambda x: x >= 1),
+        ">= 2": ("2 or more", lambda x: x >= 2),
         "0 < x <= 1": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
         "0 < x < 1": ("a number above 0 and below 1", lambda x: 0 < x < 1),
         "0 <= x < 1": ("a number from 0 to below 1", lambda x: 0 <= x < 1),

@@ -37,11 +37,11 @@ class Treatment(Protocol):
     def __init__(self, parameters: Any, num_tasks: int, num_segments: int) -> None: ...
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
         """(S, T, T) coefficients: task i's treated gradient is the sum over j of coefficients[s, i, j] * gradient[j].
 
-        gramians: (S, T, T) inner products over each segment, float64. tasks: which of all tasks the T rows are.
+        gramians: (S, T, T) inner products over each segment, float64. places: T places, of the step's tasks among all.
         losses: (T,) mean losses of the tasks' rows, float64. epoch: from 1.
         """
         ...
@@ -79,11 +79,6 @@ def pcgrad_coefficients(gramian: Tensor, orders: Sequence[Sequence[int]]) -> Ten
                 row[j] -= dot / gram[j][j]
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def pcgrad_weights(gramian: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
-    """(T,) weights of the original gradients in PCGrad's update, the sum over the treated task gradients."""
-    return pcgrad_coefficients(gramian, orders).sum(0)
 
 
 def gradvac_coefficients(
@@ -132,9 +127,9 @@ class PCGrad:
         self.state: dict[str, Tensor] = {}
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
-        orders = random_orders(len(tasks), generator)
+        orders = random_orders(len(places), generator)
         return torch.stack([pcgrad_coefficients(gramian, orders) for gramian in gramians])  # (S, T, T)
 
 
@@ -153,10 +148,10 @@ class GradientVaccine:
         self.state = {"targets": torch.zeros(num_segments, num_tasks, num_tasks, dtype=torch.float64)}
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
-        orders = random_orders(len(tasks), generator)
-        present = torch.tensor(list(tasks))
+        orders = random_orders(len(places), generator)
+        present = torch.tensor(list(places))
         coefficients = []
         for gramian, targets in zip(gramians, self.state["targets"], strict=True):
             of_step = targets[present[:, None], present]  # (T, T)

@@ -31,9 +31,12 @@ class PredictionError(ValueError):
     """The input or the output cannot be used; the message is one line for the user."""
 
 
-def predict_lines(make_predictor: Callable[[], Predictor], task: str, source: str, target: str) -> int:
+def predict_lines(
+    make_predictor: Callable[[], Predictor], task: str, source: str, target: str, names: bool = False
+) -> int:
     """Predicts the lines of a file into a file; "-" are the standard streams. Returns the exit status.
 
+    names: the class of a line is followed by its name.
     Raises PredictionError before the model is loaded if the source cannot be read or the target exists.
     """
     if target != "-" and os.path.lexists(target):
@@ -50,13 +53,16 @@ def predict_lines(make_predictor: Callable[[], Predictor], task: str, source: st
         raise PredictionError(f"--task {task}: the checkpoint has heads for {', '.join(predictor.tasks)} only")
     try:
         with _output(target) as write:
-            num_broken = _predict_chunks(predictor, TASKS[task], chunks_of_lines(file, name), name, write)
+            chunks = chunks_of_lines(file, name)
+            num_broken = _predict_chunks(predictor, TASKS[task], chunks, name, write, names)
     except BrokenPipeError:
         return SIGPIPE_STATUS
     return 1 if num_broken else 0
 
 
-def _predict_chunks(predictor: Predictor, task: Task, chunks: Iterable[list[bytes]], name: str, write: Write) -> int:
+def _predict_chunks(
+    predictor: Predictor, task: Task, chunks: Iterable[list[bytes]], name: str, write: Write, names: bool
+) -> int:
     """Writes a line for each line of the chunks; returns how many were broken, each told on standard error."""
     start, num_broken = 1, 0
     for chunk in chunks:
@@ -68,7 +74,7 @@ def _predict_chunks(predictor: Predictor, task: Task, chunks: Iterable[list[byte
                 print(f"error: {name}:{number}: {error}", file=sys.stderr)
         predicted = dict(zip(rows, predictor.predictions(task.name, list(rows.values())), strict=True))
         numbers = range(start, start + len(chunk))
-        write("".join(output_line(predicted.get(number), task) for number in numbers))
+        write("".join(output_line(predicted.get(number), task, names) for number in numbers))
         start, num_broken = start + len(chunk), num_broken + len(chunk) - len(rows)
     return num_broken
 
@@ -90,11 +96,15 @@ def texts_of_line(line: bytes, task: Task) -> tuple[str, ...]:
     return texts
 
 
-def output_line(prediction: Prediction | None, task: Task) -> str:
-    """The prediction as it stands in a prediction file and, of a class, its probability; None leaves them empty."""
+def output_line(prediction: Prediction | None, task: Task, names: bool = False) -> str:
+    """The prediction as it stands in a prediction file; of a class, behind tabs, its probability and, with names, what
+    it is called. None leaves them empty."""
     if task.output.num_classes is None:
         return "\n" if prediction is None else f"{task.output.format(prediction.value)}\n"
-    return "\t\n" if prediction is None else f"{task.output.format(prediction.value)}\t{prediction.probability:.6f}\n"
+    if prediction is None:
+        return "\t\t\n" if names else "\t\n"
+    name = f"\t{task.output.class_names[int(prediction.value)]}" if names else ""
+    return f"{task.output.format(prediction.value)}\t{prediction.probability:.6f}{name}\n"
 
 
 def chunks_of_lines(file: FileIO, name: str) -> Iterator[list[bytes]]:

@@ -50,37 +50,59 @@ class Predictor:
         texts: strings, or pairs of strings where the task compares two. probabilities: pairs (class, its probability)
         instead. Raises ValueError for a task without a head, a text that is none, and probabilities of a score.
         """
-        if task not in self.tasks:
-            raise ValueError(f"task {task!r}: the checkpoint has heads for {', '.join(self.tasks)}")
-        if isinstance(texts, str):
-            raise ValueError(f"texts is the string {texts!r}, expected a list")
+        rows = self._rows(task, texts)
         is_scale = TASKS[task].output.num_classes is None
         if is_scale and probabilities:
             raise ValueError(f"task {task!r}: a score has no probability")
-        rows = [_texts_of_row(i, row, len(TASKS[task].text_columns)) for i, row in enumerate(texts)]
         found = self.predictions(task, rows)
         if is_scale:
             return [row.value for row in found]
         return [(int(row.value), row.probability) if probabilities else int(row.value) for row in found]
 
+    def encode(self, texts: Sequence[str], task: str = "") -> np.ndarray:
+        """(R, D) float32 vectors of sentences, each pooled as the run's --pooling says.
+
+        task: whose adapters and own top layers read them, where there are some; the first by default. Raises ValueError
+        for a task without a head, and a text that is none.
+        """
+        task = task or self.tasks[0]
+        rows = self._rows(task, texts, 1)
+        if not rows:
+            return np.empty((0, self.model.encoder.config.hidden_size), np.float32)
+        if self.model.layout.is_split(task):  # the features of a pair begin with the vector of its first sentence
+            rows = [row * 2 for row in rows]
+        return self._of_rows(task, rows, self.model.pooled)[:, : self.model.encoder.config.hidden_size].numpy()
+
+    def _rows(self, task: str, texts: Sequence[Any], num_texts: int = 0) -> list[tuple[str, ...]]:
+        """The texts as rows of so many each, by default as many as the task reads."""
+        if task not in self.tasks:
+            raise ValueError(f"task {task!r}: the checkpoint has heads for {', '.join(self.tasks)}")
+        if isinstance(texts, str):
+            raise ValueError(f"texts is the string {texts!r}, expected a list")
+        return [_texts_of_row(i, row, num_texts or len(TASKS[task].text_columns)) for i, row in enumerate(texts)]
+
     def predictions(self, task: str, rows: Sequence[tuple[str, ...]]) -> list[Prediction]:
         """Of each row of texts its prediction, decoded as in the prediction files."""
         if not rows:
             return []
-        unknown = np.full(len(rows), np.nan, np.float32)
-        tokenized = TokenizedRows(TASKS[task], [""] * len(rows), unknown, self.tokenizer.encode(rows), self.device)
-
-        def compute(index: np.ndarray) -> Tensor:
-            with self.autocast():
-                return self.model(task, tokenized.batch(index))  # type: ignore[no-any-return]
-
-        logits = by_batches(compute, tokenized, self.batch_size).cpu()  # (R, K)
+        logits = self._of_rows(task, rows, self.model)  # (R, K)
         values = TASKS[task].output.decode(logits)
         probabilities = TASKS[task].output.probabilities(logits)
         if probabilities is None:
             return [Prediction(value, None) for value in values.tolist()]
         chosen = probabilities.gather(1, values.long()[:, None])[:, 0]
         return [Prediction(*pair) for pair in zip(values.tolist(), chosen.tolist(), strict=True)]
+
+    def _of_rows(self, task: str, rows: Sequence[tuple[str, ...]], forward: Callable[..., Tensor]) -> Tensor:
+        """What a forward pass gives for each row of texts, on the CPU."""
+        unknown = np.full(len(rows), np.nan, np.float32)
+        tokenized = TokenizedRows(TASKS[task], [""] * len(rows), unknown, self.tokenizer.encode(rows), self.device)
+
+        def compute(index: np.ndarray) -> Tensor:
+            with self.autocast():
+                return forward(task, tokenized.batch(index))
+
+        return by_batches(compute, tokenized, self.batch_size).cpu()
 
 
 def _texts_of_row(number: int, row: object, num_texts: int) -> tuple[str, ...]:
@@ -110,7 +132,7 @@ def load(
     if layout is None:
         raise CheckpointError(f"{folder}: an encoder without heads, expected the checkpoint of a run")
     model = load_model(folder, layout, torch.Generator()).model
-    max_positions = model.encoder.config.max_position_embeddings
+    max_positions = model.encoder.config.num_positions
     max_length = max_length or _max_length_of_run(folder) or max_positions
     if max_length > max_positions:
         raise CheckpointError(f"max_length {max_length}: {folder} has {max_positions} positions, expected no more")

@@ -6,20 +6,41 @@ import platform
 import resource
 import signal
 import subprocess
+import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
 
-from checkpoints import checkpoint_folder, find_checkpoint, load_model, read_bert_config, read_layout, save_checkpoint
-from config import BEFORE, PAIR, POOLING, Config, FlagError, from_dict
+from checkpoints import (
+    EMBEDDED_MODEL,
+    checkpoint_folder,
+    find_checkpoint,
+    load_model,
+    read_bert_config,
+    read_layout,
+    save_checkpoint,
+)
+from config import Config, FlagError, completed, from_dict
 from console import Console, duration
-from datasets import SPLITS, DeferredRows, FeatureRows, Rows, TokenizedRows, Tokenizer
+from datasets import (
+    SPLITS,
+    DataError,
+    DeferredRows,
+    FeatureRows,
+    Rows,
+    TokenizedRows,
+    Tokenizer,
+    data_folder,
+    read_examples,
+    tasks_in,
+)
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -34,18 +55,20 @@ from evaluation import (
     write_dev_rows,
     write_predictions,
 )
-from heads import Head
+from heads import PooledHead
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
 from parameters import Choice
 from pcgrad import find_treatment
+from remarks import guess_scores, remarks
 from run_data import Data, load_data
 from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_trainer
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
 from soup import check_ingredients, cook
+from tasks import TASKS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = 2  # of what `last/` holds besides the model
@@ -95,8 +118,8 @@ def resolve(config: Config) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     start = config.checkpoint or next(iter(config.checkpoints), "")
     folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
-    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=POOLING, pairs=PAIR)
-    if config.max_length > (most := encoder.max_position_embeddings):
+    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=default_pooling(config.model))
+    if config.max_length > (most := encoder.num_positions):
         raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
     settled = replace(
@@ -135,6 +158,11 @@ def resolve_device(name: str) -> str:
 def default_eval_batch_size(device: str) -> int:
     """As many rows as keep a device busy."""
     return 64 if device == "cpu" else 1024
+
+
+def default_pooling(model: str) -> str:
+    """Of a new model: the embedded one was made with means of its tokens, and its pooler is what that left behind."""
+    return "mean" if model == EMBEDDED_MODEL else Layout.pooling
 
 
 def default_learning_rate(width: int) -> float:
@@ -192,7 +220,7 @@ def make_stage(config: Config, data: Data, name: str, tasks: tuple[str, ...], is
         accumulation_steps=config.accumulation_steps,
         lr=config.pretrain_lr if is_frozen else config.lr,
         warmup=config.warmup,
-        weight_decay=config.weight_decay,
+        weight_decay=config.pretrain_weight_decay if is_frozen else config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         patience=config.patience,
         eval_every=config.eval_every,
@@ -322,7 +350,13 @@ class Run:
         trained = trained_parameters(self.config, stage, model)
         trained.freeze_others(model)
         methods = make_methods(self.config, stage, model, data)
-        return Trainer(stage, stage_model, trained, data, methods, self.precision, self.config.cuda_graphs)
+        return Trainer(stage, stage_model, trained, data, methods, self.precision, self.records_passes)
+
+    @property
+    def records_passes(self) -> bool:
+        """Whether passes on a GPU may be CUDA graphs. (Of heads that read hidden states nobody has tried it.)"""
+        is_simple = self.model.encoder.can_be_recorded and all(map(self.model.has_features, self.config.tasks))
+        return self.config.cuda_graphs and is_simple
 
     def make_mlm_trainer(self, stage: Stage) -> Trainer:
         folder, device = self.tokenizer_folder, self.precision.device
@@ -335,7 +369,10 @@ class Run:
 
     def features(self, stage: Stage, task: str, rows: TokenizedRows) -> Rows:
         """Features of the frozen encoder, computed when they are first needed, and in units of the training rows'
-        deviations: as they come a head would take hundreds of epochs."""
+        deviations: as they come a head would take hundreds of epochs. The rows themselves for a head that reads hidden
+        states: of 100,000 tokens those of BERT-base's layers are 4 GB."""
+        if not self.model.has_features(task):
+            return rows
 
         def standardized() -> Rows:
             return self.raw_features(stage, rows).standardized(*self.raw_features(stage, self.data.train[task]).moments)
@@ -375,9 +412,9 @@ class Run:
                     self.save(number, trainer)
                 raise
         if stage.is_frozen:
-            for task in stage.tasks:
+            for task in filter(self.model.has_features, stage.tasks):
                 moments = self.raw_features(stage, self.data.train[task]).moments
-                cast(Head, self.model.heads[task]).absorb(*moments)
+                cast(PooledHead, self.model.heads[task]).absorb(*moments)
             self.known_features.clear()
         self.masked_head = None
         self.seconds[stage.name] = round(progress.seconds, 3)
@@ -436,11 +473,12 @@ class Run:
         with self.console.bar("predictions", num_rows, unit="row"):
             logits = predict_all(self.model, self.data.dev, size, self.precision, self.between)
             test_logits = predict_all(self.model, self.data.test, size, self.precision, self.between)
-        dev, confusion = metrics_of(logits, self.data.dev, self.console.say), confusion_matrices(logits, self.data.dev)
+        dev = metrics_of(logits, self.data.dev, lambda line: None)  # what there is to say stands below the table
+        confusion = confusion_matrices(logits, self.data.dev)
         folder.mkdir(exist_ok=True)
         for task, rows in self.data.dev.items():
             write_predictions(task, rows, logits[task], folder / f"{task}-dev-output.csv")
-            write_dev_rows(task, rows, logits[task], folder)
+            write_dev_rows(task, rows, logits[task], folder, self.dev_texts(task))
         for task, rows in self.data.test.items():
             write_predictions(task, rows, test_logits[task], folder / f"{task}-test-output.csv")
         self.seconds["final_evaluation"] = round(time.perf_counter() - started, 3)
@@ -460,21 +498,35 @@ class Run:
         self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
         self.metrics.close()
-        self.console.say("\n" + format_table(dev, {task: len(rows) for task, rows in self.data.dev.items()}) + "\n")
+        num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
+        gap = "\n" if self.stages else ""  # below the lines of training
+        self.console.say(gap + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
+        for line in remarks(dev, confusion, self.metrics.records()):
+            self.console.say(line)
         if missing := [task for task in config.tasks if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
-        holds = "results, predictions" + (" and the best checkpoint are" if self.directory.best.exists() else " are")
+        has_best = self.directory.best.exists()
+        holds = "results, predictions and the best checkpoint are" if has_best else "results and predictions are"
         times = f"training {duration(training)}, " if self.stages else ""
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
         self.draw_plots()
+
+    def dev_texts(self, task: str) -> list[tuple[str, ...]]:
+        """The texts of the dev file, none if it has changed since it was read."""
+        path = data_folder(self.config.data) / TASKS[task].file_name("dev")
+        with suppress(DataError):
+            file = read_examples(path, TASKS[task], labelled=True)
+            if file.sha256 == self.data.files[path.name]["sha256"]:
+                return [example.texts for example in file.examples]
+        return []
 
     def draw_plots(self) -> None:
         """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""
         try:
             from reports.plots import write_run_plots
 
-            write_run_plots(self.directory.path)
+            write_run_plots(self.directory.path, self.config.format)
         except Exception as error:
             self.console.say(f"warning: no plots: {error}")
 
@@ -503,7 +555,7 @@ def resident_memory_mb(name: str) -> float:
 
 def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     """A new run, or the one to resume, with everything loaded and its start told."""
-    resumed = RunDirectory.existing(Path(config.resume)) if config.resume else None
+    resumed = RunDirectory.existing(run_of(Path(config.resume))) if config.resume else None
     if resumed is not None:
         saved = resumed.config()
         if saved.get("layout", {}).get("format") != Layout({}).to_dict()["format"]:
@@ -512,7 +564,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
                 f"(--checkpoint {config.resume} starts a new run from its model)"
             )
         flags = config
-        config = replace(from_dict({**BEFORE, **saved}), out=str(resumed.path))
+        config = replace(from_dict(completed(saved)), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:
@@ -542,8 +594,13 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     directory = resumed or RunDirectory.create(Path(config.out), {**record, "stages": stages})
     run = Run(config, loaded.model.to(device), folder, data, directory, console, stop)
     for line in start_block(run, loaded.new_parts):
-        console.say(line)
+        console.say(textwrap.fill(line, 99, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
     return run
+
+
+def run_of(path: Path) -> Path:
+    """The directory of a run, of which a checkpoint may be named too."""
+    return path.parent if path.name in ("best", "last") and (path.parent / CONFIG).is_file() else path
 
 
 def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
@@ -569,6 +626,8 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     for task in config.tasks:
         rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]
         lines.append(f"            {task:<5} {', '.join(rows)}")
+    if absent := [task for task in TASKS if task not in tasks_in(config.data)]:
+        lines.append(f"            (no files of {', '.join(absent)}: left out)")
     for stage in run.stages:
         passes = f", {stage.accumulation_steps} passes" if stage.accumulation_steps > 1 else ""
         draws = f", {config.draws} draws" if config.draws > 1 and len(stage.tasks) > 1 and not stage.is_frozen else ""
@@ -606,7 +665,7 @@ def _methods(config: Config) -> list[str]:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine, commit and whether operations are compiled, for config.json."""
-    packages = ("numpy", "tokenizers", "safetensors", "scikit-learn", "scipy")
+    packages = ("numpy", "tokenizers", "safetensors", "scikit-learn", "scipy", "torchjd")
     own = {"python": platform.python_version(), "torch": torch.__version__}  # which build it is too
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
@@ -614,8 +673,27 @@ def environment(device: str) -> dict[str, Any]:
     except OSError:
         commit = ""
     return {
-        "versions": {**own, **{name: version(name) for name in packages}},
+        "versions": {**own, **{name: _version(name) for name in packages}},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "processor": processor_name(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "commit": commit or None,
         "compiled": speed_report(device),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """The processor's model, as Linux says it or else Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

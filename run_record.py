@@ -11,7 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", ".lock"
+FORMATS = ("png", "pdf", "svg")  # of plots
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
 
 
@@ -131,6 +133,8 @@ class MetricsLog:
 
             shutil.rmtree(str(self._folder), ignore_errors=True)
             self._writer = SummaryWriter(str(self._folder))
+            if (config := self._path.with_name(CONFIG)).exists():
+                self._writer.add_text("config", textwrap.indent(config.read_text("utf-8"), " " * 4))
             for record in parse_records(self._path.read_bytes()[: self._kept]):
                 self._show(record)
         return self._writer
@@ -142,6 +146,10 @@ class MetricsLog:
     @property
     def size(self) -> int:
         return self._file.tell()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What has been written so far."""
+        return parse_records(self._path.read_bytes())
 
     def close(self) -> None:
         self._file.close()
@@ -163,9 +171,12 @@ def parse_records(content: bytes) -> list[dict[str, Any]]:
 
 
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, number) of a record for TensorBoard: "finetune/loss/sst", "finetune/cosine/sst-para", "finetune/lr"."""
+    """(tag, number) of a record for TensorBoard: "finetune/loss/sst", "finetune/cosine/sst-para", "finetune/lr".
+
+    The sum of the tasks' losses is left out: it mixes their scales.
+    """
     groups = {"losses": "loss", "cosines": "cosine"}
-    for tag, value in flatten({k: v for k, v in record.items() if k not in ("stage", "epoch", "step")}):
+    for tag, value in flatten({k: v for k, v in record.items() if k not in ("stage", "epoch", "step", "loss")}):
         first, slash, rest = tag.partition("/")
         yield f"{record['stage']}/{groups.get(first, first)}{slash}{rest}", value
 
@@ -215,7 +226,10 @@ class RunDirectory:
         if not (path / CONFIG).is_file():
             raise RunError(f"--resume {path}: no run directory, expected one with {CONFIG}")
         if (path / RESULTS).is_file():
-            raise RunError(f"--resume {path}: the run has ended, its results are in {path / RESULTS}")
+            raise RunError(
+                f"--resume {path}: the run has ended, its results are in {path / RESULTS}; to train its model further, "
+                f"start a new run with --checkpoint {path}"
+            )
         run = cls(path)
         run._hold()
         for folder in (run.best, run.last):
@@ -287,14 +301,21 @@ class DevRows:
     def file_name(task: str) -> str:
         return f"{task}-dev-rows.csv"
 
-    def write(self, path: Path) -> None:
-        """A csv file: id, label, prediction, and of classes the probability of each."""
-        probabilities = np.empty((len(self.ids), 0)) if self.probabilities is None else self.probabilities
+    def write(self, path: Path, columns: Sequence[str] = (), texts: Sequence[Sequence[str]] = ()) -> None:
+        """A csv file: id, label, prediction, of classes the probability of each, and the texts where they are given.
+
+        columns: names of the texts of a row. A number has as many digits as tell it from its neighbours.
+        """
+        probabilities = (
+            np.empty((len(self.ids), 0), self.labels.dtype) if self.probabilities is None else self.probabilities
+        )
         numbers = np.column_stack([self.labels, self.predictions, probabilities])
+        names = [f"probability_{k}" for k in range(probabilities.shape[1])]
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "label", "prediction", *(f"probability_{k}" for k in range(probabilities.shape[1]))])
-        writer.writerows([name, *(f"{x:.9g}" for x in row)] for name, row in zip(self.ids, numbers, strict=True))
+        writer.writerow(["id", "label", "prediction", *names, *columns])
+        for name, row, of_row in zip(self.ids, numbers, texts or [()] * len(self.ids), strict=True):
+            writer.writerow([name, *(np.format_float_positional(x, trim="-") for x in row), *of_row])
         write_atomically(path, file.getvalue())
 
     @classmethod
@@ -305,10 +326,11 @@ class DevRows:
                 header, *rows = list(csv.reader(file))
             if header[:3] != ["id", "label", "prediction"] or not rows:
                 raise ValueError(f"header {header[:3]} over {len(rows)} rows")
-            numbers = np.array([row[1:] for row in rows], dtype=np.float64)
-            if numbers.shape != (len(rows), len(header) - 1) or not np.isfinite(numbers).all():
+            width = 3 + sum(name.startswith("probability_") for name in header)
+            numbers = np.array([row[1:width] for row in rows], dtype=np.float64)
+            if numbers.shape != (len(rows), width - 1) or not np.isfinite(numbers).all():
                 raise ValueError("a number is missing or not finite")
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"{path}: not readable as dev rows ({error})") from None
-        probabilities = numbers[:, 2:] if len(header) > 3 else None
+        probabilities = numbers[:, 2:] if width > 3 else None
         return cls(tuple(row[0] for row in rows), numbers[:, 0], numbers[:, 1], probabilities)

@@ -8,7 +8,7 @@ a class and an entry of REGULARIZERS.
 Shape letters: N packed tokens, B rows, D hidden, K outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +22,6 @@ from ops import DropoutMasks
 from parameters import parameter
 from seeding import derive_seed
 from tasks import TASKS
-
-Divergence = Callable[[Tensor, Tensor], Tensor]  # two predictions (B, K) -> (B,)
 
 
 class Regularizer(Protocol):
@@ -72,7 +70,11 @@ class RDrop:
 
 
 class Smoothness:
-    """lambda times the smoothness-inducing adversarial term; at the paper's values scores change in the sixth digit."""
+    """lambda times the mean over rows of max over |d|_inf <= eps of divergence(f(x + d), f(x)); d: on input embeddings.
+
+    Both predictions have the same dropout, and gradients flow through both. At the paper's values scores change in the
+    sixth digit.
+    """
 
     @dataclass(frozen=True)
     class Parameters:
@@ -88,56 +90,27 @@ class Smoothness:
 
     def term(self, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
         assert batch.tokens is not None, "smoothness perturbs input embeddings"
+        config, divergence, row_of_token = self.parameters, TASKS[task].output.divergence, batch.tokens.row_of_token
         generator = None  # the device's default one, which the masks have seeded: a CUDA graph knows no other
         if logits.device.type == "cpu":
             generator = torch.Generator().manual_seed(derive_seed(masks.seed, "smart"))
-        term = smoothness(
-            lambda perturbation: self.model(task, batch, masks.again(), perturbation),
-            logits,
-            TASKS[task].output.divergence,
-            batch.tokens.row_of_token,
-            self.model.encoder.config.hidden_size,
-            self.parameters,
-            generator,
-            list(self.model.parameters()),
-        )
-        return self.parameters.weight * term
+        shape = len(row_of_token), self.model.encoder.config.hidden_size  # (N, D)
+        perturbation = torch.randn(shape, generator=generator, device=row_of_token.device) * config.sigma
+        for _ in range(config.steps):
+            perturbation.requires_grad_(True)
+            with held_still(list(self.model.parameters())):
+                distance = divergence(self.model(task, batch, masks.again(), perturbation), logits.detach()).sum()
+            (gradient,) = torch.autograd.grad(distance, perturbation)
+            perturbation = ascend(perturbation.detach(), gradient, row_of_token, len(logits), config)
+        return config.weight * divergence(self.model(task, batch, masks.again(), perturbation), logits).mean()
 
     def after_step(self, step: int) -> None:
         pass
 
 
-def smoothness(
-    predict: Callable[[Tensor], Tensor],
-    logits: Tensor,
-    divergence: Divergence,
-    row_of_token: Tensor,
-    hidden_size: int,
-    config: Smoothness.Parameters,
-    generator: torch.Generator | None,
-    parameters: Sequence[nn.Parameter] = (),
-) -> Tensor:
-    """Mean over rows of max over |d|_inf <= eps of divergence(f(x + d), f(x)), a scalar, without the factor lambda.
-
-    predict: logits (B, K) under a perturbation (N, D) of the input embeddings, with the dropout masks that `logits`
-    (B, K), the prediction without perturbation, was made with. row_of_token: (N,) which row a token belongs to, B for
-    none. Gradients flow through both predictions. parameters: of the model behind `predict`; the search for the
-    perturbation needs no gradients of theirs, and computes none of those that are named.
-    """
-    start = torch.randn(len(row_of_token), hidden_size, generator=generator, device=row_of_token.device)
-    perturbation = start * config.sigma
-    for _ in range(config.steps):
-        perturbation.requires_grad_(True)
-        with held_still(parameters):
-            distance = divergence(predict(perturbation), logits.detach()).sum()
-        (gradient,) = torch.autograd.grad(distance, perturbation)
-        perturbation = ascend(perturbation.detach(), gradient, row_of_token, len(logits), config)
-    return divergence(predict(perturbation), logits).mean()
-
-
 @contextmanager
 def held_still(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within it these parameters are constants."""
+    """Within it these parameters are constants: no gradients of theirs are computed."""
     trained = [weight for weight in parameters if weight.requires_grad]
     for weight in trained:
         weight.requires_grad_(False)
@@ -154,7 +127,7 @@ def ascend(
     """project(d + eta * gradient / |gradient|_inf), the projection onto |d|_inf <= eps, each row on its own.
 
     Code that only divides by the norm, without projecting, perturbs by about 1 where the paper perturbs by 1e-5.
-    perturbation, gradient: (N, D).
+    perturbation, gradient: (N, D). row_of_token: (N,) which row a token belongs to, B for none.
     """
     largest = gradient.abs().amax(-1)  # (N, D) -> (N,)
     norms = torch.zeros(num_rows + 1, device=largest.device).scatter_reduce(
@@ -182,7 +155,7 @@ class BregmanProximal:
     def term(self, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
         with torch.no_grad():
             reference = self.average(task, batch, masks.again())
-        return self.weight * proximity(logits, reference, TASKS[task].output.divergence)
+        return self.weight * TASKS[task].output.divergence(logits, reference).mean()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -190,12 +163,6 @@ class BregmanProximal:
         torch._foreach_lerp_(list(self.state.values()), list(self.model.parameters()), 1 - beta)
 
 
-def proximity(logits: Tensor, reference: Tensor, divergence: Divergence) -> Tensor:
-    """Mean over rows of divergence(f(x; theta), f(x; theta~)), a scalar. logits, reference: (B, K)."""
-    return divergence(logits, reference.detach()).mean()
-
-
-# R-Drop stands first: the others draw again, and after that a GPU without Triton goes on with no masks made before.
 REGULARIZERS: dict[str, type[Regularizer]] = {
     "rdrop": RDrop,
     "smart": Smoothness,

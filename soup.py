@@ -42,8 +42,9 @@ def _description(folder: Path, tasks: Sequence[str]) -> dict[str, Any]:
     encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({})
     if missing := [task for task in tasks if task not in layout.tasks]:
         raise CheckpointError(f"{folder}: no head of {', '.join(missing)}, expected one of each of --tasks")
-    vocabulary = Tokenizer(folder, encoder.max_position_embeddings).fingerprint()[:12]
-    return dict(_flat({**asdict(encoder), "checksum of the vocabulary": vocabulary, **layout.to_dict()}))
+    vocabulary = Tokenizer(folder, encoder.num_positions).fingerprint()[:12]
+    of_encoder = {"model_type": encoder.model_type, **asdict(encoder)}
+    return dict(_flat({**of_encoder, "checksum of the vocabulary": vocabulary, **layout.to_dict()}))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,6 +33,11 @@ class Output(Protocol):
         ...
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """What each class is called; empty on a scale."""
+        ...
+
+    @property
     def allowed(self) -> str:
         """The labels that `parse` accepts, in words."""
         ...
@@ -73,14 +78,19 @@ class Output(Protocol):
 
 @dataclass(frozen=True)
 class Classes:
-    """One of several classes: cross entropy over K logits."""
+    """One of several classes: cross entropy over K logits. names: of each class, or none for their numbers."""
 
     num_outputs: int
+    names: tuple[str, ...] = ()
     selection_metric: str = "accuracy"
 
     @property
     def num_classes(self) -> int:
         return self.num_outputs
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.names or tuple(map(str, range(self.num_outputs)))
 
     @property
     def allowed(self) -> str:
@@ -121,6 +131,7 @@ class Binary:
 
     num_outputs: int = 1
     num_classes: int = 2
+    class_names: tuple[str, ...] = ("no", "yes")
     selection_metric: str = "accuracy"
     allowed: str = "0 or 1"
 
@@ -167,6 +178,7 @@ class Score:
     high: float
     num_outputs: int = 1
     num_classes: None = None
+    class_names: tuple[str, ...] = ()
     selection_metric: str = "pearson"
 
     @property
@@ -247,16 +259,12 @@ class Task:
 
 
 _PAIR = ("sentence1", "sentence2")
+_SENTIMENTS = Classes(5, ("very negative", "negative", "neutral", "positive", "very positive"))
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sst", "SST-5 sentiment", "ids-sst", ("sentence",), "sentiment", Classes(5), "Predicted_Sentiment"),
+        Task("sst", "SST-5 sentiment", "ids-sst", ("sentence",), "sentiment", _SENTIMENTS, "Predicted_Sentiment"),
         Task("para", "Quora paraphrase", "quora", _PAIR, "is_duplicate", Binary(), "Predicted_Is_Paraphrase"),
         Task("sts", "STS similarity", "sts", _PAIR, "similarity", Score(0.0, 5.0), "Predicted_Similiary"),
     )
 }
-
-
-def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss over the rows of a batch, a scalar. logits (B, K), labels (B,)."""
-    return task.output.losses(logits, labels).mean()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cpu, harness
+from benchmarks.encoders import encoders
 from benchmarks.harness import ERRORS, RESULTS, Options, Report
 from benchmarks.step_cost import step_cost
 
@@ -23,6 +24,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Options], Report], int]] = {  # what measu
     "evaluation": (cpu.evaluation, 5),
     "frozen_stage": (cpu.frozen_stage, 5),
     "step_cost": (step_cost, 10),
+    "encoders": (encoders, 15),
     "start_up": (cpu.start_up, 7),
 }
 

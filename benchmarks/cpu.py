@@ -1,8 +1,4 @@
-"""What is measured on a CPU beside step_cost.py: ours against the ordinary way, on the same rows of the same files.
-
-Shares of the matmul limit: of what the matrix products over the real tokens take at the rate at which the faster
-library does those of the dense layers, measured in every round on the same number of tokens.
-"""
+"""What is measured on a CPU beside step_cost.py: ours against the ordinary way, on the same rows of the same files."""
 
 import subprocess
 import sys
@@ -17,14 +13,12 @@ import numpy as np
 
 from benchmarks import harness, reference, workload
 from benchmarks.harness import ROOT, WARM_UP, Check, MeasurementError, Options, Report, Summary, lines_of, significant
-from benchmarks.matmul_limit import MatmulLimit, left_out
 from benchmarks.reference import OrdinaryLoop, PaddedBert, length_grouped_batches
 from datasets import SAMPLE, TokenizedRows
 from evaluation import compute_features, predict_all
 from model import FrozenEncoder, MultitaskBert, Trained
 
 OURS, PADDED, GROUPED = "ours", "transformers, padded", "transformers, grouped by length"
-LIMIT = "matrix products alone"
 KEPT, ANEW = "features computed once", "features computed in every epoch (one measured)"
 MAIN, COLD, WARM = "the main job on the sample", "files tokenized", "files from the cache"
 FLOOR = "import torch"
@@ -48,21 +42,17 @@ def training_step(options: Options) -> Report:
     draws, num_steps = workload.Draws(rows), WARM_UP + options.rounds
     grouped = grouped_draws(rows, num_steps)
     lengths = [workload.lengths_of(rows, draws(step)) for step in range(num_steps)]
-    limit = MatmulLimit(checkpoint.config, lengths)
     trainer = workload.full_trainer(checkpoint.model(tuple(rows)), rows)
     padded, by_length = (OrdinaryLoop(PaddedBert(checkpoint.model(tuple(rows))), rows, workload.CPU) for _ in range(2))
     kinds: dict[str, harness.Step] = {
         OURS: workload.step_of(trainer),
         PADDED: lambda step: [padded.take_step(*draw) for draw in draws(step)],
         GROUPED: lambda step: by_length.take_step(*grouped[step]),
-        LIMIT: lambda step: limit.run(lengths[step]),
     }
     seconds = harness.alternate(kinds, options.rounds)
 
     lengths = lengths[WARM_UP:]
     batches = {OURS: lengths, PADDED: lengths, GROUPED: [workload.lengths_of(rows, [of]) for of in grouped[WARM_UP:]]}
-    least = [limit.seconds([of], took) for of, took in zip(lengths, seconds.pop(LIMIT), strict=True)]
-    shares = {name: Summary.of_ratios(least, seconds[name]).median for name in (OURS, PADDED)}
     by_row = {n: [s / len(of) for s, of in zip(seconds[n], batches[n], strict=True)] for n in batches}
     over = {
         PADDED: Summary.of_ratios(seconds[PADDED], seconds[OURS]),
@@ -71,7 +61,6 @@ def training_step(options: Options) -> Report:
     checks = [
         Check("our step over that with random padded batches", 1 / over[PADDED].median, 1 / 2.7),
         Check("our step over that with batches grouped by length, by the row", 1 / over[GROUPED].median, 1 / 1.5),
-        Check("our step over the matmul limit", 1 / shares[OURS], 1 / 0.6),
     ]
     per_row = [f"{name} {significant(1000 * float(np.mean(of)))} ms" for name, of in by_row.items()]
     num_tokens = np.median([int(of.sum()) for of in lengths])
@@ -80,10 +69,9 @@ def training_step(options: Options) -> Report:
         f"by the row, all rounds together, as is the ratio of {GROUPED}: {', '.join(per_row)}",
         f"the median random batch has {num_tokens:.0f} real tokens; padded to its longest row it has "
         f"{significant(padding)} times as many",
-        left_out(checkpoint.config, lengths, shares[OURS]),
     ]
     title = "seconds of an optimizer step on 32 rows; ratios to ours"
-    return Report(title, lines_of(seconds, OURS, {}, over, shares), checks, notes, {"rows": workload.row_counts(rows)})
+    return Report(title, lines_of(seconds, OURS, ratios=over), checks, notes, {"rows": workload.row_counts(rows)})
 
 
 def grouped_draws(rows: Mapping[str, TokenizedRows], num_steps: int) -> list[workload.Draw]:
@@ -105,18 +93,13 @@ def evaluation(options: Options) -> Report:
     rows, size = checkpoint.rows(options.data, "dev"), (EVAL_BATCH_SIZE, workload.CPU)
     model = checkpoint.model(tuple(rows))
     other = PaddedBert(model).eval()
-    passes = [lengths for of in rows.values() for lengths in workload.batch_lengths(of, EVAL_BATCH_SIZE)]
-    limit = MatmulLimit(checkpoint.config, passes, training=False)
     kinds: dict[str, harness.Step] = {
         OURS: lambda number: predict_all(model, rows, *size),
         PADDED: lambda number: {task: reference.predict_logits(other, task, of, *size) for task, of in rows.items()},
-        LIMIT: lambda number: limit.run(*passes),
     }
     seconds = harness.alternate(kinds, options.rounds, warm_up=1)
 
-    least = [limit.seconds(passes, took) for took in seconds.pop(LIMIT)]
-    shares = {name: Summary.of_ratios(least, of).median for name, of in seconds.items()}
-    num_rows, gain = sum(map(len, passes)), Summary.of_ratios(seconds[PADDED], seconds[OURS]).median
+    num_rows, gain = sum(map(len, rows.values())), Summary.of_ratios(seconds[PADDED], seconds[OURS]).median
     ours, theirs = kinds[OURS](0), kinds[PADDED](0)
     difference = max(float((ours[task] - theirs[task]).abs().max()) for task in rows)
     checks = [
@@ -124,9 +107,9 @@ def evaluation(options: Options) -> Report:
         Check("largest difference of two logits for one row", difference, 1e-4, must_hold=True),
     ]
     rates = [f"{name} {significant(num_rows / Summary.of(of).median)}" for name, of in seconds.items()]
-    notes = [left_out(checkpoint.config, passes, shares[OURS]), f"rows a second: {', '.join(rates)}"]
+    notes = [f"rows a second: {', '.join(rates)}"]
     title = f"seconds to predict {num_rows} dev rows; ratios to ours"
-    return Report(title, lines_of(seconds, OURS, shares=shares), checks, notes, {"rows": workload.row_counts(rows)})
+    return Report(title, lines_of(seconds, OURS), checks, notes, {"rows": workload.row_counts(rows)})
 
 
 def frozen_stage(options: Options) -> Report:

@@ -24,7 +24,7 @@ from run_record import RunError, finite, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "numpy", "tokenizers", "transformers", "torchjd")
+PACKAGES = ("torch", "numpy", "tokenizers", "transformers")
 WARM_UP = 2  # rounds that do not count
 
 
@@ -135,11 +135,10 @@ def lines_of(
     base: str,
     memory: Mapping[str, Memory] = MappingProxyType({}),
     ratios: Mapping[str, Summary] = MappingProxyType({}),
-    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Line]:
     """A line for each kind, with its ratio to one of them, round by round where `ratios` does not say otherwise."""
     over = {name: Summary.of_ratios(of, seconds[base]) for name, of in seconds.items() if name != base} | dict(ratios)
-    return [Line(n, of, "s", over.get(n), shares.get(n), memory.get(n)) for n, of in seconds.items()]
+    return [Line(name, of, "s", over.get(name), memory=memory.get(name)) for name, of in seconds.items()]
 
 
 @dataclass(frozen=True)

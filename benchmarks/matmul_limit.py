@@ -1,4 +1,4 @@
-"""What the matrix products of an encoder take at least: their operations, and the rate of the machine at them.
+"""What the matrix products of an encoder take at least: their operations, and the rate of a device at them.
 
 Shape letters: N packed tokens, B rows, D hidden.
 """
@@ -10,40 +10,23 @@ import torch
 from torch import Tensor
 
 from bert import BertConfig
-from ops.linear import onednn_product, rows_multiple, uses_onednn
+from ops.linear import rows_multiple
 
 
-def matmul_flops(config: BertConfig, lengths: np.ndarray, needed: bool = False) -> int:
+def matmul_flops(config: BertConfig, lengths: np.ndarray) -> int:
     """Floating-point operations of the encoder's matrix products, pooler included, in one forward pass.
 
-    lengths: (B,) of the rows. needed: without what no pooled output depends on, of the last layer all but the keys and
-    values of tokens that are not their row's first. A backward pass has twice as many: a gradient for either factor.
+    lengths: (B,) of the rows. A backward pass has twice as many: a gradient for either factor.
     """
-    size, num_rows, num_tokens = config.hidden_size, len(lengths), int(lengths.sum())
-
-    def of_layer(num_queries: int, num_scores: int) -> int:
-        keys_and_values, others = 4 * size**2, 4 * size**2 + 4 * size * config.intermediate_size
-        return num_tokens * keys_and_values + num_queries * others + 4 * size * num_scores
-
-    whole = of_layer(num_tokens, int((lengths.astype(np.int64) ** 2).sum()))
-    last = of_layer(num_rows, num_tokens) if needed else whole
-    return (config.num_hidden_layers - 1) * whole + last + 2 * num_rows * size**2
-
-
-def left_out(config: BertConfig, passes: Sequence[np.ndarray], share: float) -> str:
-    """A sentence on the products that ours does without. share: of the matmul limit, by all products."""
-    run, of_all = (sum(matmul_flops(config, of, needed) for of in passes) for needed in (True, False))
-    return (
-        f"the matmul limit counts all matrix products of the model over real tokens; ours runs {run / of_all:.0%} of "
-        "them (of the last layer only what the pooled output depends on), and is at "
-        f"{run / of_all * share:.0%} of the limit of those"
-    )
+    size, num_tokens, num_scores = config.hidden_size, int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
+    of_layer = num_tokens * (8 * size**2 + 4 * size * config.intermediate_size) + 4 * size * num_scores
+    return config.num_hidden_layers * of_layer + 2 * len(lengths) * size**2
 
 
 class MatmulLimit:
-    """The matrix products of an encoder's dense layers, at these shapes and by the same library, and nothing else.
+    """The matrix products of an encoder's dense layers, at these shapes and by torch, and nothing else.
 
-    What a machine needs for them bounds from below what a pass over the same tokens can take. Each layer has matrices
+    What a device needs for them bounds from below what a pass over the same tokens can take. Each layer has matrices
     of its own, as in the encoder, so that they come from memory as often as there.
     """
 
@@ -87,7 +70,7 @@ class MatmulLimit:
         return -(-num_tokens // multiple) * multiple
 
     def _products(self, weight: Tensor, num_places: int) -> None:
-        """Of one layer; no transposed first factor, which the library would have to copy."""
+        """Of one layer."""
         width_out, width_in = weight.shape
         inputs = _leading(self._inputs, num_places, width_in)
         self._product(inputs, weight.t())
@@ -96,10 +79,7 @@ class MatmulLimit:
             self._product(_leading(self._gradients, width_out, num_places), inputs)
 
     def _product(self, left: Tensor, right: Tensor) -> None:
-        if uses_onednn(left):
-            onednn_product(left, right.t())
-        else:
-            torch.mm(left, right, out=_leading(self._results, len(left), right.shape[1]))
+        torch.mm(left, right, out=_leading(self._results, len(left), right.shape[1]))
 
     def seconds(self, passes: Sequence[np.ndarray], measured: float) -> float:
         """Seconds of all products of these passes over real tokens, attention's too, at the rate that `run` reached.

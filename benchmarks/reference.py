@@ -8,18 +8,19 @@ Shape letters: B rows, L longest row of a batch, D hidden, K outputs.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bert import BertConfig
 from checkpoints import to_huggingface
 from datasets import TokenizedRows
 from evaluation import Precision
 from heads import LinearHead
 from model import MultitaskBert
-from tasks import TASKS, task_loss
+from tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,20 @@ def pad(rows: TokenizedRows, numbers: np.ndarray, device: torch.device | str = "
 
 
 class PaddedBert(nn.Module):
-    """transformers' BertModel with scaled-dot-product attention, and a linear head a task on dropout(pooler_output)."""
+    """transformers' encoder with scaled-dot-product attention, and a linear head a task on dropout(pooler_output)."""
 
     def __init__(self, model: MultitaskBert) -> None:
-        """With the weights of a model of ours."""
+        """With the weights of a model of ours, whose pooler stands in where theirs has none."""
         import transformers
 
         super().__init__()
-        settings: dict[str, Any] = {**model.encoder.config.to_dict(), "attn_implementation": "sdpa"}
-        self.encoder = transformers.BertModel(transformers.BertConfig(**settings))
-        self.encoder.load_state_dict(to_huggingface(model.encoder))
-        self.dropout = nn.Dropout(model.encoder.config.hidden_dropout_prob)
+        config, tensors = model.encoder.config, to_huggingface(model.encoder)
+        theirs = transformers.AutoConfig.for_model(**config.to_dict())
+        self.encoder = transformers.AutoModel.from_config(theirs, attn_implementation="sdpa")
+        self.encoder.load_state_dict({name: tensors[name] for name in self.encoder.state_dict()})
+        self.pooler = None if hasattr(self.encoder, "pooler") else copy.deepcopy(model.encoder.pooler)
+        self.has_types = config.model_type == BertConfig.model_type
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         outputs = {task: cast(LinearHead, head).output for task, head in model.heads.items()}
         self.heads = nn.ModuleDict({task: copy.deepcopy(output) for task, output in outputs.items()})
 
@@ -64,8 +68,11 @@ class PaddedBert(nn.Module):
 
     def pooled(self, batch: PaddedBatch) -> Tensor:
         """(B, D) pooler output."""
-        output = self.encoder(batch.input_ids, batch.attention_mask, batch.token_type_ids)
-        return output.pooler_output  # type: ignore[no-any-return]
+        types = {"token_type_ids": batch.token_type_ids} if self.has_types else {}
+        output = self.encoder(batch.input_ids, batch.attention_mask, **types)
+        if self.pooler is None:
+            return output.pooler_output  # type: ignore[no-any-return]
+        return torch.tanh(self.pooler(output.last_hidden_state[:, 0]))
 
 
 class OrdinaryLoop:
@@ -101,7 +108,7 @@ class OrdinaryLoop:
         batch = pad(self.rows[task], numbers, self.precision.device)
         with self.precision.autocast():
             logits = self.model(task, batch)
-        return task_loss(TASKS[task], logits, batch.labels)
+        return TASKS[task].output.losses(logits, batch.labels).mean()
 
 
 @torch.inference_mode()

@@ -45,7 +45,7 @@ class Checkpoint:
         return cls(folder, read_bert_config(folder))
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.folder, self.config.max_position_embeddings)
+        return Tokenizer(self.folder, self.config.num_positions)
 
     def rows(self, data: Path, split: str) -> dict[str, TokenizedRows]:
         """The rows of a split of all tasks. Raises DataError for a file that cannot be used."""
@@ -170,7 +170,7 @@ def random_rows(
     draw = np.random.default_rng(SEED)
     rows = {}
     for name, of_task in lengths.items():
-        drawn = np.minimum(draw.choice(of_task, num_rows), config.max_position_embeddings).astype(np.int32)
+        drawn = np.minimum(draw.choice(of_task, num_rows), config.num_positions).astype(np.int32)
         first_word = min(FIRST_WORD, config.vocab_size - 1)
         ids = draw.integers(first_word, config.vocab_size, int(drawn.sum()), dtype=np.int32)
         firsts = drawn if len(TASKS[name].text_columns) == 1 else np.maximum(drawn // 2, 1)

@@ -31,12 +31,19 @@ def activated_linear(inputs: Tensor, layer: Linear, activation: str) -> Tensor:
     """activation(layer(inputs)): (N, I) -> (N, O). activation: one of ACTIVATIONS."""
     if activation == "gelu" and uses_onednn(inputs) and not torch.is_grad_enabled():
         return onednn_product(inputs, layer.weight, layer.bias, gelu="none")
-    if activation == "gelu" and inputs.device.type == "cuda" and triton_kernels() is not None:
+    if activation == "gelu" and inputs.device.type == "cuda":
         return _TritonGelu.apply(linear(inputs, layer.weight, None), layer.bias)  # type: ignore[no-any-return]
     output = layer(inputs)  # (N, O)
     if activation == "gelu" and kernels.can_run(output):
         return _Gelu.apply(output)  # type: ignore[no-any-return]
     return ACTIVATIONS[activation](output)
+
+
+def gated_linear(inputs: Tensor, layer: Linear, activation: str) -> Tensor:
+    """activation(v) * g, v and g the halves of layer(inputs): (N, I) -> (N, O / 2)."""
+    output: Tensor = layer(inputs)  # (N, O)
+    values, gates = output.chunk(2, 1)
+    return ACTIVATIONS[activation](values) * gates
 
 
 class _Gelu(torch.autograd.Function):

@@ -56,15 +56,14 @@ def adamw_step(vectors: Sequence[Vector], lr: Tensor, weight_decay: float, facto
 
     What a gradient holds is undefined afterwards.
     """
-    triton = triton_kernels() if lr.device.type == "cuda" else None
     for vector in vectors:
-        if triton is None:
+        if lr.device.type == "cpu":
             _fused_step(vector, float(lr), weight_decay, factor, is_skipped)
             continue
         vector.moments.step.add_(1 - is_skipped)
         moments = (vector.moments.exp_avg, vector.moments.exp_avg_sq, vector.moments.step)
         decay = (vector.num_decayed, weight_decay, BETAS, EPSILON)
-        triton.adamw(vector.parameters, vector.gradient, moments, lr, factor, is_skipped, *decay)
+        triton_kernels().adamw(vector.parameters, vector.gradient, moments, lr, factor, is_skipped, *decay)
 
 
 def _fused_step(vector: Vector, lr: float, weight_decay: float, factor: Tensor, is_skipped: Tensor) -> None:

@@ -16,20 +16,30 @@ from ops.linear import rows_multiple
 from ops.packed import Packing, Padded
 
 
-def attention(qkv: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None) -> Tensor:
+def attention(
+    qkv: Tensor,
+    packing: Packing,
+    num_heads: int,
+    prob: float,
+    masks: DropoutMasks | None,
+    reach: int | None = None,
+) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V of every token over the tokens of its row: (N, 3 D) -> (N, D).
 
-    prob: of dropping an attention probability. What the tokens that belong to no row get is finite, and means nothing.
+    prob: of dropping an attention probability. reach: so many tokens to each side are seen; None for the whole row.
+    What the tokens that belong to no row get is finite, and means nothing.
     """
     if isinstance(packing, Padded):
         query, key, value = (part.view(*packing.is_real.shape, -1) for part in qkv.chunk(3, -1))  # (B, L, D) each
-        return _block_attention(query, key, value, packing.is_real, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
-    if kernels.can_run(qkv):
+        is_seen = _seen(packing.is_real, reach)
+        return _block_attention(query, key, value, is_seen, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
+    is_local = reach is not None and reach < packing.longest_row - 1
+    if not is_local and kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
-    if qkv.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
+    if not is_local and qkv.device.type == "cuda":
+        return _TritonAttention.apply(qkv, None, packing, num_heads, prob, masks)  # type: ignore[no-any-return]
     query, key, value = qkv.chunk(3, -1)  # (N, D) each
-    contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=False)
+    contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, False, reach)
     tokens = packing.grouped_order[1]
     context = torch.cat([c[group.is_real] for c, group in zip(contexts, packing.groups, strict=True)])  # (tokens, D)
     return torch.zeros_like(query).index_copy(0, tokens, context.to(query.dtype))  # (N, D)
@@ -41,12 +51,13 @@ def first_token_attention(
     """The same for the first token of each row alone: query (B, D), key_value (N, 2 D) -> (B, D)."""
     if isinstance(packing, Padded):
         key, value = (part.view(*packing.is_real.shape, -1) for part in key_value.chunk(2, -1))  # (B, L, D) each
-        return _block_attention(query[:, None], key, value, packing.is_real, num_heads)[:, 0]  # (B, 1, D) -> (B, D)
+        is_seen = _seen(packing.is_real, None)
+        return _block_attention(query[:, None], key, value, is_seen, num_heads)[:, 0]  # (B, 1, D) -> (B, D)
     if kernels.can_run(query, key_value):
         bits = _bits(packing, num_heads, prob, masks, True)
         return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
-    if query.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks, triton)  # type: ignore[no-any-return]
+    if query.device.type == "cuda":
+        return _TritonAttention.apply(query, key_value, packing, num_heads, prob, masks)  # type: ignore[no-any-return]
     key, value = key_value.chunk(2, -1)  # (N, D) each
     contexts = _by_groups(query, key, value, packing, num_heads, prob, masks, first_only=True)
     context = torch.cat([context[:, 0] for context in contexts])  # (B, D) in the order of the groups
@@ -62,6 +73,7 @@ def _by_groups(
     prob: float,
     masks: DropoutMasks | None,
     first_only: bool,
+    reach: int | None = None,
 ) -> list[Tensor]:
     """The definition, on padded blocks of rows of similar length: of each group the context (b, L or 1, D).
 
@@ -75,25 +87,51 @@ def _by_groups(
         q = query[group.rows][:, None] if first_only else query[group.tokens]  # (b, L or 1, D)
         size = num_heads * q.shape[:2].numel() * group.tokens.shape[1]  # b H (L or 1) L
         part = None if mask is None else mask[first : first + size]
-        contexts.append(_block_attention(q, key[group.tokens], value[group.tokens], group.is_real, num_heads, part))
+        is_seen = _seen(group.is_real, reach)
+        contexts.append(_block_attention(q, key[group.tokens], value[group.tokens], is_seen, num_heads, part))
         first += size
     return contexts
 
 
+def _seen(is_real: Tensor, reach: int | None) -> Tensor:
+    """Which keys a query sees: (b, 1, 1, L), of a reach (b, 1, L, L), from which places are within their row (b, L)."""
+    is_seen = is_real[:, None, None]  # (b, 1, 1, L)
+    if reach is None:
+        return is_seen
+    place = torch.arange(is_real.shape[1], device=is_real.device)
+    is_near = (place - place[:, None]).abs() <= reach  # (L, L)
+    return is_seen & (is_near | ~is_real[:, None, :, None])  # (b, 1, L, L); no query sees nothing
+
+
 def _block_attention(
-    query: Tensor, key: Tensor, value: Tensor, is_real: Tensor, num_heads: int, mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor, num_heads: int, mask: Tensor | None = None
 ) -> Tensor:
-    """Context (b, L or 1, D) of a block of padded rows: query (b, L or 1, D), key, value (b, L, D), is_real (b, L).
+    """Context (b, L or 1, D) of a block of padded rows: query (b, L or 1, D), key, value (b, L, D); is_seen of `_seen`.
 
     mask: of dropout, for all probabilities one behind the other.
     """
     q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))  # (b, H, L, E)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
-    probs = scores.masked_fill(~is_real[:, None, None], -torch.inf).softmax(-1)
+    probs = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
     if mask is not None:
         probs = probs * mask.view(probs.shape)
     context: Tensor = probs @ v  # (b, H, L or 1, E)
     return context.transpose(1, 2).flatten(2)  # (b, L or 1, D)
+
+
+def rotated(qkv: Tensor, packing: Packing, num_heads: int, theta: float) -> Tensor:
+    """Queries and keys turned by their places in the row (Su et al. 2021, arXiv 2104.09864): (N, 3 D) -> (N, 3 D).
+
+    Numbers i and i + E / 2 of a head are a point in the plane, which turns by theta^(-2 i / E) from token to token.
+    """
+    size = qkv.shape[1] // 3 // num_heads  # E
+    speeds = theta ** (-torch.arange(0, size, 2, device=qkv.device, dtype=torch.float32) / size)  # (E / 2,)
+    angles = packing.positions(len(qkv))[:, None] * speeds  # (N, E / 2)
+    cos, sin = (of[:, None].to(qkv.dtype) for of in (angles.cos(), angles.sin()))  # (N, 1, E / 2)
+    points, values = qkv.split([2 * num_heads * size, num_heads * size], 1)
+    x, y = points.view(len(qkv), 2 * num_heads, 2, -1).unbind(2)  # (N, 2 H, E / 2) each
+    turned = torch.stack([x * cos - y * sin, y * cos + x * sin], 2)  # (N, 2 H, 2, E / 2)
+    return torch.cat([turned.flatten(1), values], 1)
 
 
 # ------------------------------------------------------------------------------------------------------- kernel
@@ -208,7 +246,6 @@ class _TritonAttention(torch.autograd.Function):
         num_heads: int,
         prob: float,
         masks: DropoutMasks | None,
-        triton: Any,
     ) -> Tensor:
         """queries: (N, 3 D) with keys and values beside them, or (B, D) where keys_values (N, 2 D) are given."""
         queries = queries.contiguous()
@@ -218,9 +255,9 @@ class _TritonAttention(torch.autograd.Function):
         unowned = rows_multiple(key.device, len(key))
         prob = 0.0 if masks is None else prob
         ctx.arguments = (packing.ends, packing.longest, unowned, num_heads, prob, seed)
-        context, normalizers = triton.attention_forward(query, key, value, *ctx.arguments)
+        context, normalizers = triton_kernels().attention_forward(query, key, value, *ctx.arguments)
         ctx.save_for_backward(queries, keys_values, context, normalizers)
-        ctx.triton, ctx.masks = triton, None if prob == 0 else masks
+        ctx.masks = None if prob == 0 else masks
         return context  # type: ignore[no-any-return]
 
     @staticmethod
@@ -232,5 +269,5 @@ class _TritonAttention(torch.autograd.Function):
         grad_queries = torch.empty_like(queries)
         grad_keys_values = None if keys_values is None else torch.empty_like(keys_values)
         given, into = _parts(queries, keys_values), _parts(grad_queries, grad_keys_values)
-        ctx.triton.attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
-        return grad_queries, grad_keys_values, None, None, None, None, None
+        triton_kernels().attention_backward(grad.contiguous(), *given, context, normalizers, into, *ctx.arguments)
+        return grad_queries, grad_keys_values, None, None, None, None

@@ -1,4 +1,4 @@
-"""Whether a device has kernels of ours in Triton."""
+"""Who has kernels of ours in Triton: every CUDA GPU, as torch brings Triton along there."""
 
 import importlib
 from functools import cache
@@ -9,14 +9,11 @@ import torch
 
 @cache
 def triton_kernels() -> Any:
-    """The module of our kernels in Triton, or None where it cannot be imported."""
-    try:
-        return importlib.import_module("ops.triton_kernels")
-    except ImportError:
-        return None
+    """The module of our kernels in Triton. Imported when it is first needed: torch for CPUs has no Triton."""
+    return importlib.import_module("ops.triton_kernels")
 
 
 def has_fused_operations(device: torch.device) -> bool:
-    """Where it has, passes can be recorded as CUDA graphs (graphs.py; the torch forms of some operations wait for the
-    host), and one pass gives each task's gradients (task_gradients.py)."""
-    return device.type == "cuda" and triton_kernels() is not None
+    """Where there are, passes can be recorded as CUDA graphs (graphs.py), and one pass gives each task's gradients
+    (task_gradients.py)."""
+    return device.type == "cuda"

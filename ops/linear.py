@@ -48,8 +48,6 @@ def _onednn_is_faster() -> bool:
     """With AVX-512 everywhere but on Intel's processors, where MKL is. Where there is no telling it is one."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
     try:
         is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -154,12 +152,7 @@ def _holds_gradient(parameter: Tensor) -> bool:
 
 def _bias_gradient(grad: Tensor, bias: Tensor, part: slice, bounds: TaskBounds | None) -> Tensor | None:
     """(N, O) -> (O,) float32, or None where it has been added to what is there."""
-    triton = triton_kernels()
-    if triton is None:
-        whole = torch.zeros_like(bias)
-        whole[part] = grad.sum(0, dtype=torch.float32)
-        return whole
-    return sums_of_parts(triton.column_parts(grad, bounds), [bias], [True], bounds, part)[0]
+    return sums_of_parts(triton_kernels().column_parts(grad, bounds), [bias], [True], bounds, part)[0]
 
 
 def sums_of_parts(

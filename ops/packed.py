@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.linear import rows_multiple
 from ops.transfer import to_device
@@ -42,8 +42,12 @@ class Packing:
         """Rows of these lengths, on the CPU."""
         return cls(torch.tensor(lengths).cumsum(0), max(lengths))
 
+    @property
+    def num_rows(self) -> int:
+        return self.ends.shape[0]
+
     def __len__(self) -> int:
-        return len(self.ends)
+        return self.num_rows
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -53,6 +57,22 @@ class Packing:
     @cached_property
     def starts(self) -> np.ndarray:
         return np.array(np.cumsum(self.lengths) - self.lengths)
+
+    @property
+    def longest_row(self) -> int:
+        """No row has more tokens: those of the longest, on a GPU, whose host does not know it, `longest`."""
+        return int(self.lengths.max()) if self.ends.device.type == "cpu" else self.longest
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(B,) each row's first token, and how many it has, on the device."""
+        lengths = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+        return self.ends - lengths, lengths
+
+    def positions(self, num_places: int) -> Tensor:
+        """(N,) each token's place in its row, from 0."""
+        place = torch.arange(num_places, device=self.ends.device)
+        row = torch.searchsorted(self.ends, place, right=True)  # (N,), B for no row
+        return place - nn.functional.pad(self.ends, (1, 0))[row]
 
     @property
     def num_tokens(self) -> int:
@@ -96,8 +116,20 @@ class Padded(Packing):
     def __init__(self, is_real: Tensor) -> None:
         self.is_real = is_real
 
-    def __len__(self) -> int:
-        return len(self.is_real)
+    @property
+    def num_rows(self) -> int:
+        return self.is_real.shape[0]
+
+    @property
+    def longest_row(self) -> int:
+        return self.is_real.shape[1]
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        num_rows, longest = self.is_real.shape
+        return torch.arange(num_rows) * longest, self.is_real.sum(1)
+
+    def positions(self, num_places: int) -> Tensor:
+        return torch.arange(self.is_real.shape[1]).expand(*self.is_real.shape).flatten()  # (B L,)
 
 
 def group_by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:

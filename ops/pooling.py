@@ -1,4 +1,4 @@
-"""One vector of a row's tokens."""
+"""What is made of each row's tokens: their mean, or a block of all rows."""
 
 import torch
 import torch.nn.functional as F
@@ -19,3 +19,13 @@ def row_means(hidden_states: Tensor, packing: Packing) -> Tensor:
     offsets = F.pad(packing.ends, (1, 0))  # (B,) -> (B + 1,)
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     return torch.segment_reduce(hidden_states.to(wide), "mean", offsets=offsets, unsafe=True)  # checks would wait
+
+
+def padded(hidden_states: Tensor, packing: Packing, is_backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """(N, D) -> (B, L, D): each row's tokens, from its last one on where is_backwards, and behind them its first token
+    over and over; (B, L) whether a place is one of the row's tokens."""
+    starts, lengths = (of[:, None] for of in packing.bounds())  # (B, 1) each
+    place = torch.arange(packing.longest_row, device=starts.device)  # (L,)
+    is_token = place < lengths  # (B, L)
+    tokens = starts + torch.where(is_token, lengths - 1 - place if is_backwards else place, 0)  # (B, L)
+    return hidden_states.index_select(0, tokens.flatten()).unflatten(0, tokens.shape), is_token

@@ -27,8 +27,7 @@ def linear_residual_norm(
 
     term: None for no term.
     """
-    triton = triton_kernels() if inputs.device.type == "cuda" else None
-    if triton is None:
+    if inputs.device.type != "cuda":
         return residual_norm(layer(inputs), residual, norm, prob, masks, term)
     update = linear(inputs, layer.weight, None)  # (N, D); the kernel adds the bias
     return _TritonResidualNorm.apply(update, layer.bias, residual, term, norm.weight, norm.bias, prob, masks, norm.eps)  # type: ignore[no-any-return]
@@ -56,19 +55,21 @@ def layer_norm(inputs: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class _ScaleAndShift(torch.autograd.Function):
-    """values * weight + shift, (N, D), with each task's gradients of weight and shift (D,)."""
+    """values * weight + shift, (N, D), or without a shift, with each task's gradients of weight and shift (D,)."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, shift: Tensor, bounds: TaskBounds) -> Tensor:
+    def forward(ctx: Any, values: Tensor, weight: Tensor, shift: Tensor | None, bounds: TaskBounds) -> Tensor:
         ctx.save_for_backward(values, weight)
         ctx.parameters, ctx.bounds = (weight, shift), bounds
-        return values * weight + shift
+        return values * weight if shift is None else values * weight + shift
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         for parameter, lines in zip(ctx.parameters, (grad * values, grad), strict=True):
+            if parameter is None:
+                continue
             parts = triton_kernels().column_parts(lines.contiguous(), ctx.bounds)
             sums_of_parts(parts, [parameter], [True], ctx.bounds)
         return grad * weight, None, None, None

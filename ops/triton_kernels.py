@@ -1,6 +1,6 @@
 """Kernels for CUDA in Triton, which torch brings along there.
 
-Their definitions are the torch forms beside the calls, in residual_norm.py, attention.py, linear.py and gradients.py.
+Their definitions are the torch forms beside the calls, each in its operation's file.
 """
 
 import math

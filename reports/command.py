@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-FORMATS = ("png", "pdf", "svg")
-
 
 class ReportError(ValueError):
     """What a command was given cannot be used; the message is one line for the user."""

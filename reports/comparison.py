@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 # the treatment, and data by the checksums of their files.
 NOT_COMPARED = frozenset({"versions", "machine", "commit", "compiled", "data_files", "layout", "stages", "data"})
 NOT_COMPARED |= {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
-NOT_COMPARED |= {"cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
+NOT_COMPARED |= {"processor", "gpu", "cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     other seeds are the same.
     """
     names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_COMPARED]
-    defaults: dict[str, Any] = {}
-    if any(name not in run.config for run in runs for name in names):
-        from config import BEFORE, Config  # loads torch
+    configs = [run.config for run in runs]
+    if any(name not in config for config in configs for name in names):
+        from config import Config, completed  # loads torch
 
-        defaults = {**Config().to_dict(), **BEFORE}
-    flags = [{name: run.config.get(name, defaults.get(name)) for name in names} for run in runs]
+        configs = [{**Config().to_dict(), **completed(config)} for config in configs]
+    flags: list[dict[str, Any]] = [{name: config.get(name) for name in names} for config in configs]
     for run, of in zip(runs, flags, strict=True):
         if of.get("checkpoint"):
             start = Path(of["checkpoint"])

@@ -20,9 +20,9 @@ import torch
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
 from datasets import SPLITS, DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
-from reports.command import FORMATS, Parser, check_new_file, run_command
+from reports.command import Parser, check_new_file, run_command
 from reports.plots import Plot, panels, style
-from run_record import write_atomically
+from run_record import FORMATS, write_atomically
 from tasks import TASKS, Task
 
 PERCENTILES = (50, 90, 98, 99)
@@ -159,7 +159,7 @@ def describe(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     checkpoint = find_checkpoint(args.model)
-    tokenizer = Tokenizer(checkpoint, read_bert_config(checkpoint).max_position_embeddings)
+    tokenizer = Tokenizer(checkpoint, read_bert_config(checkpoint).num_positions)
     descriptions = describe_folder(data_folder(args.folder, flag=""), tokenizer)
     lines = list(report(descriptions))
     if args.plot is not None:

@@ -29,8 +29,8 @@ def by_class(task: Task, rows: DevRows) -> list[Part]:
     classes = list(range(task.output.num_classes))
     columns = precision_recall_fscore_support(rows.labels, rows.predictions, labels=classes, zero_division=0)
     return [
-        {"class": str(k), "dev rows": int(support), "precision": precision, "recall": recall, "f1": f1}
-        for k, precision, recall, f1, support in zip(classes, *columns, strict=True)
+        {"class": name, "dev rows": int(support), "precision": precision, "recall": recall, "f1": f1}
+        for name, precision, recall, f1, support in zip(task.output.class_names, *columns, strict=True)
     ]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from remarks import guess_scores, remarks
 from run_record import CONFIG, METRICS, RESULTS, DevRows, RunError, parse_records, read_json
 from tasks import TASKS
 
@@ -106,9 +107,14 @@ class FinishedRun:
         return {task: np.array(matrices[task]) for task in self.tasks if task in matrices}
 
     @property
-    def majority(self) -> dict[str, float]:
-        """Of each task with classes the accuracy of always predicting the class that most dev rows have."""
-        return {task: of.sum(1).max() / of.sum() for task, of in self.confusion.items() if of.sum()}
+    def guesses(self) -> dict[str, float]:
+        """Of each task what one answer for all dev rows scores, as far as that is known."""
+        return guess_scores(self.tasks, self.confusion)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What its numbers do not say by themselves. Raises RunError for a damaged log."""
+        return remarks({task: self.results["dev"][task] for task in self.tasks}, self.confusion, self.records())
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; none where there is no such file. Raises RunError if one is damaged."""

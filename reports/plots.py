@@ -188,14 +188,16 @@ def draw_moving_means(records: Records, key: str, name: str, caption: str) -> Pl
 def draw_confusion(matrices: Mapping[str, np.ndarray]) -> Plot:
     """matrices: by task the counts of dev rows by true class (rows) and predicted class."""
     figure, axes = panels([TASKS[task].title for task in matrices], "predicted class", "true class", size=(3.9, 3.4))
-    for axis, counts in zip(axes, matrices.values(), strict=True):
+    for axis, (task, counts) in zip(axes, matrices.items(), strict=True):
         shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
         image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         for (i, j), count in np.ndenumerate(counts):
             color = "white" if shares[i, j] > 62 else "black"
             axis.text(j, i, f"{count}\n{shares[i, j]:.0f}%", ha="center", va="center", fontsize=7, color=color)
         axis.grid(False)
-        axis.set(xticks=range(len(counts)), yticks=range(len(counts)))
+        names = [name.replace(" ", "\n") for name in TASKS[task].output.class_names]
+        axis.set_xticks(range(len(counts)), names)
+        axis.set_yticks(range(len(counts)), names)
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class's dev rows (%)")
     caption = "Confusion matrices: dev rows by true and predicted class, coloured by their share of the true class."
     return Plot("confusion", caption, figure)
@@ -222,7 +224,7 @@ def run_plots(run: FinishedRun) -> Iterator[Plot]:
     """Every picture of the run that there is something to draw for. Raises RunError for a damaged log."""
     records = run.records()
     if curves(records, "dev"):
-        yield draw_dev_scores(records, run.majority, row_intervals([run]))
+        yield draw_dev_scores(records, {t: run.guesses[t] for t in run.confusion}, row_intervals([run]))
     for key, name, caption in OVER_STEPS:
         if curves(records, key):
             yield draw_moving_means(records, key, name, caption)
@@ -243,9 +245,9 @@ def write_plots(plots: Iterable[Plot], run: Path, format: str) -> list[Path]:
     return paths
 
 
-def write_run_plots(path: Path) -> None:
+def write_run_plots(path: Path, format: str = "png") -> None:
     """Draws a run directory."""
-    write_plots(run_plots(FinishedRun.read(path)), path, "png")
+    write_plots(run_plots(FinishedRun.read(path)), path, format)
 
 
 def draw_comparison(settings: Sequence[Setting]) -> Plot:

@@ -11,20 +11,22 @@ import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from console import duration
-from reports.command import FORMATS, Parser, check_new_file, run_command
+from remarks import GUESS, GUESS_IN_WORDS
+from reports.command import Parser, check_new_file, run_command
 from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, row_intervals, score_names, settings_of
 from reports.document import Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
 from reports.plots import Plot, draw_comparison, run_plots, write_plots
-from run_record import RunError, write_atomically
-from tasks import TASKS
+from run_record import FORMATS, RunError, write_atomically
+from tasks import TASKS, Task
 
 NUM_WRONG = 5  # rows listed of each task
 LONGEST_TEXT = 300  # characters shown of a row
@@ -58,8 +60,9 @@ def _scores_section(run: FinishedRun) -> Section:
         for name, value in results["dev"][task.name].items():
             rows.append({"task": task.title, "dev rows": num_rows, "metric": name, "value": value})
             if name == task.output.selection_metric:
-                rows[-1] |= {INTERVAL: intervals.get(task.name), "majority class": run.majority.get(task.name)}
-    rows.append({"task": MEAN, "value": results["dev"][MEAN], INTERVAL: intervals.get(MEAN)})
+                rows[-1] |= {INTERVAL: intervals.get(task.name), GUESS: run.guesses.get(task.name)}
+    mean = {"value": results["dev"][MEAN], INTERVAL: intervals.get(MEAN), GUESS: _mean_guess(run)}
+    rows.append({"task": MEAN, **mean})
     source = config.get("checkpoint") or " ".join(config.get("checkpoints") or []) or config.get("model")
     best = results.get("best_epoch")
     epochs = ", ".join(f"{stage} {epoch}" for stage, epoch in best.items()) if isinstance(best, dict) else best
@@ -68,7 +71,17 @@ def _scores_section(run: FinishedRun) -> Section:
         f"training {duration(results['seconds']['training'])}, {_size(results['parameters']['total'])} parameters"
         + (f", best epoch {epochs}" if best else "")
     )
-    return Section(f"Run {run.path}", [text, _table(rows)])
+    return Section(f"Run {run.path}", [text, _table(rows), "\n".join([f"({GUESS_IN_WORDS})", *_remarks(run)])])
+
+
+def _remarks(run: FinishedRun) -> list[str]:
+    with suppress(RunError):  # of a damaged log, which the plots tell of
+        return run.remarks
+    return []
+
+
+def _mean_guess(run: FinishedRun) -> float | None:
+    return float(np.mean(list(run.guesses.values()))) if len(run.guesses) == len(run.tasks) else None
 
 
 def _error_blocks(run: FinishedRun, name: str) -> list[str | Table]:
@@ -86,14 +99,19 @@ def _error_blocks(run: FinishedRun, name: str) -> list[str | Table]:
     wrong = [
         {
             "row": f"{task.file_name('dev')}:{examples[i].line}",
-            "true": f"{rows.labels[i]:.3g}",
-            "predicted": f"{rows.predictions[i]:.3g}",
+            "true": _answer(task, rows.labels[i]),
+            "predicted": _answer(task, rows.predictions[i]),
             "error" if is_scale else "probability": certainty,
             "text": textwrap.shorten(" / ".join(examples[i].texts), LONGEST_TEXT, placeholder="…"),
         }
         for i, certainty in most_wrong(task, rows, NUM_WRONG)
     ]
     return [*blocks, "Largest errors:" if is_scale else "Wrong and surest of it:", _table(wrong)] if wrong else blocks
+
+
+def _answer(task: Task, value: float) -> str:
+    """A label or prediction as it is read: the class by its name, or the number on the scale."""
+    return task.output.class_names[int(value)] if task.output.class_names else f"{value:.3g}"
 
 
 def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]) -> list[Section]:
@@ -106,15 +124,21 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
         rows.append({"setting": s.name, **scores, "n": len(s.runs), **ends})
         flags = ", ".join(f"{flag} {value}" for flag, value in s.flags.items()) or "-"
         key.append({"setting": s.name, "runs": ", ".join(r.path.name for r in s.runs), "flags that differ": flags})
+    for data in dict.fromkeys(s.data for s in settings):
+        run = next(s.runs[0] for s in settings if s.data == data)
+        guesses = {name: (run.guesses | {MEAN: _mean_guess(run)}).get(name) for name in names}
+        rows.append({"setting": GUESS, **{title: guesses[name] for name, title in names.items()}})
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
         "± is the sample standard deviation over the n seeds.": any(len(s.runs) > 1 for s in settings),
         "* is the best of a column.": bool(marked),
+        f"{GUESS_IN_WORDS}.": True,
         "Runs on different data are listed apart and not compared.": len({s.data for s in settings}) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,
         "All runs have the same settings but for the seed: there are no settings to compare.": len(settings) == 1,
     }
-    text = "\n".join(text for text, is_so in remarks.items() if is_so)
+    notes = [f"{run.path.name}: {line}" for run in runs for line in _remarks(run)]
+    text = "\n".join([*(text for text, is_so in remarks.items() if is_so), *notes])
     blocks = [_table(rows, marked), *filter(None, [text]), _table(key)]
     differences = _differences(settings)
     sections = [Section(f"{len(runs)} runs of {len(settings)} settings", blocks)]

@@ -1,13 +1,25 @@
 """One thread: the models of the tests are too small to share out, and results must not depend on the machine."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import multitask_classifier
 from helpers import WORDS, write_checkpoint, write_data
+from run import Run
 
 torch.set_num_threads(1)
+DRAW_PLOTS = Run.draw_plots
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Runs draw none, which takes longer than all else; `treated_run` has those of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "draw_plots", lambda run: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +36,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def treated_run(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a short run under PCGrad, made by the command. Not to be changed."""
-    import multitask_classifier
-    from reports.plots import write_run_plots
-
+    """The directory of a short run under PCGrad, made by the command, with its pictures. Not to be changed."""
     out = tmp_path_factory.mktemp("treated") / "run"
     flags = "--pcgrad --scheduler pal --epochs 2 --pretrain_epochs 2 --steps_per_epoch 3 --batch_size 4 --cache off"
     arguments = [*flags.split(), "--device", "cpu", "--model", str(tiny), "--data", str(data), "--out", str(out)]
-    assert multitask_classifier.main(arguments) == 0
-    if not (out / "plots").exists():  # where a module of tests keeps runs from drawing
-        write_run_plots(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "draw_plots", DRAW_PLOTS)
+        assert multitask_classifier.main(arguments) == 0
     return out
 
 

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,16 +30,17 @@ from checkpoints import (
     save_checkpoint,
     to_huggingface,
 )
-from heads import MlpHead
+from flat_parameters import FlatParameters
+from heads import LstmHead, MlpHead, RoutingHead
 from helpers import LINEAR, Patch, generator, outputs, run_python, shaken, tiny_config, tiny_model, write_vocabulary
 from model import Layout, MultitaskBert
-from optimizer import FlatParameters
 from pal import ProjectedAttention
 from parameters import Choice
 from tasks import TASKS
 
 PROJECT = Path(checkpoints.__file__).resolve().parent
 MLP = Choice("mlp", MlpHead.Parameters(2))
+LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(6)), Choice("routing", RoutingHead.Parameters(3, 2))
 PAL = Choice("pal", ProjectedAttention.Parameters("attention", 12, 3, 1))
 LOW_RANK = Choice("pal", ProjectedAttention.Parameters("low_rank", 5, 1, 2))
 
@@ -210,7 +212,7 @@ def test_transformers_reads_the_saved_encoder(tmp_path: Path) -> None:
 SIAMESE = {"pooling": "mean", "pairs": "siamese"}
 
 
-@pytest.mark.parametrize("head", [LINEAR, MLP])
+@pytest.mark.parametrize("head", [LINEAR, MLP, LSTM])
 @pytest.mark.parametrize(
     ("adapter", "more"), [(None, {}), (PAL, {"copied": 1}), (LOW_RANK, SIAMESE), (None, {"copied": 2, **SIAMESE})]
 )
@@ -233,6 +235,12 @@ def test_a_saved_model_loads_bit_identical(
     assert torch.equal(outputs(loaded.model), outputs(model))
     kinds = {(p.device.type, p.dtype, p.requires_grad) for p in loaded.model.parameters()}
     assert kinds == {("cpu", torch.float32, True)}
+
+
+def test_a_routing_head_loads_bit_identical(tmp_path: Path) -> None:
+    model = shaken(tiny_model(adapter=PAL, head=ROUTING, copied=1))
+    found = loaded(saved(model, tmp_path))
+    assert found.new_parts == () and torch.equal(outputs(found.model), outputs(model))
 
 
 @pytest.mark.parametrize(
@@ -388,7 +396,7 @@ def test_a_description_that_the_program_does_not_know_is_refused(
 
 
 def test_a_run_directory_names_its_best_checkpoint_also_where_its_replacement_was_cut_off(tmp_path: Path) -> None:
-    assert checkpoint_folder(tmp_path) == tmp_path
+    assert checkpoint_folder(tmp_path) == tmp_path and checkpoint_folder(Path(".")) == Path(".")
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(CheckpointError, match="a run that has no best checkpoint yet, expected a later one"):
         checkpoint_folder(tmp_path)
@@ -406,17 +414,20 @@ def test_what_looks_like_a_directory_is_not_looked_for_on_the_hub_and_an_unreach
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> str:
-        raise ConnectionError("[Errno -2] Name or service not known\nand a second line")
+        cause = ConnectionError("Name or service not known")
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2]\nPlease check your connection.") from cause
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert find_checkpoint(str(tmp_path)) == tmp_path
     for name in ("./absent", "/absent/model", "a/b/c"):
         with pytest.raises(CheckpointError, match=f"--model {name}: no such directory"):
             find_checkpoint(name)
-    with pytest.raises(CheckpointError, match=r"^--model google-bert/bert-base-uncased: .*service not known") as error:
+    start = r"^--model google-bert/bert-base-uncased: the model hub cannot be reached \(Name or service not known\)"
+    with pytest.raises(CheckpointError, match=start) as error:
         find_checkpoint("google-bert/bert-base-uncased")
     message = str(error.value)
     assert "--model minilm" in message and "directory that holds the checkpoint" in message and "\n" not in message
+    assert "Error" not in message.replace("CheckpointError", "")
 
 
 def test_a_hub_model_comes_as_safetensors_and_as_binary_only_where_there_are_none(

@@ -67,9 +67,10 @@ def test_runs_that_differ_in_nothing_that_is_learned_but_the_seed_are_one_settin
 def test_a_flag_that_an_older_program_did_not_have_has_its_default(files: Path) -> None:
     old = made_run(files, "old")
     values = json.loads((old.path / "config.json").read_text())
-    del values["smart_eta"], values["pooling"], values["pairs"]
+    del values["smart_eta"], values["pooling"], values["pairs"], values["pretrain_weight_decay"]
     (old.path / "config.json").write_text(json.dumps(values))
-    (same,) = settings_of([FinishedRun.read(old.path), made_run(files, "new", seed=1, pooling="pooler", pairs="cross")])
+    then = {"pooling": "pooler", "pairs": "cross", "pretrain_weight_decay": values["weight_decay"]}
+    (same,) = settings_of([FinishedRun.read(old.path), made_run(files, "new", seed=1, **then)])
     assert names(same) == ["old", "new"]
     assert len(settings_of([FinishedRun.read(old.path), made_run(files, "other", seed=1, smart_eta=0.5)])) == 2
 

@@ -1,20 +1,22 @@
 """Flags: that they exist, their defaults and limits, and all contradictions are found before anything is loaded."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from config import DRAWS_WITH_TREATMENT, TABLES, Config, FlagError, from_dict, make_parser, parse
-from helpers import cases
+from config import DRAWS_WITH_TREATMENT, OPTIONS, TABLES, Config, FlagError, from_dict, make_parser, parse
+from helpers import cases, write_data
 from parameters import Choice, Flag, flags_of, parameters_type
 from tasks import TASKS
 
 PUBLIC_FLAGS = """
     option tasks model data out resume checkpoint scheduler temperature_tau draws_per_step pcgrad gradvac gradvac_beta
     treatment smart bregman pal pal_size augment drop_longest head mlp_layers epochs pretrain_epochs steps_per_epoch
-    batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay max_grad_norm patience
-    mlm_epochs mlm_lr seed threads device amp task input output average ema_decay rdrop rdrop_alpha task_weights
-    copy_top_layers checkpoints soup
+    batch_size accumulation_steps eval_batch_size save_every lr pretrain_lr warmup weight_decay pretrain_weight_decay
+    max_grad_norm patience mlm_epochs mlm_lr seed threads device amp task input output average ema_decay rdrop
+    rdrop_alpha task_weights copy_top_layers checkpoints soup names name format
 """
 METHOD_FLAGS = [
     (table, name, flag)
@@ -40,9 +42,49 @@ def test_every_flag_is_in_the_help_with_a_text_and_a_default_within_its_limits()
     for name in PUBLIC_FLAGS.split():
         assert f"  --{name}" in shown, name
     for flag in [*(flag for _, flag in flags_of(Config)), *(flag for _, _, flag in METHOD_FLAGS)]:
-        assert flag.help and f"  --{flag.name}" in shown and flag.problem(flag.default) is None
+        way = f"  --no-{flag.name} " if flag.default is True else f"  --{flag.name} "
+        entry = " ".join(re.split(r"\n  --|\n\n", shown[shown.index(way) + 2 :])[0].split())
+        assert flag.help and flag.problem(flag.default) is None and flag.help.split()[0] in entry
+        assert isinstance(flag.default, bool) or "(default" in entry, entry
+        assert all(choice in entry for choice in flag.choices), entry
     for _, (entries, _) in TABLES.items():
         assert all(name in shown for name in entries)
+
+
+def test_the_help_is_in_groups_and_fits_a_terminal() -> None:
+    lines = make_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0] == "usage: multitask_classifier.py [--option NAME] [flags]"
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    groups = ["what to run:", "tasks and data:", "output:", "methods:", "training:"]
+    assert titles == ["options:", *groups, "examples:"]
+    named = [line.strip() for line in lines if re.match(r"  +(--option NAME +)?\w+: ", line)]
+    assert [line.partition(": ")[0].split()[-1] for line in named][: len(OPTIONS)] == list(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("--schedular pal", "--scheduler"),
+        ("--batch-siz=3", "--batch_size"),
+        ("--scheduler pall", "pal"),
+        ("--amp bf61", "bf16"),
+        ("--head mpl", "mlp"),
+        ("--tasks sst parra", "para"),
+        ("--pcgrad --granularity modell", "model"),
+    ],
+)
+def test_what_is_not_known_is_answered_with_the_nearest_that_is(line: str, word: str) -> None:
+    (found,) = problems(line)
+    assert found.endswith(f"; did you mean {word}?"), found
+
+
+def test_the_default_tasks_are_those_that_have_files(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    assert settings(f"--data {data}").tasks == tuple(TASKS) == settings("--data nowhere").tasks
+    for file in data.glob("quora-*"):
+        file.unlink()
+    assert settings(f"--data {data}").tasks == ("sst", "sts")
+    assert settings(f"--data {data} --tasks para").tasks == ("para",)
 
 
 @pytest.mark.parametrize(("table", "name", "flag"), METHOD_FLAGS, ids=[flag.name for _, _, flag in METHOD_FLAGS])

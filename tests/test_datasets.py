@@ -264,7 +264,8 @@ def test_a_fingerprint_changes_with_length_and_vocabulary(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no tokenizer, expected tokenizer.json or vocab.txt"),
+        ({}, "no tokenizer, expected tokenizer.json, vocab.txt or vocab.json, merges.txt"),
+        ({"vocab.json": "{", "merges.txt": ""}, "vocab.json, merges.txt: not readable as a tokenizer"),
         (
             {"vocab.txt": "\n".join(SPECIALS), "tokenizer_config.json": '{"cls_token": "<s>"}'},
             "the tokenizer has no token <s>, expected that of a BERT",
@@ -356,6 +357,14 @@ def test_feature_rows_give_what_is_asked_for_and_deferred_ones_are_made_once_whe
         assert batch.labels.tolist() == [3, 1]
         assert len(data) == 4 and data.by_length().tolist() == [0, 1, 2, 3]
     assert len(made) == 2
+
+
+def test_features_that_are_constant_but_for_rounding_are_left_at_their_scale() -> None:
+    """In units of its deviation such a feature would be noise as loud as the others, and explode when it moves."""
+    features = torch.tensor([[1.0, 3.0, 5.0], [2.0, 3.0, 5.000001], [4.0, 3.0, 5.0]])
+    mean, deviation = FeatureRows(features, np.zeros(3, np.float32)).moments
+    assert deviation.tolist() == pytest.approx([np.std([1, 2, 4]), 1, 1])
+    assert mean.tolist() == pytest.approx([7 / 3, 3, 5])
 
 
 LENGTHS = np.array([5, 9, 3, 9, 7, 9, 1, 2, 4, 6])

@@ -249,26 +249,16 @@ def test_forward_runs_inside_autocast_and_backward_and_regularizers_outside(dtyp
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_r_drop_draws_on_behind_the_pass_of_its_logits_with_the_masks_made_last(
-    dtype: torch.dtype | None, monkeypatch: Patch
-) -> None:
-    """A GPU has no others."""
-    made, tasks = list[DropoutMasks](), list[str]()
-    init, original = DropoutMasks.__init__, RDrop.term
-
-    def kept(masks: DropoutMasks, *given: Any, **named: Any) -> None:
-        made.append(masks)
-        init(masks, *given, **named)
+def test_r_drop_draws_on_behind_the_pass_of_its_logits(dtype: torch.dtype | None, monkeypatch: Patch) -> None:
+    tasks, original = list[str](), RDrop.term
 
     def term(regularizer: RDrop, task: str, batch: Batch, masks: DropoutMasks, logits: Tensor) -> Tensor:
-        assert masks is made[-1]
         again = masks.again()
         assert torch.equal(regularizer.model(task, batch, again), logits)
         assert torch.equal(again.mask((99,), 0.5), masks.mask((99,), 0.5))
         tasks.append(task)
         return original(regularizer, task, batch, masks, logits)
 
-    monkeypatch.setattr(DropoutMasks, "__init__", kept)
     monkeypatch.setattr(RDrop, "term", term)
     make(regularizers=list(REGULARIZERS), dtype=dtype, dropout=0.3).step()
     assert tasks == list(ALL)
@@ -281,38 +271,6 @@ def test_mixed_precision_takes_nearly_the_step_of_full_precision(dtype: torch.dt
     mixed.trainer.scaler.scale.fill_(2.0**8)
     expected, found = full.gradient_of_first_step(), mixed.gradient_of_first_step()
     assert 0 < float((found - expected).norm()) < 0.1 * float(expected.norm())
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-def test_backward_then_treatment_then_clip_once_then_step_then_averages(
-    dtype: torch.dtype | None, monkeypatch: Patch
-) -> None:
-    calls: list[str] = []
-    setup = make(
-        treatment="pcgrad", draws=5, batch_size=5, accumulation_steps=2, dtype=dtype, scheduler="pal",
-        max_grad_norm=1.0, regularizers=["bregman"],
-    )  # fmt: skip
-    setup.trainer.scaler.scale.fill_(2.0**6)
-
-    def spy(name: str, target: Any, attribute: str) -> None:
-        original = getattr(target, attribute)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(target, attribute, call)
-
-    spy("treatment", setup.trainer.methods.treatment, "coefficients")
-    spy("clip", engine, "clip_factor")
-    spy("step", engine, "adamw_step")
-    spy("scale", setup.trainer.scaler, "update")
-    spy("averages", setup.trainer.methods.regularizers[0], "after_step")
-    spy("backward", torch.Tensor, "backward")
-    setup.step()
-    first = calls.index("treatment")
-    assert set(calls[:first]) == {"backward"}
-    assert calls[first:] == ["treatment", "clip", "step", "scale", "averages"]
 
 
 @pytest.mark.parametrize("treatment", ["", "pcgrad", "gradvac"])
@@ -475,7 +433,7 @@ def test_an_evaluation_that_is_stopped_is_done_again_and_no_step_twice() -> None
     assert not moved(stopped.parameters(), whole.parameters())
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5, 7, 9])
+@pytest.mark.parametrize("stop", [4, 5, 7])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
     stop: int, is_frozen: bool, monkeypatch: Patch
@@ -486,8 +444,7 @@ def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
     options: dict[str, Any] = {"epochs": 2, "steps_per_epoch": 4, "batch_size": 5, "eval_every": 1, "dropout": 0.2}
     tuning = {"treatment": "gradvac", "draws": 5, "scheduler": "pal", "regularizers": ["smart", "bregman"]}
     tuning |= {"adapters": True, "ema_decay": 0.9}
-    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else tuning
-    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else {**tuning, "adapters": True, "copied": 1}
+    options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else {**tuning, "copied": 1}
     whole, first, second = (make(**options) for _ in range(3))
     events = whole.run()
     for _ in zip(range(stop), first.trainer.run(), strict=False):
@@ -623,7 +580,6 @@ def test_a_step_that_is_told_of_late_is_in_the_log_of_a_run_that_is_stopped_or_f
     flags = "--epochs 2 --pretrain_epochs 0 --steps_per_epoch 4 --batch_size 4 --save_every 3 --cache off --device cpu"
     base = [*flags.split(), "--no-tensorboard", "--model", str(tiny), "--data", str(data)]
     original, init = Run.show, Trainer.__init__
-    monkeypatch.setattr(Run, "draw_plots", lambda run: None)
 
     def late(trainer: Trainer, *given: Any) -> None:
         init(trainer, *given)
@@ -635,7 +591,7 @@ def test_a_step_that_is_told_of_late_is_in_the_log_of_a_run_that_is_stopped_or_f
 
     monkeypatch.setattr(Trainer, "__init__", late)
     assert multitask_classifier.main([*base, "--out", str(tmp_path / "whole")]) == 0
-    for stop in range(1, 9):
+    for stop in (1, 3, 4, 6):
         out, left = tmp_path / f"stopped{stop}", iter(range(stop - 1, -9, -1))
 
         def show(run: Run, stage: Stage, event: engine.Event, left: Iterator[int] = left) -> None:

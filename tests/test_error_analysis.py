@@ -14,16 +14,17 @@ PREDICTIONS = np.where(DRAW.random(80) < 0.6, LABELS, DRAW.integers(0, 4, 80)).a
 CORRECT = PREDICTIONS == LABELS
 PROBABILITIES = DRAW.dirichlet(np.ones(5), 80)
 SST = DevRows(tuple(map(str, range(80))), LABELS, PREDICTIONS, PROBABILITIES)
+NAMES = TASKS["sst"].output.class_names
 STS = DevRows(SST.ids, DRAW.uniform(0, 5, 80), DRAW.uniform(0, 5, 80), None)
 
 
 def test_precision_recall_and_f1_of_a_class_are_those_that_counting_gives() -> None:
     parts = by_class(TASKS["sst"], SST)
-    assert [part["class"] for part in parts] == list("01234") and sum(part["dev rows"] for part in parts) == 80
+    assert [part["class"] for part in parts] == list(NAMES) and sum(part["dev rows"] for part in parts) == 80
     for k, part in enumerate(parts):
         both, predicted, true = (int(x.sum()) for x in (CORRECT & (k == LABELS), k == PREDICTIONS, k == LABELS))
         expected = {"precision": both / max(predicted, 1), "recall": both / true, "f1": 2 * both / (predicted + true)}
-        assert part == pytest.approx({"class": str(k), "dev rows": true, **expected})
+        assert part == pytest.approx({"class": NAMES[k], "dev rows": true, **expected})
 
 
 def test_errors_on_a_scale_are_those_of_the_rows_in_the_band() -> None:

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_command import server
 from torch import Tensor, nn
 
 import engine
 import multitask_classifier
-import run as running
 from bert import BertConfig, initialize
 from config import FlagError, make_parser, parse
 from datasets import Batch
 from heads import HEADS, LinearHead
-from helpers import ROOT, Capture, Patch, write_data
+from helpers import Capture, Patch, write_data
 from model import MultitaskBert
 from ops import DropoutMasks, Linear, Packing
 from pal import ADAPTERS
@@ -63,9 +62,9 @@ class Evened:
         self.state = {"norms": torch.ones(num_segments, num_tasks, dtype=torch.float64)}
 
     def coefficients(
-        self, gramians: Tensor, tasks: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
+        self, gramians: Tensor, places: Sequence[int], generator: random.Random, losses: Tensor, epoch: int
     ) -> Tensor:
-        norms, present = self.state["norms"], list(tasks)
+        norms, present = self.state["norms"], list(places)
         norms[:, present] += self.rate * (gramians.diagonal(dim1=1, dim2=2).sqrt() - norms[:, present])
         return torch.diag_embed(1 / norms[:, present])  # (S, T, T)
 
@@ -177,7 +176,6 @@ def command(monkeypatch: Patch, tiny: Path, moods: Path) -> Command:
     """Everything is in its table; gives the arguments of a short run."""
     for table, name, entry in ADDED:
         monkeypatch.setitem(table, name, entry)
-    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
 
     def arguments(out: Path, flags: str, start: str = f"--model {tiny}") -> list[str]:
         return f"{start} --data {moods} --out {out} --device cpu --cache off --no-tensorboard {flags}".split()
@@ -198,13 +196,14 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.usefixtures("command")
-def test_everything_added_has_its_flags_and_help() -> None:
+def test_everything_added_has_its_flags_and_help(moods: Path) -> None:
     shown = make_parser().format_help()
     for _, name, _ in ADDED[1:]:
         assert name in shown
     for way, flag, _ in ENTRIES:
-        assert f"  {flag} " in shown and (f"  {way}," in shown or " " in way)
-    assert "how far a step moves the averages (default 0.5)" in shown and parse([]).tasks[-1] == "mood"
+        assert f"  {flag} " in shown and (f"  {way} " in shown or " " in way)
+    assert "how far a step moves the averages (default 0.5)" in shown
+    assert parse(["--data", str(moods)]).tasks[-1] == "mood"
 
 
 @pytest.mark.usefixtures("command")
@@ -235,12 +234,11 @@ def test_killed_in_both_stages_and_resumed_it_equals_the_undisturbed_run(command
     flags = f"{EVERYTHING} --epochs 2 --pretrain_epochs 2 --steps_per_epoch 3 --batch_size 8 --save_every 2 --lr 1e-3"
     whole, out = tmp_path / "whole", tmp_path / "run"
     run(command(whole, flags))
-    script = "import sys, test_extension; test_extension.main_killed_at(int(sys.argv[1]), sys.argv[2:])"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     for number, arguments in ((4, command(out, flags)), (3 + 4, ["--resume", str(out)])):  # the fourth step of a stage
-        line = [sys.executable, "-c", script, str(number), *arguments]
-        process = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        process = server().Process(target=main_killed_at, args=(number, arguments))
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL
     run(["--resume", str(out)])
     for name in ("last/model.safetensors", "best/model.safetensors", "last/trainer.safetensors"):
         assert same(tensors(out, name), tensors(whole, name)), name

@@ -34,7 +34,7 @@ def test_the_dev_rows_of_a_run_give_its_scores_and_its_prediction_files(treated_
         if rows.probabilities is not None:
             np.testing.assert_allclose(rows.probabilities.sum(1), 1, atol=1e-6)
             assert np.array_equal(rows.probabilities.argmax(1), rows.predictions)
-            assert run.majority[task] == np.bincount(rows.labels.astype(int)).max() / 8
+            assert run.guesses[task] == np.bincount(rows.labels.astype(int)).max() / 8
         assert (rows.probabilities is None) == (task == "sts")
     assert run.score("mean") == run.results["dev"]["mean"]
 

@@ -279,7 +279,8 @@ SETTINGS = [
     "--pooling mean --pairs siamese", "--pooling cls --amp bf16", "--pooling mean --pairs siamese --amp fp16 --pcgrad",
     "--pooling mean --pairs siamese --smart --pal", "--pooling mean --pcgrad", "--average ema",
     "--average ema --pal --train pal", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
-    "--copy_top_layers 1 --amp bf16", "--rdrop", "--rdrop --smart --bregman --pcgrad --amp bf16",
+    "--copy_top_layers 1 --amp bf16",
+    "--head lstm", "--head lstm sst=linear --amp bf16 --pcgrad --pairs siamese", "--head routing --amp bf16 --pcgrad",
 ]  # fmt: skip
 
 

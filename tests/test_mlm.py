@@ -203,9 +203,8 @@ def near(found: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.fixture
-def arguments(tiny: Path, tmp_path: Path, monkeypatch: Patch) -> Any:
+def arguments(tiny: Path, tmp_path: Path) -> Any:
     """Of a short run into a directory of this name."""
-    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
 
     def arguments(name: str, data: Path, flags: str) -> list[str]:
         more = "--mlm_epochs 2 --mlm_lr 1e-3 --steps_per_epoch 3 --batch_size 4 --pretrain_epochs 1"

@@ -165,15 +165,6 @@ def test_training_applies_dropout_in_encoder_and_head_and_evaluation_applies_non
     assert masks.drawn[-1][1].shape == (6 * 32,) and len(masks.drawn) == 1 + 3 * 2 + 1
 
 
-def test_a_perturbation_reaches_the_logits() -> None:
-    model, batch = tiny_model(), random_batch("sst", 6)
-    assert batch.tokens is not None
-    shift = torch.zeros(len(batch.tokens.input_ids), 32, requires_grad=True)
-    model("sst", batch, None, shift).sum().backward()
-    assert shift.grad is not None and shift.grad[: batch.tokens.num_tokens].abs().sum(1).all()
-    assert not shift.grad[batch.tokens.num_tokens :].any()
-
-
 @torch.no_grad()
 def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how many tokens belong to no row."""

@@ -24,13 +24,10 @@ LINEAR: Any = importlib.import_module("ops.linear")  # the module: `ops.linear` 
 PROJECT = kernels.SOURCE.parent.parent
 LENGTHS = [5, 130, 60, 1, 17, 16, 2, 33, 59, 1, 12, 15]
 needs_kernels = pytest.mark.skipif(kernels.build().library is None, reason=f"no kernels: {kernels.build().problem}")
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-    reason="a torch without oneDNN",
-)
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
 
 
-@pytest.fixture(params=["torch", *(pytest.param(threads, marks=needs_kernels) for threads in (1, 2, 5))])
+@pytest.fixture(params=["torch", *(pytest.param(threads, marks=needs_kernels) for threads in (1, 3))])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The torch form of an operation, and the kernels with some numbers of threads."""
     before = torch.get_num_threads()
@@ -211,9 +208,12 @@ def test_residual_norm_is_layer_norm_of_the_sum(
 # ------------------------------------------------------------------------------------------------------ attention
 
 
-def exact_attention(tensors: Sequence[Tensor], lengths: Sequence[int], num_heads: int, mask: Tensor | None) -> Tensor:
+def exact_attention(
+    tensors: Sequence[Tensor], lengths: Sequence[int], num_heads: int, mask: Tensor | None, reach: int = 1000
+) -> Tensor:
     """The formula, head by head. tensors: queries (N, D), or (B, D) of the first tokens; keys and values (N, D).
 
+    reach: a token sees those at most so many places away.
     mask: flat, of blocks (rows, H, queries, L) of the groups of rows, longest first. Tokens of no row stay zero.
     """
     queries, keys, values = tensors
@@ -227,7 +227,10 @@ def exact_attention(tensors: Sequence[Tensor], lengths: Sequence[int], num_heads
             for head in range(num_heads):
                 columns = slice(head * size, (head + 1) * size)
                 q, k, v = queries[lines, columns], keys[start:end, columns], values[start:end, columns]
-                probs = torch.softmax(q @ k.T / size**0.5, -1)
+                scores = q @ k.T / size**0.5
+                scores += torch.full_like(scores, -torch.inf).tril(-reach - 1)
+                scores += torch.full_like(scores, -torch.inf).triu(reach + 1)
+                probs = torch.softmax(scores, -1)
                 if mask is not None:
                     block = mask[place:][: (1 if first_only else longest) * longest].view(-1, longest)
                     probs = probs * block[: len(q), : end - start]
@@ -253,6 +256,42 @@ def test_attention_is_its_formula(form: None, num_heads: int, size: int, prob: f
     evaluated = ops.attention(qkv, packing, num_heads, prob, None)
     assert_near(evaluated, exact_attention(qkv.double().chunk(3, 1), LENGTHS, num_heads, None))
     assert not evaluated[sum(LENGTHS) :].any()
+
+
+@pytest.mark.parametrize("reach", [0, 4, 128, 129])
+def test_attention_in_a_window_is_its_formula(form: None, reach: int) -> None:
+    packing, masks, qkv = Packing.of(LENGTHS), RecordedMasks(1), random(sum(LENGTHS) + 1, 3 * 24)
+
+    def exact(qkv: Tensor) -> Tensor:
+        return exact_attention(qkv.chunk(3, 1), LENGTHS, 3, masks.drawn[0][1].double(), reach)
+
+    assert_same_function(lambda qkv: ops.attention(qkv, packing, 3, 0.25, masks, reach), exact, [qkv])
+
+
+def test_rotated_queries_and_keys_are_complex_numbers_times_powers(form: None) -> None:
+    packing, qkv = Packing.of(LENGTHS), random(sum(LENGTHS), 3 * 3 * 8)
+
+    def exact(qkv: Tensor) -> Tensor:
+        parts = list(qkv.view(-1, 3, 3, 2, 4).unbind(1))  # query, key and value, (N, H, 2, E / 2)
+        place = torch.cat([torch.arange(length) for length in LENGTHS])
+        turns = torch.exp(1j * torch.outer(place, 50.0 ** (-torch.arange(4.0, dtype=torch.float64) / 4)))[:, None]
+        for i in range(2):
+            points = torch.complex(parts[i][:, :, 0], parts[i][:, :, 1]) * turns
+            parts[i] = torch.stack([points.real, points.imag], 2)
+        return torch.stack(parts, 1).flatten(1)
+
+    assert_same_function(lambda qkv: ops.rotated(qkv, packing, 3, 50.0), exact, [qkv], 1e-5)
+
+
+@pytest.mark.parametrize("is_backwards", [False, True])
+def test_a_block_holds_each_row_from_its_first_or_its_last_token_on(is_backwards: bool) -> None:
+    states, lengths = random(10, 3).requires_grad_(), [4, 1, 3]  # two tokens belong to no row
+    block, is_token = ops.padded(states, Packing.of(lengths), is_backwards)
+    assert block.shape == (3, 4, 3) and is_token.sum(1).tolist() == lengths
+    for row, part, length in zip(states[:8].split(lengths), block, lengths, strict=True):
+        assert torch.equal(part[:length], row.flip(0) if is_backwards else row)
+    block[is_token].sum().backward()
+    assert states.grad is not None and states.grad[:8].eq(1).all() and not states.grad[8:].any()
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.25])

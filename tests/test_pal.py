@@ -24,7 +24,7 @@ from model import MultitaskBert
 from ops import DropoutMasks, PackedTokens
 from pal import ProjectedAttention, adapter_sizes
 from parameters import Choice
-from tasks import TASKS, task_loss
+from tasks import TASKS
 
 Parameters = ProjectedAttention.Parameters
 ATTENTION, LOW_RANK = Parameters("attention", 12, 3, 3), Parameters("low_rank", 5, 1, 3)
@@ -140,7 +140,7 @@ def test_a_step_moves_the_task_s_adapter_and_no_other(parameters: ProjectedAtten
     for _ in range(2):
         batch = random_batch(task, 8)
         optimizer.zero_grad()
-        task_loss(TASKS[task], model(task, batch, DropoutMasks(0)), batch.labels).backward()
+        TASKS[task].output.losses(model(task, batch, DropoutMasks(0)), batch.labels).mean().backward()
         optimizer.step()
         moved.append({name for name, p in model.named_parameters() if not torch.equal(p.detach(), fresh[name])})
     own = set(model.adapter_parameters(task))

@@ -1,16 +1,15 @@
-"""Gradient treatments: coefficients from Gram matrices against the vector form of each method, and against torchjd."""
+"""Gradient treatments: coefficients from Gram matrices against the vector form of each method."""
 
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers import Patch
 from ops import gramian, is_exact
 from parameters import parameters_type
 from pcgrad import (
@@ -23,7 +22,6 @@ from pcgrad import (
     gradvac_coefficients,
     gramians_of,
     pcgrad_coefficients,
-    pcgrad_weights,
     random_orders,
     removed_shares,
 )
@@ -237,26 +235,6 @@ def test_any_subset_of_the_tasks_is_treated_as_if_it_were_all(name: str, present
 SEGMENTS = [[slice(0, 30), slice(140, P)], [slice(30, 100)], [slice(100, 140)]]  # the first lies in two places
 
 
-@pytest.mark.parametrize("name", TREATMENTS)
-def test_each_segment_is_treated_on_its_own(name: str) -> None:
-    rows = gradients_of("conflicting", 3, seed=2)
-    treatment = make(name, 3, 3, **({"beta": 0.5} if name == "gradvac" else {}))
-    before = torch.tensor([-0.2, 0.1, 0.3]).double()[:, None, None].expand(3, 3, 3)
-    if name == "gradvac":
-        treatment.state["targets"].copy_(before)
-    found = update(treatment, rows, [0, 1, 2], 1, SEGMENTS)
-    orders, expected = random_orders(3, random.Random(1)), torch.empty(P).double()
-    for number, parts in enumerate(SEGMENTS):
-        columns = torch.cat([torch.arange(P)[part] for part in parts])
-        treated = vector_pcgrad(rows[:, columns], orders)
-        if name == "gradvac":
-            treated, targets = vector_gradvac(rows[:, columns], before[number], 0.5, orders)
-            assert torch.allclose(treatment.state["targets"][number], targets, atol=1e-6)
-        expected[columns] = treated.sum(0)
-    assert_same_update(found, expected, rows)
-    assert float((expected - vector_pcgrad(rows, orders).sum(0)).norm()) > 1e-2
-
-
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 64, 100])
 @pytest.mark.parametrize("scales", [(1.0,) * 3, (1e25,) * 3, (1e-25,) * 3, (1e-20,) * 3, (1e25, 1.0, 1e-25)])
 def test_a_gramian_is_right_at_every_size_and_scale(size: int, scales: tuple[float, ...]) -> None:
@@ -291,53 +269,6 @@ def test_combining_weighs_the_gradients_by_segment_in_the_first_of_them() -> Non
     for parts, of_segment in zip(SEGMENTS, weights, strict=True):
         for part in parts:
             assert torch.allclose(found[part], of_segment @ rows[:, part], atol=1e-5)
-
-
-class RecordedOrders:
-    """Stands in for torch.randperm and keeps what it returned."""
-
-    def __init__(self, monkeypatch: Patch) -> None:
-        self.drawn: list[list[int]] = []
-        self._randperm = torch.randperm
-        monkeypatch.setattr(torch, "randperm", self)
-
-    def __call__(self, size: int) -> Tensor:
-        order = self._randperm(size)
-        self.drawn.append(order.tolist())
-        return order
-
-
-def random_gramians(monkeypatch: Patch) -> Iterator[tuple[int, Tensor, list[list[int]]]]:
-    """(T, Gram matrix of T gradients of very different sizes, the list of the permutations that torch will draw)."""
-    recorded, generator = RecordedOrders(monkeypatch), torch.Generator().manual_seed(0)
-    for number in range(1000):
-        num_tasks = 2 + number % 7
-        g = torch.randn(num_tasks, num_tasks + 3, generator=generator, dtype=torch.float64)
-        g = g * 10 ** torch.randn(num_tasks, 1, generator=generator, dtype=torch.float64)
-        recorded.drawn.clear()
-        yield num_tasks, g @ g.T, recorded.drawn
-
-
-def test_pcgrad_weights_equal_torchjd_s(monkeypatch: Patch) -> None:
-    weighting = pytest.importorskip("torchjd.aggregation").PCGradWeighting()
-    for _, gram, drawn in random_gramians(monkeypatch):
-        expected = weighting(gram)
-        orders = [[j for j in order if j != i] for i, order in enumerate(drawn)]
-        scale = float(expected.abs().max())
-        assert torch.allclose(pcgrad_weights(gram, orders), expected, rtol=1e-9, atol=1e-9 * scale)
-
-
-def test_gradient_vaccine_equals_torchjd_s(monkeypatch: Patch) -> None:
-    aggregation = pytest.importorskip("torchjd.aggregation")
-    weightings = {n: aggregation.GradVacWeighting(beta=0.1, eps=0.0) for n in range(2, 9)}  # it keeps its targets
-    targets = {n: torch.zeros(n, n, dtype=torch.float64) for n in range(2, 9)}
-    for num_tasks, gram, drawn in random_gramians(monkeypatch):
-        expected = weightings[num_tasks](gram)
-        others = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
-        orders = [[others[i][place] for place in order] for i, order in enumerate(drawn)]
-        coefficients, targets[num_tasks] = gradvac_coefficients(gram, targets[num_tasks], 0.1, orders)
-        scale = float(expected.abs().max())
-        assert torch.allclose(coefficients.sum(0), expected, rtol=1e-8, atol=1e-8 * scale)
 
 
 def test_cosines_stay_within_1_and_are_nan_for_a_zero_gradient() -> None:

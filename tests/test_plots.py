@@ -170,7 +170,8 @@ def test_what_a_run_does_not_have_is_not_drawn_and_null_in_the_log_leaves_a_gap(
         for key in {"losses", "cosines", "dev"} & record.keys():
             record[key] = {**record[key], "mean": None} if key == "dev" else dict.fromkeys(record[key])
     (made.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"stage": "finet')
-    assert len(plots.write_plots(plots.run_plots(made), made.path, "png")) == len(NAMES)
+    drawn = list(plots.run_plots(made))
+    assert [plot.name for plot in drawn] == NAMES and drawn[0].content("png")
     for log, expected in ((RECORDS[:2], ["training-loss", "learning-rate"]), ([], [])):
         (made.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         assert [plot.name for plot in plots.run_plots(made)] == [*expected, "confusion", "similarity-sts"]
@@ -182,8 +183,9 @@ def test_no_window_system_and_no_shared_figure_is_touched(made: FinishedRun) -> 
     script = f"""
 import sys
 from pathlib import Path
-from reports.plots import write_run_plots
-write_run_plots(Path({str(made.path)!r}))
+from reports.finished_run import FinishedRun
+from reports.plots import run_plots, write_plots
+write_plots([next(run_plots(FinishedRun.read(Path({str(made.path)!r}))))], Path({str(made.path)!r}), "png")
 print([name for name in ("matplotlib.pyplot", "torch", "tkinter") if name in sys.modules])
 """
     assert run_python("-c", script) == "[]\n"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from scipy.special import expit, softmax
 
 import multitask_classifier
@@ -88,7 +89,7 @@ def content(rows: Sequence[tuple[str, ...]]) -> bytes:
 
 def arguments(run: Path, task: str, **flags: Any) -> list[str]:
     given = {"option": "predict", "checkpoint": run, "task": task, "device": "cpu", **flags}
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
 
 
 @pytest.fixture
@@ -145,14 +146,14 @@ def test_predictions_are_those_of_the_runs_prediction_file(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("task", TASKS)
 def test_a_checkpoint_is_predicted_with_as_it_was_trained(
-    task: str, predicted: Lines, siamese: Path, data: Path, tmp_path: Path
+    predicted: Lines, siamese: Path, data: Path, tmp_path: Path
 ) -> None:
-    expected = values_of_file(siamese, task)
-    assert [line.split("\t")[0] for line in predicted(task, content(dev_rows(data, task)), siamese)] == expected
-    run = train(tmp_path / "again", siamese, data, f"--lr 1e-12 --tasks {task}")
-    assert values_of_file(run, task) == expected
+    run = train(tmp_path / "again", siamese, data, "--lr 1e-12")
+    for task in TASKS:
+        expected = values_of_file(siamese, task)
+        assert [line.split("\t")[0] for line in predicted(task, content(dev_rows(data, task)), siamese)] == expected
+        assert values_of_file(run, task) == expected
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -173,6 +174,14 @@ def test_the_probability_is_that_of_the_predicted_answer_and_the_python_form_giv
     assert numbers(lines)[:, 1] == pytest.approx(p.max(1), abs=2e-6)
     pairs = predictor.predict(task, texts, probabilities=True)
     assert [f"{value}\t{p:.6f}" for value, p in pairs] == lines and [value for value, _ in pairs] == values
+
+
+@pytest.mark.parametrize("task", ["sst", "para"])
+def test_with_names_a_line_says_what_its_class_is_called(task: str, predicted: Lines) -> None:
+    text = content(random_rows(task, 20))
+    plain, named = predicted(task, text), predicted(task, text + b" \n", status=1, names=True)
+    names = ("very negative", "negative", "neutral", "positive", "very positive") if task == "sst" else ("no", "yes")
+    assert named == [*(f"{line}\t{names[int(line[0])]}" for line in plain), "\t\t"]
 
 
 def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) -> np.ndarray:
@@ -233,6 +242,24 @@ def test_the_python_form_needs_texts_of_the_tasks_form(trained: Path) -> None:
             predictor.predict(task, texts)
     with pytest.raises(ValueError, match="task 'sts': a score has no probability"):
         predictor.predict("sts", [("a", "b")], probabilities=True)
+
+
+@pytest.mark.parametrize("kind", ["trained", "siamese"])
+def test_a_text_is_encoded_as_transformers_pools_it(kind: str, request: pytest.FixtureRequest) -> None:
+    """By the pooler, and by the mean over all tokens of runs that read sentences so; a pair's task reads the same."""
+    run: Path = request.getfixturevalue(kind)
+    predictor, bert = load(run, "cpu"), transformers.BertModel.from_pretrained(run / "best").eval()
+    texts = [row[0] for row in random_rows("sst", 9)]
+    found = predictor.encode(texts)
+    assert found.shape == (9, 32) and found.dtype == np.float32 and predictor.encode([]).shape == (0, 32)
+    for text, vector in zip(texts, found, strict=True):
+        with torch.no_grad():
+            states = bert(torch.from_numpy(predictor.tokenizer.encode([(text,)]).ids).long()[None])
+        expected = states.pooler_output[0] if kind == "trained" else states.last_hidden_state[0].mean(0)
+        assert vector == pytest.approx(expected.numpy(), abs=1e-5)
+    assert predictor.encode(texts, "sts") == pytest.approx(found, abs=1e-6)
+    with pytest.raises(ValueError, match=r"texts\[0\] is \('a', 'b'\), expected a string"):
+        predictor.encode([("a", "b")])  # type: ignore[list-item]
 
 
 def test_texts_of_a_line_and_what_is_wrong_with_one() -> None:
@@ -368,31 +395,23 @@ def test_an_interrupted_command_leaves_no_output(
     assert {path.name for path in tmp_path.iterdir()} == {"input"}
 
 
-def start(run: Path, task: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "multitask_classifier.py"), *arguments(run, task, threads=1)]
+def test_a_pipe_is_answered_line_by_line_and_a_reader_that_leaves_ends_the_command(trained: Path) -> None:
+    command = [sys.executable, str(ROOT / "multitask_classifier.py"), *arguments(trained, "sst", threads=1)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
-
-
-def test_a_pipe_is_answered_line_by_line_and_a_reader_that_leaves_or_ctrl_c_ends_the_command(trained: Path) -> None:
-    left, stopped = start(trained, "sst"), start(trained, "sst")
+    process = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
     predictor = load(trained, "cpu")
-    for process in (left, stopped):
-        assert process.stdin and process.stdout
-        for text in ("a fine film\n", "dull\n"):
-            process.stdin.write(text)
-            process.stdin.flush()
-            value, probability = process.stdout.readline().split("\t")
-            ((expected, p),) = predictor.predict("sst", [text], probabilities=True)
-            assert (int(value), f"{float(probability):.4f}") == (expected, f"{p:.4f}")
-    assert left.stdin and left.stdout and left.stderr and stopped.stderr
-    left.stdout.close()
-    left.stdin.write("a song\n")
-    left.stdin.flush()
-    assert (left.wait(60), left.stderr.read()) == (128 + signal.SIGPIPE, "")
-    stopped.send_signal(signal.SIGINT)
-    assert (stopped.wait(60), stopped.stderr.read()) == (130, "stopped at once\n")
+    assert process.stdin and process.stdout and process.stderr
+    for text in ("a fine film\n", "dull\n"):
+        process.stdin.write(text)
+        process.stdin.flush()
+        value, probability = process.stdout.readline().split("\t")
+        ((expected, p),) = predictor.predict("sst", [text], probabilities=True)
+        assert (int(value), f"{float(probability):.4f}") == (expected, f"{p:.4f}")
+    process.stdout.close()
+    process.stdin.write("a song\n")
+    process.stdin.flush()
+    assert (process.wait(60), process.stderr.read()) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

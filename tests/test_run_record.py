@@ -1,5 +1,6 @@
 """The run directory: nothing is overwritten, and a process killed at any moment leaves something to resume."""
 
+import csv
 import errno
 import json
 import math
@@ -11,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from helpers import ROOT, Patch
 from run_record import (
+    DevRows,
     MetricsLog,
     RunDirectory,
     RunError,
@@ -289,3 +292,24 @@ def test_a_file_system_without_locks_is_no_error(number: int, tmp_path: Path, mo
     run = RunDirectory.create(tmp_path / "run", {})
     assert RunDirectory.existing(tmp_path / "run").config() == {}  # nothing holds it, though the first is still there
     run.close()
+
+
+def test_dev_rows_hold_labels_as_they_were_written_and_the_texts(tmp_path: Path) -> None:
+    labels, predictions = np.array([3.2, 4, 0.35], np.float32), np.array([1 / 3, 5, 1e-7], np.float32)
+    texts = [('a "film", so', "b"), ("two\nlines", ""), ("c", "d")]
+    (rows := DevRows(("x", "y,z", "0"), labels, predictions, None)).write(
+        path := tmp_path / "rows.csv", ("s", "t"), texts
+    )
+    with path.open(newline="") as file:
+        header, *found = list(csv.reader(file))
+    assert header == ["id", "label", "prediction", "s", "t"]
+    assert [row[:2] for row in found] == [["x", "3.2"], ["y,z", "4"], ["0", "0.35"]]
+    assert [tuple(row[3:]) for row in found] == texts
+    assert [np.float32(row[2]) for row in found] == predictions.tolist()
+    read = DevRows.read(path)
+    assert read.ids == rows.ids and read.probabilities is None
+    assert np.array_equal(read.labels.astype(np.float32), labels)
+    shares = np.array([[0.1, 0.9], [1, 0], [1e-6, 1 - 1e-6]], np.float32)
+    DevRows(rows.ids, np.array([1.0, 0, 1], np.float32), np.array([1.0, 0, 1], np.float32), shares).write(path)
+    found_shares = DevRows.read(path).probabilities
+    assert found_shares is not None and np.array_equal(found_shares.astype(np.float32), shares)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
 
 from parameters import parameters_type
 from schedulers import SCHEDULERS, PalScheduler, Plan, Scheduler, Setting, shares_with_floor
@@ -55,25 +54,16 @@ def test_pal_counts_examples_and_not_batches() -> None:
     assert scheduler.probabilities(1) == pytest.approx([0.18, 0.32, 0.5])
 
 
-def test_random_and_round_robin_differ_under_a_treatment_but_where_each_task_is_drawn_once() -> None:
-    plans = {
-        (name, draws): [counts_of(make(name, draws, True).plan(1, step, random.Random(step))) for step in range(99)]
-        for name in ("random", "round_robin")
-        for draws in (3, 16)
-    }
-    assert plans["random", 3] == plans["round_robin", 3] == [dict.fromkeys(TASKS, 1)] * 99
-    assert {count for plan in plans["round_robin", 16] for count in plan.values()} == {5, 6}
-    assert {1, 2, 5, 9} < {count for plan in plans["random", 16] for count in plan.values()}
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("epoch", [1, 3, 5])
+@pytest.mark.parametrize("epoch", [1, 4])
 @pytest.mark.parametrize(("draws", "every_task"), [(1, False), (4, False), (3, True), (4, True), (16, True)])
 def test_draws_have_the_expected_shares(name: str, epoch: int, draws: int, every_task: bool) -> None:
-    """With every task at least once they are the nearest ones to the scheduler's that allow it."""
-    scheduler, generator, num_draws, found = make(name, draws, every_task), random.Random(0), 32000, Counter[str]()
+    """As many draws a step as asked for; with every task at least once the shares are the nearest that allow it."""
+    scheduler, generator, num_draws, found = make(name, draws, every_task), random.Random(0), 8000, Counter[str]()
     for step in range(num_draws // draws):
-        found.update(counts_of(scheduler.plan(epoch, step, generator)))
+        counts = counts_of(scheduler.plan(epoch, step, generator))
+        assert sum(counts.values()) == draws and min(counts.values()) >= 1 and (not every_task or len(counts) == 3)
+        found.update(counts)
     expected = shares(name, epoch)
     if every_task:
         expected = shares_with_floor(expected, 1 / draws)
@@ -83,35 +73,9 @@ def test_draws_have_the_expected_shares(name: str, epoch: int, draws: int, every
 
 def test_certain_draws_of_a_small_task_leave_the_proportions_of_the_others() -> None:
     scheduler, generator, found = make("pal", 4, every_task=True, sizes=(35, 60, 5)), random.Random(0), Counter[str]()
-    for step in range(8000):
+    for step in range(2000):
         found.update(counts_of(scheduler.plan(1, step, generator)))
-    assert [found[task] / 32000 for task in TASKS] == pytest.approx([0.75 * 35 / 95, 0.75 * 60 / 95, 0.25], abs=0.01)
-
-
-def closest_shares(probabilities: Sequence[float], floor: float, reverse: bool) -> np.ndarray:
-    """The minimum of the divergence between shares and probabilities over shares >= floor, found numerically."""
-    p = np.array(probabilities)
-
-    def divergence(s: np.ndarray) -> float:
-        return float((p * np.log(p / s)).sum() if reverse else (s * np.log(s / p)).sum())
-
-    start = np.full(len(p), 1 / len(p))
-    sums_to_one = {"type": "eq", "fun": lambda s: s.sum() - 1}
-    bounds = [(max(floor, 1e-9), 1.0)] * len(p)
-    return np.asarray(minimize(divergence, start, bounds=bounds, constraints=[sums_to_one], tol=1e-13).x)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_shares_with_a_floor_are_the_closest_ones(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    num_tasks = int(generator.integers(2, 7))
-    p = generator.dirichlet(np.full(num_tasks, 0.7)) + 1e-4
-    p /= p.sum()
-    floor = float(generator.uniform(0.2, 1) / num_tasks)
-    found = shares_with_floor(p.tolist(), floor)
-    assert sum(found) == pytest.approx(1) and min(found) >= floor - 1e-12
-    assert found == pytest.approx(closest_shares(p.tolist(), floor, reverse=False), abs=2e-4)
-    assert found == pytest.approx(closest_shares(p.tolist(), floor, reverse=True), abs=2e-4)
+    assert [found[task] / 8000 for task in TASKS] == pytest.approx([0.75 * 35 / 95, 0.75 * 60 / 95, 0.25], abs=0.02)
 
 
 def test_raising_one_share_can_push_another_below_the_floor_and_one_that_cannot_be_met_is_refused() -> None:
@@ -119,28 +83,6 @@ def test_raising_one_share_can_push_another_below_the_floor_and_one_that_cannot_
     assert shares_with_floor([0.05, 0.21, 0.74], 0.2) == pytest.approx([0.2, 0.2, 0.6])
     with pytest.raises(ValueError, match="exceed 1"):
         shares_with_floor([0.5, 0.3, 0.2], 0.34)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize(
-    ("draws", "every_task"), [(1, False), (2, False), (5, False), (3, True), (4, True), (16, True)]
-)
-def test_a_plan_has_as_many_draws_as_asked_for_and_for_a_treatment_every_task(
-    name: str, draws: int, every_task: bool
-) -> None:
-    scheduler, generator = make(name, draws, every_task), random.Random(1)
-    for step in range(200):
-        counts = counts_of(scheduler.plan(1, step, generator))
-        assert sum(counts.values()) == draws and min(counts.values()) >= 1
-        assert not every_task or set(counts) == set(TASKS)
-
-
-@pytest.mark.parametrize("draws", [1, 2, 3, 4])
-def test_round_robin_takes_the_tasks_in_turn_across_steps(draws: int) -> None:
-    scheduler, total = make("round_robin", draws), Counter[str]()
-    for step in range(12):
-        total.update(counts_of(scheduler.plan(1, step, random.Random(0))))
-        assert total == Counter(TASKS[i % 3] for i in range((step + 1) * draws))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -43,9 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def command(data: Path, tmp_path: Path, monkeypatch: Patch) -> Command:
-    monkeypatch.setattr(running.Run, "draw_plots", lambda run: None)
-
+def command(data: Path, tmp_path: Path) -> Command:
     def arguments(*given: object, out: str = "run") -> list[str]:
         shared = ["--data", data, "--device", "cpu", "--cache", "off", "--no-tensorboard", "--out", tmp_path / out]
         return [str(part) for part in (*given, *shared)]

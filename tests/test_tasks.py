@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss
 
-from tasks import TASKS, Score, is_degenerate, task_loss
+from tasks import TASKS, Classes, Score, is_degenerate
 
 RANDOM = np.random.default_rng(0)
 SST_LOGITS = RANDOM.normal(size=(7, 5)) * 3
@@ -37,7 +37,7 @@ def test_a_loss_is_the_mean_of_one_float32_value_a_row(
     task: str, logits: np.ndarray, labels: np.ndarray, expected: float
 ) -> None:
     """Cross entropy over five classes, binary cross entropy on one logit, squared error on the scale from 0 to 5."""
-    assert float(task_loss(TASKS[task], tensor(logits), tensor(labels))) == pytest.approx(expected, rel=1e-5)
+    assert float(TASKS[task].output.losses(tensor(logits), tensor(labels)).mean()) == pytest.approx(expected, rel=1e-5)
     half = tensor(logits).bfloat16()
     of_rows = TASKS[task].output.losses(half, tensor(labels))
     assert of_rows.shape == (len(labels),) and of_rows.dtype == torch.float32
@@ -83,6 +83,13 @@ def test_probabilities_are_of_the_classes_and_a_number_on_a_scale_has_none() -> 
     found = TASKS["para"].output.probabilities(torch.tensor([[0.0], [2.0]]))
     assert found is not None and found.tolist() == [[0.5, 0.5], pytest.approx([0.119203, 0.880797])]
     assert TASKS["sts"].output.probabilities(torch.tensor([[0.0]])) is None
+
+
+def test_each_class_has_one_name_or_its_number_and_a_scale_has_none() -> None:
+    names = {name: task.output.class_names for name, task in TASKS.items()}
+    assert names["sst"] == ("very negative", "negative", "neutral", "positive", "very positive")
+    assert (names["para"], names["sts"], Classes(3).class_names) == (("no", "yes"), (), ("0", "1", "2"))
+    assert all(len(names[name]) == (task.output.num_classes or 0) for name, task in TASKS.items())
 
 
 def test_files_headers_and_predictions_are_written_as_those_of_cs224n() -> None:

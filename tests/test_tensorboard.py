@@ -39,7 +39,7 @@ def test_tags_name_the_stage_and_the_task() -> None:
         "finetune", 3, task="sst", loss=0.5, cosines={"sst-para": -0.25}, removed={"sst": 0.1}, draws={"sst": 2}
     )
     assert dict(scalars(step)) == {
-        "finetune/loss": 0.5, "finetune/loss/sst": 0.375, "finetune/cosine/sst-para": -0.25,
+        "finetune/loss/sst": 0.375, "finetune/cosine/sst-para": -0.25,
         "finetune/removed/sst": 0.1, "finetune/draws/sst": 2, "finetune/lr": 1 / 3,
     }  # fmt: skip
     dev = {"stage": "pretrain", "epoch": 1, "step": 3, "dev": {"sst": {"accuracy": 0.5}, "mean": 0.5}}
@@ -50,7 +50,14 @@ def test_a_run_of_the_command_has_all_its_numbers_in_tensorboard(treated_run: Pa
     found = points(treated_run)
     results = {tag for tag in found if tag.startswith("results/")}
     assert {tag: found[tag] for tag in found.keys() - results} == expected_points(treated_run)
+    assert "finetune/loss" not in found  # the sum of the tasks' losses mixes their scales
     assert {"finetune/cosine/sst-para", "finetune/loss/sst", "finetune/dev/sst/accuracy", "pretrain/lr"} <= set(found)
+
+
+def test_the_settings_are_shown_as_a_text(treated_run: Path) -> None:
+    (tensor,) = read(treated_run).Tensors("config/text_summary")
+    (shown,) = tensor.tensor_proto.string_val
+    assert json.loads(shown) == json.loads((treated_run / "config.json").read_text())
 
 
 def test_the_table_of_hyper_parameters_has_the_flags_and_the_final_scores(treated_run: Path) -> None:

@@ -82,9 +82,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(find_checkpoint("minilm"), 64)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SNIPPETS, st.integers(0, 2**32))
-def test_10_000_random_rows_go_through_reader_augmentation_and_tokenizer(
+def test_random_rows_go_through_reader_augmentation_and_tokenizer(
     tokenizer: Tokenizer, snippets: list[str], seed: int
 ) -> None:
     source, config = random.Random(seed), EdaConfig()
@@ -100,10 +100,11 @@ def test_10_000_random_rows_go_through_reader_augmentation_and_tokenizer(
         texts = tuple(edited_text(text, edit, source, config, synonyms) for text in example.texts)
         assert [bool(text.split()) for text in texts] == [bool(text.split()) for text in example.texts]
         edited.append(texts)
+    special = tokenizer.special_ids()
     for texts in ([example.texts for example in examples], edited):
         tokens = tokenizer.encode(texts)
         assert len(tokens) == len(rows) and tokens.lengths.sum() == len(tokens.ids)
         assert ((tokens.lengths >= 3) & (tokens.lengths <= 64)).all()
         ends = np.cumsum(tokens.lengths) - 1
-        assert (tokens.ids[ends] == tokenizer.sep_id).all()
-        assert (tokens.ids[ends - tokens.lengths + 1] == tokenizer.cls_id).all()
+        assert (tokens.ids[ends] == special["SEP"]).all()
+        assert (tokens.ids[ends - tokens.lengths + 1] == special["CLS"]).all()

@@ -1,4 +1,4 @@
-"""A run: a mean an epoch, then its end. What run number n does stands in plan.json under n, else under "*"."""
+"""A run: a mean an epoch, then its end. What a run does stands in plan.json under its folder's name, else under "*"."""
 
 import json
 import signal
@@ -9,10 +9,11 @@ from pathlib import Path
 resumed = "--resume" in sys.argv
 folder = Path(sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1])
 plans = json.loads(Path(__file__).with_name("plan.json").read_text())
-plan = plans.get(folder.name.rsplit("-", 1)[1], plans.get("*", {}))
+plan = plans.get(folder.name, plans.get("*", {}))
 
 
 def stop(*_: object) -> None:
+    time.sleep(plan.get("saving", 0))
     print("stopped", flush=True)
     sys.exit(143)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flat_parameters import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from helpers import generator, tiny_model
 from ops.adamw import Moments, Vector, adamw_by_definition, adamw_step
-from optimizer import FlatParameters, WeightAverage, clip_factor, gradient_norm
 from pal import ProjectedAttention
 from parameters import Choice
 

@@ -20,8 +20,8 @@ def gramian(rows: Tensor, dtype: torch.dtype = torch.float32, chunk: int = CHUNK
             gramian(piece.to(dtype), dtype, chunk) for piece in rows.split(chunk * 64, dim=1)
         ]  # for the memory's sake
         return torch.stack(pieces).sum(0)
-    if rows.device.type == "cuda" and dtype == torch.float32 and (triton := triton_kernels()) is not None:
-        return triton.gramian(rows)  # type: ignore[no-any-return]
+    if rows.device.type == "cuda" and dtype == torch.float32:
+        return triton_kernels().gramian(rows)  # type: ignore[no-any-return]
     num_rows, size = rows.shape
     whole = size // chunk * chunk
     blocks = rows[:, :whole].view(num_rows, -1, chunk).transpose(0, 1)  # (T, P) -> (P / chunk, T, chunk)
@@ -37,8 +37,8 @@ def is_exact(gramians: Tensor) -> bool:
 
 def weighted_sum(rows: Tensor, weights: Tensor) -> None:
     """The sum over t of weights[t] * rows[t], in place of the first of the rows (T, P). weights: (T,), on the host."""
-    if rows.device.type == "cuda" and (triton := triton_kernels()) is not None:
-        triton.weighted_sum(rows, to_device(weights.float().numpy(), rows.device))
+    if rows.device.type == "cuda":
+        triton_kernels().weighted_sum(rows, to_device(weights.float().numpy(), rows.device))
         return
     first, *others = weights.tolist()
     rows[0].mul_(first)
