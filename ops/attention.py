@@ -30,7 +30,7 @@ def attention(
     What the tokens that belong to no row get is finite, and means nothing.
     """
     if isinstance(packing, Padded):
-        query, key, value = (part.view(*packing.is_real.shape, -1) for part in qkv.chunk(3, -1))  # (B, L, D) each
+        query, key, value = (part.unflatten(0, packing.is_real.shape) for part in qkv.chunk(3, -1))  # (B, L, D) each
         is_seen = _seen(packing.is_real, reach)
         return _block_attention(query, key, value, is_seen, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
     is_local = reach is not None and reach < packing.longest_row - 1
@@ -50,7 +50,7 @@ def first_token_attention(
 ) -> Tensor:
     """The same for the first token of each row alone: query (B, D), key_value (N, 2 D) -> (B, D)."""
     if isinstance(packing, Padded):
-        key, value = (part.view(*packing.is_real.shape, -1) for part in key_value.chunk(2, -1))  # (B, L, D) each
+        key, value = (part.unflatten(0, packing.is_real.shape) for part in key_value.chunk(2, -1))  # (B, L, D) each
         is_seen = _seen(packing.is_real, None)
         return _block_attention(query[:, None], key, value, is_seen, num_heads)[:, 0]  # (B, 1, D) -> (B, D)
     if kernels.can_run(query, key_value):
@@ -110,7 +110,8 @@ def _block_attention(
 
     mask: of dropout, for all probabilities one behind the other.
     """
-    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))  # (b, H, L, E)
+    heads = num_heads, query.shape[-1] // num_heads
+    q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (query, key, value))  # (b, H, L or 1, E), ...
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
     probs = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
     if mask is not None:
