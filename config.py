@@ -4,14 +4,18 @@
 """
 
 import argparse
-import difflib
+import importlib.util
 import inspect
+import json
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch.nn import ModuleDict
 
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
@@ -20,12 +24,14 @@ from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
-from parameters import Choice, Flag, NoParameters, flags_of, parameter, parameters_type
+from parameters import Choice, Flag, NoParameters, flags_of, nearest, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
-from run_record import FORMATS
+from run_record import FORMATS, RECORD_KEYS
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
+from task_files import TaskFileError, add_saved_tasks, add_task_file
 from tasks import TASKS
+from trackers import TRACKERS
 
 NO_TREATMENT = "sum"  # the tasks' gradients are added up
 DRAWS_WITH_TREATMENT = 16
@@ -43,6 +49,7 @@ PREDICT_FLAGS = {
     *("eval_batch_size", "max_length", "device", "threads", "amp"),
 }
 EXPORT_FLAGS = {"option", "checkpoint", "out", "data", "max_length", "threads"}
+OWN_FLAGS = {"out", "resume", "config", "name", "task_file"}  # of a run, which another one does not take from it
 RESUME_FLAGS = {"resume", "device", "threads"}
 
 # Of each table of methods: its entries, and how one is chosen on the command line.
@@ -71,11 +78,15 @@ class Config:
 
     option: str = parameter("finetune", "\n".join(map(": ".join, OPTIONS.items())) + "\n", choices=OPTIONS)
     tasks: tuple[str, ...] = parameter((), "tasks to train together (default: those whose files are in --data)")
+    task_file: tuple[str, ...] = parameter((), "TOML files with tasks of your own, which join --tasks", metavar="FILE")
     model: str = parameter(
         EMBEDDED_MODEL, "minilm (embedded), hub name or directory of a BERT, RoBERTa or ModernBERT", metavar="NAME"
     )
     data: str = parameter("sample", "sample (the project's own) or a directory with CS224N's files", metavar="DIR")
     out: str = parameter("", "run directory to make (default: runs/<time>-<option>)", metavar="DIR")
+    config: str = parameter(
+        "", "settings from a TOML file, or from a run's config.json; flags beside it win", metavar="FILE"
+    )
     resume: str = parameter("", "run directory to continue; takes all other flags from it", metavar="DIR")
     checkpoint: str = parameter("", "run directory or checkpoint folder to start from", metavar="DIR")
     checkpoints: tuple[str, ...] = parameter((), "soup: run directories or checkpoint folders", metavar="DIR")
@@ -184,6 +195,9 @@ class Config:
     cuda_graphs: bool = parameter(True, "record training steps on a GPU as CUDA graphs; the results are the same")
     amp: str = parameter("off", "mixed precision: bf16 (also the bare flag) or fp16", choices=("off", "bf16", "fp16"))
     tensorboard: bool = parameter(True, "write TensorBoard files")
+    log: str = parameter(
+        "", f"a tracker that gets the run's numbers too: {', '.join(TRACKERS)}", choices=["", *TRACKERS]
+    )
     name: str = parameter("", "what reports call the run's setting (default: by the flags in which it differs)")
     format: str = parameter("png", "of the run's plots: png, pdf or svg", choices=FORMATS)
 
@@ -308,6 +322,30 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
 
+class _Completion(argparse.Action):
+    """Prints a shell's completion of the command, flags and choices, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, space: Any, value: Any, option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option}: the package shtab is not installed, expected: pip install shtab")
+        if value not in shtab.SUPPORTED_SHELLS:
+            shells = ", ".join(shtab.SUPPORTED_SHELLS)
+            parser.error(f"{option} {value}: expected one of {shells}{nearest(value, shtab.SUPPORTED_SHELLS)}")
+        choices = {flag.name: flag.choices for _, flag in flags_of(Config) if flag.choices}
+        choices |= {table: entries for table, (entries, way) in TABLES.items() if way.startswith(f"--{table}")}
+        choices |= {"tasks": TASKS, "task": TASKS, "pooling": POOLINGS, "pairs": PAIRS}
+        for action in parser._actions:
+            action.choices = action.choices or list(filter(None, choices.get(action.dest, ()))) or None
+            kind = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE}.get(str(action.metavar))
+            if kind and not action.choices:
+                vars(action)["complete"] = kind  # an attribute of shtab's
+        parser.prog = "multitask-bert"
+        print(shtab.complete(parser, value))
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """argparse's parser of all flags. Flags that are not given stay absent from its result."""
     parser = _Parser(
@@ -323,6 +361,8 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    shown = "print what makes a shell complete the flags of multitask-bert: bash, zsh, fish or tcsh"
+    parser.add_argument("--print_completion", metavar="SHELL", action=_Completion, help=shown)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(GROUPS.values())}
     title = ""
     for name, flag in flags_of(Config):
@@ -359,12 +399,6 @@ def _add(group: Any, flag: Flag) -> None:
     group.add_argument(f"--{flag.name}", metavar=metavar, help=help.replace("%", "%%"), **options)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean X?" where a known word is like this one."""
-    found = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 def _with_underscores(argument: str) -> str:
     """--batch-size as --batch_size; --no-tensorboard keeps its first."""
     flag, equals, value = argument.partition("=")
@@ -374,18 +408,90 @@ def _with_underscores(argument: str) -> str:
 
 def parse(arguments: Sequence[str]) -> Config:
     """The settings of a command line. Raises FlagError with all problems, one a line."""
+    given, of_run = _given(arguments), dict[str, Any]()
+    if path := given.get("config"):
+        values = read_settings(Path(path))
+        is_of_run = "layout" in values
+        try:
+            found = _given([*_as_arguments(_settings_of_run(values, path) if is_of_run else values)])
+        except FlagError as error:
+            raise FlagError("\n".join(f"--config {path}: {line}" for line in str(error).split("\n"))) from None
+        given, of_run = (given, found) if is_of_run else (_over(found, given), {})
+    own = add_tasks(given)
+    default: dict[str, Any] = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
+    if given.get("option") == "export":
+        default["data"] = ""  # the run's
+    config = from_dict(_over({**default, **of_run}, given))
+    if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
+        raise FlagError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """The flags of a command line, by name."""
     parser = make_parser()
     parsed, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if unknown:
         flags = list(parser._option_string_actions)
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
-    given = vars(parsed)
-    data = {"data": ""} if given.get("option") == "export" else {}  # the run's
-    config = from_dict({"tasks": _default_tasks(given), **data, **given})
-    if problems := [*_wrong_values(config, given), *_contradictions(config, given)]:
-        raise FlagError("\n".join(dict.fromkeys(problems)))
-    return config
+    return vars(parsed)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `--config` names: a TOML file, or a run's config.json. Raises FlagError if it is neither."""
+    try:
+        content = path.read_text("utf-8")
+        values = json.loads(content) if path.suffix == ".json" else tomllib.loads(content)
+    except OSError as error:
+        raise FlagError(f"--config {path}: {error.strerror}, expected a TOML file or a run's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"--config {path}: not readable as {path.suffix[1:].upper() or 'TOML'} ({error})") from None
+    if not isinstance(values, dict) or (path.suffix == ".json" and not isinstance(values.get("layout"), dict)):
+        raise FlagError(f"--config {path}: no settings of a run, expected its config.json")
+    return values
+
+
+def _as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
+    """A file's settings as a command line."""
+    for name, value in values.items():
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        elif isinstance(value, list):
+            yield from (f"--{name}", *map(str, value))
+        else:
+            yield f"--{name}={value}"
+
+
+def _settings_of_run(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The flags in a run's config.json, without those that belong to this run alone; its tasks join TASKS.
+
+    They do not have to be needed by each other, as those of a command line: a run records them all.
+    """
+    try:
+        add_saved_tasks(values["layout"], path)
+    except TaskFileError as error:
+        raise FlagError(str(error)) from None
+    flags = {name: value for name, value in values.items() if name not in RECORD_KEYS | OWN_FLAGS}
+    return {name: value for name, value in completed(flags).items() if value not in ("", [])}
+
+
+def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with those given in their place; a treatment stands for all that is said of one."""
+    treatments = {"treatment", *TREATMENTS} if given.keys() & {"treatment", *TREATMENTS} else set()
+    return {name: value for name, value in values.items() if name not in treatments} | dict(given)
+
+
+def add_tasks(given: Mapping[str, Any]) -> list[str]:
+    """The tasks of task files, whose names are returned, and those of checkpoints join TASKS. Raises FlagError."""
+    try:
+        own = [task for name in given.get("task_file", ()) for task in add_task_file(Path(name))]
+        for name in filter(None, [given.get("checkpoint"), *given.get("checkpoints", ())]):
+            with suppress(CheckpointError):  # it is said again, with its reason, when the model is loaded
+                read_layout(checkpoint_folder(Path(name)))
+    except TaskFileError as error:
+        raise FlagError(str(error)) from None
+    return own
 
 
 def _default_tasks(given: Mapping[str, Any]) -> list[str]:
@@ -404,8 +510,12 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for flag in flags:
         if flag.name in given and (problem := flag.problem(given[flag.name])):
             yield problem + (nearest(given[flag.name], list(flag.choices)) if flag.choices else "")
+    if config.log in TRACKERS and importlib.util.find_spec(config.log) is None:
+        yield f"--log {config.log}: the package {config.log} is not installed, expected: pip install {config.log}"
     if 0 < config.max_length < 5:
         yield f"--max_length {config.max_length}: expected 0, or 5 or more: [CLS] a [SEP] b [SEP]"
+    if taken := [task for task in config.tasks if hasattr(ModuleDict(), task)]:
+        yield f"--tasks {taken[0]}: torch keeps this name for itself, expected another one"
     if len(set(config.tasks)) != len(config.tasks):
         yield f"--tasks {' '.join(config.tasks)}: expected each task once"
     of_heads = [name.partition("=")[0] if "=" in name else "" for name in config.head]

@@ -23,11 +23,10 @@ from bert import CheckpointError
 from eda import EdaConfig, EdaError, WordNet, augment_rows
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
-from tasks import TASKS, Task
-from tsv import numbered_rows
+from tasks import SPLITS, TASKS, Task
+from tsv import DELIMITERS, json_rows, numbered_rows
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
-SPLITS = ("train", "dev", "test")
 ROBERTAS = {"PAD": "<pad>", "UNK": "<unk>", "CLS": "<s>", "SEP": "</s>", "MASK": "<mask>"}  # for BERT's [PAD], ...
 ROWS_PER_CALL = 4096  # the tokenizer's results hold a hundred times the memory of the ids that are kept of them
 
@@ -67,7 +66,7 @@ def data_folder(name: str, flag: str = "--data ") -> Path:
 def tasks_in(name: str) -> list[str]:
     """The tasks with files in the directory of `--data`; all where there are none."""
     folder = SAMPLE if name == "sample" else Path(name)
-    found = [name for name, task in TASKS.items() if any((folder / task.file_name(x)).exists() for x in SPLITS)]
+    found = [name for name, task in TASKS.items() if any(task.path(split, folder).is_file() for split in SPLITS)]
     return found or list(TASKS)
 
 
@@ -86,11 +85,14 @@ def read_examples(path: Path, task: Task, labelled: bool) -> DataFile:
 
 def parse_examples(path: Path, content: bytes, task: Task, labelled: bool) -> DataFile:
     """The rows of a file's content. labelled: whether the split has labels. path: for error messages."""
-    rows = numbered_rows(path, content, DataError)
+    wanted = task.columns(labelled)
+    delimiter = "" if path.suffix == ".jsonl" else task.delimiter or DELIMITERS[path.suffix]
+    as_table, as_json = (path, content, DataError, delimiter), (path, content, DataError, wanted)
+    rows = numbered_rows(*as_table) if delimiter else json_rows(*as_json)
     header = next(rows, None)
     if header is None:
         raise DataError(f"{path}: the file is empty, expected a header line and rows")
-    columns = _columns(path, header[1], task, labelled)
+    columns = _columns(path, header[1], wanted, delimiter)
     examples, skipped = [], []
     for line, cells in rows:
         example = _example(path, line, cells, len(header[1]), columns, task)
@@ -99,18 +101,19 @@ def parse_examples(path: Path, content: bytes, task: Task, labelled: bool) -> Da
         else:
             examples.append(example)
     if not examples:
-        raise DataError(f"{path}: no rows below the header, expected at least one" + (" with a label" * bool(skipped)))
+        place = " below the header" * bool(delimiter)
+        raise DataError(f"{path}: no rows{place}, expected at least one" + (" with a label" * bool(skipped)))
     return DataFile(path, examples, tuple(skipped), hashlib.sha256(content).hexdigest())
 
 
-def _columns(path: Path, header: Sequence[str], task: Task, labelled: bool) -> dict[str, int]:
+def _columns(path: Path, header: Sequence[str], wanted: Sequence[str], delimiter: str) -> dict[str, int]:
     """Where the columns that the task needs stand."""
     names = [name.strip() for name in header]
-    wanted = ["id", *task.text_columns, *([task.label_column] if labelled else [])]
     missing = [name for name in wanted if name not in names]
     if missing:
-        if len(names) == 1 and any(mark in names[0] for mark in ",;"):
-            raise DataError(f"{path}:1: no tab in the header {names[0]!r}, expected tab-separated columns")
+        if len(names) == 1 and any(mark in names[0] for mark in ",;\t"):
+            mark = "tab" if delimiter == "\t" else repr(delimiter)
+            raise DataError(f"{path}:1: no {mark} in the header {names[0]!r}, expected {mark}-separated columns")
         found = ", ".join(repr(name) for name in names if name) or "none"
         raise DataError(f"{path}:1: no column {missing[0]!r}, found {found}; expected {', '.join(wanted)}")
     return {name: names.index(name) for name in wanted}
@@ -129,7 +132,7 @@ def _example(
         except ValueError:
             raise DataError(f"{path}:{line}: {task.label_column} is {cell!r}, expected {task.output.allowed}") from None
     texts = tuple(cells[columns[name]] for name in task.text_columns)
-    return Example(cells[columns["id"]].strip(), texts, label, line)
+    return Example(cells[columns[task.id_column]].strip() if task.id_column else str(line), texts, label, line)
 
 
 # --------------------------------------------------------------------------------------------------- tokenizer

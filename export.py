@@ -62,7 +62,7 @@ def dev_rows(config: Config, predictor: Predictor) -> dict[str, TokenizedRows]:
     """The dev rows of the run's data, or of `--data`."""
     record = Path(config.checkpoint) / CONFIG
     folder = data_folder(config.data or (read_json(record).get("data") if record.is_file() else None) or "sample")
-    files = {task: read_examples(folder / TASKS[task].file_name("dev"), TASKS[task], True) for task in predictor.tasks}
+    files = {task: read_examples(TASKS[task].path("dev", folder), TASKS[task], True) for task in predictor.tasks}
     cpu = torch.device("cpu")
     return {task: tokenize(TASKS[task], file.examples, predictor.tokenizer, cpu) for task, file in files.items()}
 

@@ -211,10 +211,10 @@ class RoutingHead(nn.Module):
         normalized = nn.functional.layer_norm(states, states.shape[-1:]).flatten(1) * self.norm_weight + self.norm_bias
         block, is_token = ops.padded(normalized, read.packing)  # (B, L, (layers + 1) D), (B, L)
         capsules = block.unflatten(2, states.shape[1:]).flatten(1, 2)  # (B, L (layers + 1), D)
-        is_real: Tensor | None = is_token[..., None].expand(-1, -1, states.shape[1]).flatten(1)  # -> (B, L (layers + 1))
+        is_real: Tensor | None = is_token[..., None].expand(-1, -1, states.shape[1]).flatten(1)  # (B, L (layers + 1))
         for routing in self.routings:
             capsules, is_real = routing(capsules, is_real), None  # (B, 64, D) twice, (B, K or 2, 1)
-        logits = capsules.squeeze(-1)  # (B, K or 2, 1) -> (B, K or 2)
+        logits: Tensor = capsules.squeeze(-1)  # (B, K or 2, 1) -> (B, K or 2)
         return logits[:, :1] - logits[:, 1:] if self.is_single else logits  # (B, K)
 
 

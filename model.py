@@ -20,6 +20,7 @@ from heads import HEADS, Encoded, Head, Reads, pair_features
 from ops import DropoutMasks, PackedTokens
 from pal import ADAPTERS, Adapter
 from parameters import Choice
+from task_files import TaskFileError, add_saved_tasks
 from tasks import TASKS
 
 POOLINGS = {
@@ -108,6 +109,8 @@ class Layout:
             tasks[task] = {"outputs": output.num_outputs, "head": head.to_dict()}
             if output.class_names:
                 tasks[task]["id2label"] = {str(k): name for k, name in enumerate(output.class_names)}
+            if TASKS[task].definition:
+                tasks[task]["definition"] = dict(TASKS[task].definition)
         adapter = None if self.adapter is None else self.adapter.to_dict()
         more: dict[str, Any] = {"copy_top_layers": self.copy_top_layers} if self.copy_top_layers else {}
         more |= {"pooling": self.pooling, "pairs": self.pairs}
@@ -121,6 +124,7 @@ class Layout:
                 raise ValueError(f"format is {values['format']!r}, expected 1 or 2")
             if values["format"] == 1:
                 values = _of_format_2(values)
+            add_saved_tasks(values, where)
             for task, saved in values["tasks"].items():
                 if task not in TASKS or TASKS[task].output.num_outputs != saved["outputs"]:
                     known = ", ".join(f"{t.name} ({t.output.num_outputs})" for t in TASKS.values())
@@ -135,6 +139,8 @@ class Layout:
                 if read not in choices:
                     raise ValueError(f"{read!r}, expected one of {', '.join(choices)}")
             return cls(heads, adapter, copied, pooling, pairs)
+        except TaskFileError as error:
+            raise CheckpointError(str(error)) from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{where}: multitask_bert is not of a known format ({error})") from None
 

@@ -7,6 +7,7 @@ import random
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare
 from run_record import RunError
 
 USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError, PredictionError, ExportError)
+
+IS_INSTALLED = Path(__file__).parent.name == "multitask_bert"  # by entry_point.py
+COMMAND = ["multitask-bert"] if IS_INSTALLED else ["python", "multitask_classifier.py"]
 
 
 def predict(config: Config) -> int:
@@ -60,12 +64,13 @@ def execute(config: Config, console: Console) -> int:
         return 0
     except Stopped:
         assert run is not None
-        command = shlex.join(["python", "multitask_classifier.py", f"--resume={run.directory.path}"])
+        command = shlex.join([*COMMAND, f"--resume={run.directory.path}"])
         console.say(f"stopped; to go on: {command}")
         return stop.status
     finally:
         stop.restore()
         if run is not None:
+            run.tracking.finish({})
             run.directory.close()
 
 

@@ -5,8 +5,9 @@ has parameters, it has a frozen dataclass `Parameters` whose fields are made by 
 them, `--<name of the entry>_<name of the field>`.
 """
 
+import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -54,6 +55,12 @@ class Flag:
         if is_number and not (math.isfinite(value) and is_allowed(value)):
             return f"--{self.name} {str(value)[:60]}: expected {words}"
         return None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" where a known word is like this one."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def parameter(default: Any, help: str, limits: str = "", flag: str = "", **options: Any) -> Any:

@@ -13,12 +13,15 @@ GUESS_IN_WORDS = "constant: the score of one answer for all rows, of classes the
 
 
 def guess_scores(tasks: Iterable[str], confusion: Confusion) -> dict[str, float]:
-    """The score of giving all rows the best same answer: the largest class's share, or on a scale no correlation."""
+    """The score of giving all rows the same answer: the largest class's share, or its part of the mean F1; on a scale,
+    where there is no correlation, 0."""
     scores = {}
     for task in tasks:
         if task in confusion:
             counts = np.sum(confusion[task], axis=1)
-            scores[task] = float(counts.max() / max(1, counts.sum()))
+            share = float(counts.max() / max(1, counts.sum()))
+            of_f1 = 2 * share / (1 + share) / len(counts)  # the other classes have 0
+            scores[task] = of_f1 if TASKS[task].output.selection_metric == "macro_f1" else share
         elif not TASKS[task].output.class_names:
             scores[task] = 0.0
     return scores

@@ -30,7 +30,6 @@ from checkpoints import (
 from config import Config, FlagError, completed, from_dict
 from console import Console, duration
 from datasets import (
-    SPLITS,
     DataError,
     DeferredRows,
     FeatureRows,
@@ -68,7 +67,8 @@ from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
 from soup import check_ingredients, cook
-from tasks import TASKS
+from tasks import SPLITS, TASKS
+from trackers import Tracking
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMAT = 2  # of what `last/` holds besides the model
@@ -128,6 +128,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
         out=str(Path(out)),
         model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
+        task_file=tuple(str(Path(name).resolve()) for name in config.task_file),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         checkpoints=tuple(str(Path(name).resolve()) for name in config.checkpoints),
         lr=config.lr or default_learning_rate(encoder.hidden_size),
@@ -291,11 +292,14 @@ class Run:
         self.known_features: dict[int, FeatureRows] = {}
         self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
         self.metrics: MetricsLog
+        self.tracking = Tracking("", Path(), {}, 0, console.say)
 
     def train(self) -> None:
         """All stages, from the checkpoint on where there is one."""
         tensors, state = read_trainer(self.directory.last, FORMAT) if self.directory.last.exists() else ({}, {})
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
+        config, num_records = self.config, len(self.metrics.records())
+        self.tracking = Tracking(config.log, self.directory.path, config.to_dict(), num_records, self.console.say)
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
         if self.config.option == "soup":
@@ -430,6 +434,7 @@ class Run:
         if event.record is None:
             return
         self.metrics.write(event.record)
+        self.tracking.write(event.record)
         if not event.is_epoch:
             self.console.advance(1, event.record)
             return
@@ -497,13 +502,15 @@ class Run:
         }
         self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
+        self.tracking.finish(results["dev"])
         self.metrics.close()
         num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
         gap = "\n" if self.stages else ""  # below the lines of training
         self.console.say(gap + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
         for line in remarks(dev, confusion, self.metrics.records()):
             self.console.say(line)
-        if missing := [task for task in config.tasks if task not in self.data.test]:
+        with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
+        if missing := [task for task in with_test_file if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
         has_best = self.directory.best.exists()
         holds = "results, predictions and the best checkpoint are" if has_best else "results and predictions are"
@@ -514,10 +521,10 @@ class Run:
 
     def dev_texts(self, task: str) -> list[tuple[str, ...]]:
         """The texts of the dev file, none if it has changed since it was read."""
-        path = data_folder(self.config.data) / TASKS[task].file_name("dev")
+        path = TASKS[task].path("dev", data_folder(self.config.data))
         with suppress(DataError):
             file = read_examples(path, TASKS[task], labelled=True)
-            if file.sha256 == self.data.files[path.name]["sha256"]:
+            if file.sha256 == self.data.files[TASKS[task].file_key("dev")]["sha256"]:
                 return [example.texts for example in file.examples]
         return []
 
@@ -564,6 +571,7 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
                 f"(--checkpoint {config.resume} starts a new run from its model)"
             )
         flags = config
+        Layout.from_dict(saved["layout"], f"--resume {config.resume}")  # its tasks are known from here on
         config = replace(from_dict(completed(saved)), out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
@@ -625,7 +633,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     ]
     for task in config.tasks:
         rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]
-        lines.append(f"            {task:<5} {', '.join(rows)}")
+        lines.append(f"            {task:<{max(5, *map(len, config.tasks))}} {', '.join(rows)}")
     if absent := [task for task in TASKS if task not in tasks_in(config.data)]:
         lines.append(f"            (no files of {', '.join(absent)}: left out)")
     for stage in run.stages:

@@ -1,5 +1,6 @@
 """The data of a run: files read through the cache, training rows filtered and augmented, what was found told."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from config import Config
 from datasets import (
     AUGMENTATIONS,
-    SPLITS,
     TokenizedRows,
     Tokenizer,
     data_folder,
@@ -20,7 +20,7 @@ from datasets import (
     tokenize,
 )
 from seeding import derive_seed
-from tasks import TASKS, Task
+from tasks import SPLITS, TASKS, Task
 from token_cache import TokenCache, TokenFile, Warn, tokenize_file
 
 NUM_NAMED = 20  # rows without a label that are named one by one
@@ -47,12 +47,14 @@ def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Dat
     for task in (TASKS[name] for name in config.tasks):
         hashes: dict[str, np.ndarray] = {}
         for split in SPLITS:
-            path = folder / task.file_name(split)
-            if (split == "test" and not path.exists()) or (split == "train" and not config.trains):
+            path = task.path(split, folder)
+            is_absent = not task.file_name(split) or (split == "test" and not task.folder and not path.exists())
+            if is_absent or (split == "train" and not config.trains):
                 continue
             file = load(path, task, split != "test", device)
             hashes[split] = file.text_hashes
-            data.files[path.name] = {"rows": len(file.rows), "skipped": list(file.skipped), "sha256": file.sha256}
+            record = {"rows": len(file.rows), "skipped": list(file.skipped), "sha256": file.sha256}
+            data.files[task.file_key(split)] = record
             data.notes.extend(_skipped_note(path, file.skipped))
             rows = file.rows if split != "train" else _training_rows(config, path, file.rows, tokenizer, data)
             getattr(data, split)[task.name] = rows
@@ -85,9 +87,10 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
     num_leaked = int(np.isin(hashes["dev"], hashes["train"]).sum())
     if num_leaked == 0:
         return []
+    command = shlex.join(["python", "datasets.py", config.data, *(f"--task_file={x}" for x in config.task_file)])
     return [
         f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
-        f"`python datasets.py {config.data}` names them"
+        f"`{command}` names them"
     ]
 
 
@@ -111,7 +114,7 @@ def _training_rows(config: Config, path: Path, rows: TokenizedRows, tokenizer: T
         data.notes.append(
             f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens"
         )
-        data.files[path.name].update(dropped_longest=num_dropped, longest_tokens=longest)
+        data.files[rows.task.file_key("train")].update(dropped_longest=num_dropped, longest_tokens=longest)
     for name in config.chosen("augment"):
         examples = read_examples(path, rows.task, labelled=True).examples
         augmentation = AUGMENTATIONS[name](config.choice("augment", name).parameters)
@@ -119,6 +122,6 @@ def _training_rows(config: Config, path: Path, rows: TokenizedRows, tokenizer: T
         added = augmentation.added(rows.task, [examples[row] for row in kept], seed)
         if added:
             data.notes.append(f"{path.name}: added {len(added)} edited rows ({name})")
-            data.files[path.name]["augmented_rows"] = len(added)
+            data.files[rows.task.file_key("train")]["augmented_rows"] = len(added)
             rows = rows.followed_by(tokenize(rows.task, added, tokenizer, rows.device))
     return rows

@@ -28,6 +28,11 @@ FORMATS = ("png", "pdf", "svg")  # of plots
 TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
 
 
+RECORD_KEYS = frozenset(  # of config.json beside the flags
+    {"versions", "machine", "processor", "gpu", "commit", "compiled", "data_files", "layout", "stages"}
+)
+
+
 class RunError(ValueError):
     """A run directory cannot be used; the message is one line for the user."""
 

@@ -1,8 +1,9 @@
 """The language tasks: one entry of `TASKS` says everything that is particular to a task.
 
 Flags, heads, loaders, losses, metrics and output files derive from these entries. A task is a name, the files and
-columns that it is read from, and an `Output`: what the numbers of its head mean. torch is imported where a loss needs
-it, so that the commands that only read what runs have left start at once.
+columns that it is read from, and an `Output`: what the numbers of its head mean. `--task_file` and what runs have saved
+add entries (task_files.py). torch is imported where a loss needs it, so that the commands that only read what runs have
+left start at once.
 
 Shape letters: B rows of a batch, K outputs of a head.
 """
@@ -10,8 +11,10 @@ Shape letters: B rows of a batch, K outputs of a head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -40,6 +43,16 @@ class Output(Protocol):
     @property
     def allowed(self) -> str:
         """The labels that `parse` accepts, in words."""
+        ...
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """Its ends, or None for classes."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what `scores` gives."""
         ...
 
     @property
@@ -76,13 +89,23 @@ class Output(Protocol):
         ...
 
 
+CLASS_METRICS = ("accuracy", "macro_f1")
+NUM_NAMED = 12  # classes that an error names
+
+
 @dataclass(frozen=True)
 class Classes:
-    """One of several classes: cross entropy over K logits. names: of each class, or none for their numbers."""
+    """One of several classes: cross entropy over K logits. names: of each class, or none for their numbers.
+
+    reads_names: whether files may hold the names, too.
+    """
 
     num_outputs: int
     names: tuple[str, ...] = ()
     selection_metric: str = "accuracy"
+    reads_names: bool = False
+    scale: ClassVar[None] = None
+    metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
 
     @property
     def num_classes(self) -> int:
@@ -94,13 +117,10 @@ class Classes:
 
     @property
     def allowed(self) -> str:
-        return f"a whole number from 0 to {self.num_outputs - 1}"
+        return _allowed_names(self.names) if self.reads_names else f"a whole number from 0 to {self.num_outputs - 1}"
 
     def parse(self, text: str) -> float:
-        label = float(text)
-        if label not in range(self.num_outputs):
-            raise ValueError(text)
-        return label
+        return _class_label(text, self.names if self.reads_names else (), self.num_outputs)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -127,19 +147,22 @@ class Classes:
 
 @dataclass(frozen=True)
 class Binary:
-    """Yes or no: binary cross entropy on one logit."""
+    """Yes or no: binary cross entropy on one logit. reads_names: as of `Classes`."""
 
     num_outputs: int = 1
     num_classes: int = 2
     class_names: tuple[str, ...] = ("no", "yes")
     selection_metric: str = "accuracy"
-    allowed: str = "0 or 1"
+    reads_names: bool = False
+    scale: ClassVar[None] = None
+    metrics: ClassVar[tuple[str, ...]] = CLASS_METRICS
+
+    @property
+    def allowed(self) -> str:
+        return _allowed_names(self.class_names) if self.reads_names else "0 or 1"
 
     def parse(self, text: str) -> float:
-        label = float(text)
-        if label not in (0.0, 1.0):
-            raise ValueError(text)
-        return label
+        return _class_label(text, self.class_names if self.reads_names else (), 2)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         import torch.nn.functional as F
@@ -180,6 +203,11 @@ class Score:
     num_classes: None = None
     class_names: tuple[str, ...] = ()
     selection_metric: str = "pearson"
+    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman")
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        return self.low, self.high
 
     @property
     def allowed(self) -> str:
@@ -221,6 +249,29 @@ class Score:
         }
 
 
+def _class_label(text: str, names: tuple[str, ...], num_classes: int) -> float:
+    """The number of a class from its name or, unless names are numbers themselves, its number."""
+    if text in names:
+        return float(names.index(text))
+    label = float(text)
+    if label not in range(num_classes) or any(map(_is_number, names)):
+        raise ValueError(text)
+    return label
+
+
+def _allowed_names(names: tuple[str, ...]) -> str:
+    listed = ", ".join(names[:NUM_NAMED]) + (f" and {len(names) - NUM_NAMED} more" * (len(names) > NUM_NAMED))
+    numbers = "" if any(map(_is_number, names)) else f", or a number from 0 to {len(names) - 1}"
+    return f"one of {listed}{numbers}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def class_scores(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
     """Accuracy and macro F1."""
     from sklearn.metrics import accuracy_score, f1_score
@@ -237,34 +288,61 @@ def is_degenerate(values: np.ndarray) -> bool:
     return len(values) < 2 or bool(np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())))
 
 
+SPLITS = ("train", "dev", "test")
+
+
 @dataclass(frozen=True)
 class Task:
     """One task: where its rows stand and what its labels mean.
 
-    file_prefix: the CS224N files are named `<file_prefix>-{train,dev,test-student}.csv`.
+    files: of each of SPLITS the name of its file, "" where there is none. folder: where they stand; "": in --data.
     prediction_header: the second column's title in the prediction file that CS224N grades (its spelling is theirs).
+    id_column: what names a row; "": its line. delimiter: between columns; "": by the ending of the file.
+    definition: the entry of the task file that it comes from, for checkpoints; empty for those of this module.
     """
 
     name: str
     title: str
-    file_prefix: str
+    files: tuple[str, str, str]
     text_columns: tuple[str, ...]
     label_column: str
     output: Output
     prediction_header: str
+    id_column: str = "id"
+    delimiter: str = "\t"
+    folder: str = ""
+    definition: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def file_name(self, split: str) -> str:
-        """Name of the file of a split: "train", "dev" or "test"."""
-        return f"{self.file_prefix}-{'test-student' if split == 'test' else split}.csv"
+        """Name of the file of a split, "" where the task has none."""
+        return self.files[SPLITS.index(split)]
+
+    def path(self, split: str, folder: Path) -> Path:
+        """Where the file of a split stands. folder: that of --data."""
+        return Path(self.folder or folder) / self.file_name(split)
+
+    def file_key(self, split: str) -> str:
+        """What a run's record calls the file: tasks from other folders may have files of the same name."""
+        return f"{self.name}-{split}" if self.folder else self.file_name(split)
+
+    def columns(self, labelled: bool) -> list[str]:
+        """The columns that a file must have. labelled: whether the split has labels."""
+        return [*filter(None, [self.id_column]), *self.text_columns, *([self.label_column] if labelled else [])]
+
+
+def cs224n_files(prefix: str) -> tuple[str, str, str]:
+    """The names that CS224N gives to a task's files."""
+    return f"{prefix}-train.csv", f"{prefix}-dev.csv", f"{prefix}-test-student.csv"
 
 
 _PAIR = ("sentence1", "sentence2")
 _SENTIMENTS = Classes(5, ("very negative", "negative", "neutral", "positive", "very positive"))
+_SST, _PARA, _STS = map(cs224n_files, ("ids-sst", "quora", "sts"))
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("sst", "SST-5 sentiment", "ids-sst", ("sentence",), "sentiment", _SENTIMENTS, "Predicted_Sentiment"),
-        Task("para", "Quora paraphrase", "quora", _PAIR, "is_duplicate", Binary(), "Predicted_Is_Paraphrase"),
-        Task("sts", "STS similarity", "sts", _PAIR, "similarity", Score(0.0, 5.0), "Predicted_Similiary"),
+        Task("sst", "SST-5 sentiment", _SST, ("sentence",), "sentiment", _SENTIMENTS, "Predicted_Sentiment"),
+        Task("para", "Quora paraphrase", _PARA, _PAIR, "is_duplicate", Binary(), "Predicted_Is_Paraphrase"),
+        Task("sts", "STS similarity", _STS, _PAIR, "similarity", Score(0.0, 5.0), "Predicted_Similiary"),
     )
 }

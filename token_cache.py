@@ -56,7 +56,7 @@ class TokenCache:
         """A data file as token ids. Raises DataError for a file that cannot be used."""
         content = read_content(path, task)
         sha256 = hashlib.sha256(content).hexdigest()
-        key = self._key(task, labelled, sha256)
+        key = self._key(path, task, labelled, sha256)
         entry = self.folder / f"{task.name}-{key[:32]}.tokens"
         try:
             return _unpacked(entry.read_bytes(), key, task, sha256, device)
@@ -69,8 +69,9 @@ class TokenCache:
         self._write(entry, _packed(tokens, key))
         return tokens
 
-    def _key(self, task: Task, labelled: bool, sha256: str) -> str:
-        parts = [MAGIC, sha256, task.text_columns, task.label_column, task.output.allowed, labelled, self._fingerprint]
+    def _key(self, path: Path, task: Task, labelled: bool, sha256: str) -> str:
+        columns = [task.delimiter or path.suffix, task.id_column, task.text_columns, task.label_column]
+        parts = [MAGIC, sha256, *columns, repr(task.output), labelled, self._fingerprint]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write(self, entry: Path, content: bytes) -> None:

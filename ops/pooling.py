@@ -15,7 +15,8 @@ def row_means(hidden_states: Tensor, packing: Packing) -> Tensor:
     """
     if isinstance(packing, Padded):
         is_real = packing.is_real.to(hidden_states.dtype)[..., None]  # (B, L, 1)
-        return (hidden_states.unflatten(0, packing.is_real.shape) * is_real).sum(1) / is_real.sum(1)  # (B, D)
+        sums: Tensor = (hidden_states.unflatten(0, packing.is_real.shape) * is_real).sum(1)  # (B, D)
+        return sums / is_real.sum(1)
     offsets = F.pad(packing.ends, (1, 0))  # (B,) -> (B + 1,)
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     return torch.segment_reduce(hidden_states.to(wide), "mean", offsets=offsets, unsafe=True)  # checks would wait

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from reports.finished_run import MEAN, FinishedRun
-from run_record import DevRows, RunError
+from run_record import RECORD_KEYS, DevRows, RunError
 from tasks import TASKS
 
 NUM_RESAMPLES = 2000
@@ -30,9 +30,8 @@ ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
 # Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
 # the treatment, and data by the checksums of their files.
-NOT_COMPARED = frozenset({"versions", "machine", "commit", "compiled", "data_files", "layout", "stages", "data"})
-NOT_COMPARED |= {"out", "resume", "threads", "seed", "tensorboard", "cache", "save_every", "eval_batch_size"}
-NOT_COMPARED |= {"processor", "gpu", "cuda_graphs", "name", "log", "format", "config", "pcgrad", "gradvac"}
+NOT_COMPARED = RECORD_KEYS | {"data", "out", "resume", "threads", "seed", "tensorboard", "cache", "save_every"}
+NOT_COMPARED |= {"eval_batch_size", "cuda_graphs", "name", "log", "format", "config", "task_file", "pcgrad", "gradvac"}
 
 
 @dataclass(frozen=True)
@@ -197,20 +196,26 @@ def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> 
 
 
 def resampled_scores(task: str, rows: DevRows) -> np.ndarray:
-    """(S,) scores on S resamples of the dev rows: accuracy or Pearson r, 0 where a correlation is undefined.
+    """(S,) scores on S resamples of the dev rows by the metric that counts, 0 where a correlation is undefined.
 
     The resamples depend on the task and the number of rows alone, so the scores of two runs are paired.
     """
-    from scipy.stats import bootstrap, pearsonr
+    from scipy.stats import bootstrap, pearsonr, rankdata
 
-    num_rows, hits = len(rows.labels), rows.predictions == rows.labels
+    num_rows, metric, classes = len(rows.labels), TASKS[task].output.selection_metric, TASKS[task].output.num_classes
     if num_rows < 2:
         raise RunError("fewer than two dev rows")
 
     def score(index: np.ndarray, axis: int) -> Any:  # index (S, R)
-        if TASKS[task].output.num_classes is not None:
-            return hits[index].mean(axis)
-        return np.nan_to_num(pearsonr(rows.predictions[index], rows.labels[index], axis=axis).statistic)
+        predictions, labels = rows.predictions[index], rows.labels[index]
+        if metric == "accuracy":
+            return (predictions == labels).mean(axis)
+        if metric == "macro_f1":
+            of_classes = [(predictions == k, labels == k) for k in range(classes or 0)]
+            return np.mean([2 * (p & t).sum(axis) / np.maximum(p.sum(axis) + t.sum(axis), 1) for p, t in of_classes], 0)
+        if metric == "spearman":
+            predictions, labels = rankdata(predictions, axis=axis), rankdata(labels, axis=axis)
+        return np.nan_to_num(pearsonr(predictions, labels, axis=axis).statistic)
 
     drawn = {"n_resamples": NUM_RESAMPLES, "batch": max(1, ROWS_AT_ONCE // num_rows), "method": "percentile"}
     generator = np.random.default_rng([list(TASKS).index(task), num_rows])

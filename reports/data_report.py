@@ -19,14 +19,16 @@ import torch
 
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
-from datasets import SPLITS, DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
+from datasets import DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
 from reports.command import Parser, check_new_file, run_command
 from reports.plots import Plot, panels, style
 from run_record import FORMATS, write_atomically
-from tasks import TASKS, Task
+from task_files import TaskFileError, add_task_file
+from tasks import SPLITS, TASKS, Task
 
 PERCENTILES = (50, 90, 98, 99)
 NUM_NAMED = 10  # rows named one by one in a list
+NUM_BANDS = 5  # of a scale in the picture
 NUM_BINS = 40  # of token lengths in the picture
 
 
@@ -58,7 +60,8 @@ def describe_file(path: Path, task: Task, split: str, tokenizer: Tokenizer) -> D
 
 def describe_folder(folder: Path, tokenizer: Tokenizer) -> list[Description]:
     """All files of all tasks that are there. Raises DataError if there are none."""
-    files = [(folder / task.file_name(split), task, split) for task in TASKS.values() for split in SPLITS]
+    named = [(task, split) for task in TASKS.values() for split in SPLITS if task.file_name(split)]
+    files = [(task.path(split, folder), task, split) for task, split in named]
     found = [describe_file(path, task, split, tokenizer) for path, task, split in files if path.exists()]
     if not found:
         raise DataError(f"{folder}: no data file, expected such as {', '.join(path.name for path, *_ in files[::3])}")
@@ -133,9 +136,10 @@ def draw(descriptions: Sequence[Description]) -> Plot:
         if of.task is not tasks[i % len(tasks)] or (above and split == "test"):
             continue
         longest = max(int(d.lengths.max()) for d in descriptions if d.task is of.task)
-        classes = of.task.output.num_classes
-        lengths, labels = np.linspace(0, longest + 1, min(longest + 1, NUM_BINS) + 1), np.arange((classes or 5) + 1)
-        edges, values = (labels - (0.5 if classes else 0), of.labels) if above else (lengths, of.lengths)
+        classes, scale = of.task.output.num_classes or 0, of.task.output.scale
+        labels = np.linspace(*scale, NUM_BANDS + 1) if scale else np.arange(classes + 1) - 0.5
+        lengths = np.linspace(0, longest + 1, min(longest + 1, NUM_BINS) + 1)
+        edges, values = (labels, of.labels) if above else (lengths, of.lengths)
         look = {key: style(SPLITS.index(split))[key] for key in ("color", "linestyle", "linewidth")}
         shares = 100 * np.histogram(values, edges)[0] / len(values)
         axes[i].stairs(shares, edges, **look, label=f"{split}, {len(values):,} rows")
@@ -150,12 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats = ", ".join(FORMATS)
     parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw labels and lengths into a new file: {formats}")
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="whose tokenizer counts (default: %(default)s)")
+    text = "tasks of your own, described too"
+    parser.add_argument("--task_file", metavar="FILE", type=Path, nargs="+", default=[], help=text)
     args = parser.parse_args(arguments)
-    return run_command(lambda: describe(args), DataError, CheckpointError)
+    return run_command(lambda: describe(args), DataError, CheckpointError, TaskFileError)
 
 
 def describe(args: argparse.Namespace) -> None:
     """Draws where that is wanted, and prints."""
+    for path in args.task_file:
+        add_task_file(path)
     if args.plot is not None:
         check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     checkpoint = find_checkpoint(args.model)

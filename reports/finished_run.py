@@ -14,6 +14,7 @@ import numpy as np
 
 from remarks import guess_scores, remarks
 from run_record import CONFIG, METRICS, RESULTS, DevRows, RunError, parse_records, read_json
+from task_files import TaskFileError, add_saved_tasks
 from tasks import TASKS
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class FinishedRun:
         if not (path / CONFIG).is_file():
             raise RunError(f"{path}: no run directory, expected one with {CONFIG}")
         config = read_json(path / CONFIG)
+        try:
+            add_saved_tasks(config.get("layout") if isinstance(config, dict) else None, str(path / CONFIG))
+        except TaskFileError as error:
+            raise RunError(str(error)) from None
         if problem := mismatch(config, SETTINGS) or _task_problem(config["tasks"]):
             raise RunError(f"{path / CONFIG}: {problem}, expected the settings of a run")
         if not (path / RESULTS).is_file():
@@ -130,7 +135,7 @@ class FinishedRun:
 
     def data_checksums(self, *splits: str) -> dict[str, str]:
         """SHA-256 of the data files of these splits, by file name, as far as the run read them."""
-        names = [TASKS[task].file_name(split) for task in self.tasks for split in splits]
+        names = [TASKS[task].file_key(split) for task in self.tasks for split in splits]
         files = self.config["data_files"]
         return {name: files[name]["sha256"] for name in names if name in files}
 
@@ -139,11 +144,11 @@ class FinishedRun:
         from datasets import DataError, data_folder, read_examples
 
         try:
-            path = data_folder(self.config["data"], "") / TASKS[task].file_name("dev")
+            path = TASKS[task].path("dev", data_folder(self.config["data"], ""))
             file = read_examples(path, TASKS[task], labelled=True)
         except DataError as error:
             raise RunError(str(error)) from None
-        if file.sha256 != self.data_checksums("dev").get(path.name):
+        if file.sha256 != self.data_checksums("dev").get(TASKS[task].file_key("dev")):
             raise RunError(f"{path}: the file has changed since the run {self.path}")
         return file.examples
 

@@ -24,6 +24,7 @@ from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, 
 from reports.document import Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
+from reports.model_card import push
 from reports.plots import Plot, draw_comparison, run_plots, write_plots
 from run_record import FORMATS, RunError, write_atomically
 from tasks import TASKS, Task
@@ -33,7 +34,6 @@ LONGEST_TEXT = 300  # characters shown of a row
 INTERVAL = "95% over dev rows"
 GRADIENTS = {"cosine": "mean cosine", "conflict_rate": "share of steps in conflict", "removed": "share removed"}
 CSV_SETTINGS = ("option", "model", "data", "scheduler", "treatment", "seed", "epochs", "batch_size", "lr")
-CSV_METRICS = {"sst": ("accuracy", "macro_f1"), "para": ("accuracy", "macro_f1"), "sts": ("pearson", "spearman")}
 
 
 def run_sections(run: FinishedRun, files: Sequence[Path]) -> list[Section]:
@@ -56,7 +56,7 @@ def _scores_section(run: FinishedRun) -> Section:
     config, results, intervals = run.config, run.results, row_intervals([run])
     rows: list[dict[str, Any]] = []
     for task in (TASKS[name] for name in run.tasks):
-        num_rows = config["data_files"].get(task.file_name("dev"), {}).get("rows")
+        num_rows = config["data_files"].get(task.file_key("dev"), {}).get("rows")
         for name, value in results["dev"][task.name].items():
             rows.append({"task": task.title, "dev rows": num_rows, "metric": name, "value": value})
             if name == task.output.selection_metric:
@@ -175,11 +175,12 @@ def _differences(settings: Sequence[Setting]) -> list[str | Table]:
 
 
 def print_csv(runs: Sequence[FinishedRun]) -> None:
-    """For other programs: a row a run, the same columns whatever the runs are, every number in full.
+    """For other programs: a row a run, the same columns whatever the runs are, every number in full; metrics of tasks
+    from task files come behind those of the others.
 
     The last column holds all settings of the run as JSON. What a run does not have is empty.
     """
-    metrics = {f"{task}_{metric}": (task, metric) for task, of in CSV_METRICS.items() for metric in of}
+    metrics = {f"{task}_{metric}": (task, metric) for task in TASKS for metric in TASKS[task].output.metrics}
     ends = ("training_seconds", "peak_memory_mb", "parameters", "settings")
     columns = ("run", *CSV_SETTINGS, "tasks", *metrics, MEAN, *ends)
     writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
@@ -224,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats.add_argument("--markdown", action="store_true", help="print as markdown")
     formats.add_argument("--html", metavar="FILE", type=Path, help="write a new page with tables and pictures too")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of a run's plots (default: %(default)s)")
+    parser.add_argument("--push", metavar="NAME", help="put a run's best checkpoint with a model card on the hub")
     args = parser.parse_args(arguments)
     return run_command(lambda: report(args), RunError)
 
@@ -239,6 +241,10 @@ def report(args: argparse.Namespace) -> None:
         print(f"left out: {problem}", file=sys.stderr)
     if args.csv:
         return print_csv(runs)
+    if args.push:
+        if len(runs) > 1:
+            raise RunError(f"--push {args.push}: {len(runs)} runs, expected one")
+        return print(push(runs[0], args.push))
     settings, plots, files = settings_of(runs), list[Plot](), list[Path]()
     is_one = len(runs) == 1
     try:

@@ -1,6 +1,7 @@
 """Runs grouped by setting, and tests of differences against scipy, formulas, and plain resampling."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,19 @@ def test_scores_on_resamples_are_those_of_the_rows_drawn(task: str, monkeypatch:
             y, p = rows.labels[drawn[number]], rows.predictions[drawn[number]]
             expected = stats.pearsonr(p, y).statistic if task == "sts" else accuracy_score(y, p)
             assert found[number] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("task", "metric"), [("sst", "macro_f1"), ("para", "macro_f1"), ("sts", "spearman")])
+def test_scores_on_resamples_are_by_the_metric_that_counts(
+    task: str, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output: Any = TASKS[task].output
+    monkeypatch.setitem(TASKS, task, replace(TASKS[task], output=replace(output, selection_metric=metric)))
+    rows, _ = two_runs(task, 50)
+    found, generator = resampled_scores(task, rows), np.random.default_rng([list(TASKS).index(task), 50])
+    for number, drawn in enumerate(generator.integers(50, size=(NUM_RESAMPLES, 50))[:20]):
+        expected = output.scores(rows.predictions[drawn], rows.labels[drawn])[metric]
+        assert found[number] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.filterwarnings("error")

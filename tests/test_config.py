@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,76 @@ def test_all_problems_are_reported_at_once() -> None:
     found = problems("--epochs 0 --warmup 2 --gradvac_beta 7 --smart_eps 1e-4 --pal_size 8 --train pal --tasks sst sst")
     for name in ("--epochs", "--warmup", "--gradvac_beta", "--smart_eps", "--pal_size", "--train pal", "--tasks"):
         assert any(problem.startswith(name) for problem in found), (name, found)
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return f"--config {path}"
+
+
+def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -> None:
+    text = """
+        tasks = ["para", "sts"]
+        lr = 3e-5
+        epochs = 2
+        tensorboard = false
+        pcgrad = true
+        amp = "bf16"
+        rdrop = true
+        rdrop_alpha = 2
+        task_weights = ["sts=2"]
+    """
+    line = "--tasks para sts --lr 3e-5 --epochs 2 --no-tensorboard --pcgrad --amp --rdrop --rdrop_alpha 2"
+    line += " --task_weights sts=2"
+    file = written(tmp_path / "run.toml", text)
+    assert replace(settings(file), config="") == settings(line)
+    for flag in ("--epochs 3", "--tensorboard", "--gradvac", "--treatment UPGrad", "--no-pcgrad", "--tasks sts sst"):
+        without = line.replace("--pcgrad", "") if flag in ("--gradvac", "--treatment UPGrad", "--no-pcgrad") else line
+        assert replace(settings(f"{file} {flag}"), config="") == settings(f"{without} {flag}"), flag
+    (found,) = problems(f"{file} --no-rdrop")  # the file's parameter does nothing then
+    assert found == "--rdrop_alpha: expected only with --rdrop"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('schedular = "pal"', "--schedular: unknown; did you mean --scheduler?"),
+        ("lr = true", "--lr: expected one argument"),
+        ('epochs = "two"', "--epochs: invalid int value: 'two'"),
+        ("epochs = 2.5", "--epochs: invalid int value: '2.5'"),
+        ("pcgrad = 3", "--pcgrad: ignored explicit argument '3'"),
+        ("lr = 1\nlr = 2", "not readable as TOML (Cannot overwrite a value (at end of document))"),
+    ],
+)
+def test_a_wrong_settings_file_is_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    line = written(tmp_path / "run.toml", text)
+    assert [found.replace(f"{line}: ", "") for found in problems(line)] == [expected]
+
+
+def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path) -> None:
+    for name, text, words in (("x.json", "[]", "no settings of a run"), ("x.json", "{", "not readable as JSON")):
+        (found,) = problems(written(tmp_path / name, text))
+        assert found.startswith(f"--config {tmp_path / name}: {words}")
+    assert problems(f"--config {tmp_path / 'none'}")[0].startswith(f"--config {tmp_path / 'none'}: No such file")
+
+
+def test_the_settings_of_a_run_are_those_of_its_command_line(tmp_path: Path) -> None:
+    """Also what it chose by itself, and what would be refused on a command line for being without effect there."""
+    line = "--pcgrad --tasks para sts --seed 3 --lr 1e-4 --pairs siamese --head mlp --name first --option finetune"
+    run = replace(settings(f"{line} --out {tmp_path / 'run'}"), draws_per_step=16, threads=2, mlm_lr=1e-3)
+    layout = {"layout": {"tasks": {}}, "stages": [], "commit": None, "gpu": None}
+    file = written(tmp_path / "config.json", json.dumps({**run.to_dict(), **layout}))
+    found = settings(file)
+    assert {**found.to_dict(), "config": ""} == {**run.to_dict(), "out": "", "name": ""}
+    found = settings(f"{file} --gradvac --gradvac_beta 0.5 --seed 4 --out new")
+    assert (found.treatment, found.seed, found.out, found.pairs) == ("gradvac", 4, "new", "siamese")
+    for key, value, expected in (
+        ("epochs", 0, "--epochs 0"),
+        ("epochs", "x", "invalid int"),
+        ("epocs", 1, "--epochs?"),
+    ):
+        (problem,) = problems(written(tmp_path / "bad.json", json.dumps({**run.to_dict(), **layout, key: value})))
+        assert expected in problem
 
 
 @pytest.mark.parametrize("line", cases("accepted.txt"))

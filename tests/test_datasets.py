@@ -16,7 +16,6 @@ from bert import CheckpointError
 from checkpoints import find_checkpoint
 from datasets import (
     SAMPLE,
-    SPLITS,
     DataError,
     DataFile,
     DeferredRows,
@@ -33,7 +32,7 @@ from datasets import (
     truncate,
 )
 from helpers import SPECIALS, write_vocabulary
-from tasks import TASKS, Task
+from tasks import SPLITS, TASKS, Task
 
 SST, PARA, STS = TASKS["sst"], TASKS["para"], TASKS["sts"]
 CPU = torch.device("cpu")

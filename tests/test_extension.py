@@ -29,7 +29,7 @@ from parameters import NoParameters, parameter
 from pcgrad import TREATMENTS
 from schedulers import SCHEDULERS, Draws, Plan, Setting, sampled_counts
 from smart import REGULARIZERS
-from tasks import TASKS, Classes, Task
+from tasks import TASKS, Classes, Task, cs224n_files
 
 Command = Callable[..., list[str]]
 
@@ -122,7 +122,7 @@ class Bottleneck(nn.Module):
         return self.up(self.down(hidden_states))  # type: ignore[no-any-return]
 
 
-MOOD = Task("mood", "Mood of a sentence", "moods", ("sentence",), "mood", Classes(3), "Predicted_Mood")
+MOOD = Task("mood", "Mood of a sentence", cs224n_files("moods"), ("sentence",), "mood", Classes(3), "Predicted_Mood")
 ADDED: list[tuple[Any, str, Any]] = [
     (TASKS, "mood", MOOD),
     (SCHEDULERS, "favorite", Favorite),

@@ -1,0 +1,92 @@
+"""The model card of a run, and its way to a model hub: `python evaluation.py RUN --push NAME`."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reports.document import Section, Table, to_text
+from reports.finished_run import MEAN, FinishedRun
+from run_record import CONFIG, RunError, read_json
+from tasks import TASKS
+
+CARD = "README.md"
+EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
+ABOUT = """One encoder with a head for each of the tasks below, trained together by multitask-bert. The encoder alone is
+a checkpoint for `transformers.AutoModel`; the heads need the program:
+
+    from predictor import load
+
+    load("DIR").predict({task!r}, [{text}])"""
+LIMITS = "Scores are of the dev files, by which the epoch was chosen: expect a little less of other texts of the kind."
+
+
+def model_card(run: FinishedRun, name: str) -> str:
+    """The card as markdown behind the head that hubs read. name: of the model on the hub."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    found, rows = list[EvalResult](), []
+    for task in (TASKS[name] for name in run.tasks):
+        kind = "text-classification" if task.output.class_names else "sentence-similarity"
+        answers = ", ".join(task.output.class_names) or task.output.allowed
+        for metric, value in run.results["dev"][task.name].items():
+            data: dict[str, Any] = {"dataset_type": task.name, "dataset_name": task.title, "dataset_split": "dev"}
+            found.append(EvalResult(task_type=kind, metric_type=metric, metric_value=round(value, 4), **data))
+            rows.append([task.name, task.title, " + ".join(task.text_columns), answers, metric, f"{value:.3f}"])
+    rows.append(["", MEAN, "", "", "", f"{run.score(MEAN):.3f}"])
+    base = str(run.config.get("model", ""))
+    head = ModelCardData(
+        language="en",
+        base_model="sentence-transformers/all-MiniLM-L6-v2"
+        if base == "minilm"
+        else base
+        if base[:1] not in ("", "/")
+        else None,
+        pipeline_tag="text-classification",
+        tags=["multi-task-learning", *run.tasks],
+        model_name=name.split("/")[-1],
+        eval_results=found,
+    )
+    first = TASKS[run.tasks[0]]
+    text = '"a text"' if len(first.text_columns) == 1 else '("a text", "another")'
+    columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
+    scores = Section("Tasks and scores", [Table(columns, rows), LIMITS, *run.remarks])
+    parts = [f"# {name.split('/')[-1]}", ABOUT.format(task=first.name, text=text)]
+    settings = Section("Settings", [", ".join(_settings(run))])
+    return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join([*parts, to_text([scores, settings], is_markdown=True)])
+
+
+def _settings(run: FinishedRun) -> Iterator[str]:
+    """The flags that say how it was trained, without places on the machine."""
+    names = ("option", "scheduler", "treatment", "regularizers", "head", "pooling", "pairs", "augment", "epochs")
+    for name in (*names, "pretrain_epochs", "batch_size", "lr", "pretrain_lr", "average", "amp", "seed"):
+        if (value := run.config.get(name)) not in (None, "", [], False):
+            yield f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def push(run: FinishedRun, name: str) -> str:
+    """Puts the best checkpoint with its card on the hub, in a repository that is made if need be; returns its address.
+
+    Folders of this machine stay out of it. Raises RunError if there is no checkpoint or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if not (run.path / "best").is_dir():
+        raise RunError(f"--push {name}: {run.path} has no best checkpoint, expected a run that trained")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        shutil.copytree(run.path / "best", folder)
+        values = read_json(folder / CONFIG)
+        for task in values["multitask_bert"]["tasks"].values():
+            task.get("definition", {}).pop("folder", None)
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        (folder / CARD).write_text(model_card(run, name), "utf-8")
+        try:
+            address = str(HfApi().create_repo(name, exist_ok=True))
+            HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"The model of {run.path.name}")
+        except Exception as error:  # the hub client raises a dozen kinds: names, tokens, connections
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"--push {name}: the hub did not take it ({reason}); the run is as it was") from None
+    return address

@@ -1,0 +1,104 @@
+"""The model card of a run, and the hub that gets it: a server on this machine."""
+
+import base64
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from helpers import Capture, Patch
+from predictor import load
+from reports.finished_run import FinishedRun
+from reports.model_card import model_card
+from reports.report import main
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a model hub as an upload needs; keeps what it is sent by path."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server: Any = self.server
+        if self.path == "/api/repos/create":
+            server.made.append(json.loads(body))
+            answer: Any = {"url": f"{server.address}/me/mine"}
+        elif self.path.endswith("/preupload/main"):
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            answer = {"files": [{**file, "shouldIgnore": False} for file in files]}
+        elif self.path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            server.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            answer = {"commitUrl": f"{server.address}/me/mine/commit/1", "commitOid": "1", "success": True}
+        else:
+            answer = {}
+        self.reply(answer)
+
+    def do_GET(self) -> None:
+        self.reply({"id": "me/mine", "siblings": []})
+
+    def reply(self, answer: Any) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: Patch) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.made, server.status = {}, [], 200
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.HF_HUB_OFFLINE", False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_the_card_holds_tasks_scores_and_settings(treated_run: Path) -> None:
+    run = FinishedRun.read(treated_run)
+    card = ModelCard(model_card(run, "me/mine"))
+    results = card.data.eval_results
+    assert results is not None
+    found = {(result.dataset_type, result.metric_type): result.metric_value for result in results}
+    dev = run.results["dev"]
+    assert found == {(t, m): pytest.approx(v, abs=1e-4) for t in run.tasks for m, v in dev[t].items()}
+    assert "very negative, negative, neutral" in card.text and f"{dev['mean']:.3f}" in card.text
+    assert "treatment pcgrad" in card.text and str(treated_run) not in card.content
+
+
+def test_a_push_is_the_best_checkpoint_with_its_card(
+    treated_run: Path, hub: Any, tmp_path: Path, capsys: Capture
+) -> None:
+    assert main([str(treated_run), "--push", "me/mine"]) == 0
+    assert capsys.readouterr().out.strip().endswith("/me/mine") and hub.made[0]["name"] == "mine"
+    kept = {path.name: path.read_bytes() for path in (treated_run / "best").iterdir()}
+    assert {*hub.files} == {*kept, "README.md"} and hub.files["model.safetensors"] == kept["model.safetensors"]
+    for name, content in hub.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert load(tmp_path).predict("sst", ["a film"]) == load(treated_run).predict("sst", ["a film"])
+    assert not (treated_run / "best" / "README.md").exists()
+
+
+def test_a_push_that_fails_is_one_line(treated_run: Path, hub: Any, capsys: Capture) -> None:
+    hub.status = 403
+    for name in ("me/mine", "a name/that/is none"):
+        assert main([str(treated_run), "--push", name]) == 2
+        shown = capsys.readouterr().err.strip()
+        assert shown.startswith(f"error: --push {name}: the hub did not take it (") and "\n" not in shown
+    copy = treated_run.parent / "copy"
+    shutil.copytree(treated_run, copy)
+    assert main([str(treated_run), str(copy), "--push", "x"]) == 2
+    assert capsys.readouterr().err == "error: --push x: 2 runs, expected one\n"
+    shutil.rmtree(copy)
