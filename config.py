@@ -48,7 +48,7 @@ PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "names"),
     *("eval_batch_size", "max_length", "device", "threads", "amp"),
 }
-EXPORT_FLAGS = {"option", "checkpoint", "out", "data", "max_length", "threads"}
+EXPORT_FLAGS = {"option", "checkpoint", "out", "data", "max_length", "threads", "max_loss", "vocabulary"}
 OWN_FLAGS = {"out", "resume", "config", "name", "task_file"}  # of a run, which another one does not take from it
 RESUME_FLAGS = {"resume", "device", "threads"}
 
@@ -110,6 +110,14 @@ class Config:
         metavar="FILE",
     )
     names: bool = parameter(False, "predict: the name of the class too, behind another tab")
+    max_loss: float = parameter(
+        0.005, "export: of a task's dev score that a smaller form may lose; layers stay in float where more is", ">= 0"
+    )
+    vocabulary: str = parameter(
+        "full",
+        "export: word pieces of the tokenizer: full; data: those of the training texts, and single letters",
+        choices=("full", "data"),
+    )
 
     scheduler: str = parameter("pal", "how tasks are sampled: {}", metavar="NAME")
     draws_per_step: int = parameter(
@@ -600,6 +608,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output", "names")),
+        (False, "expected only with --option export", ("max_loss", "vocabulary")),
         (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
         (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
         (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),

@@ -9,7 +9,7 @@ Shape letters: S sequences, L places of a sequence, R rows, N numbers of a table
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets import Batch, TokenRows
+from datasets import Batch
 from model import MultitaskBert
+from onnx_answers import INPUTS
 from ops import PackedTokens, Padded
 from tasks import TASKS, Output
 
@@ -75,9 +76,6 @@ def _batch(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, pa
     return Batch(torch.zeros(num_sequences // part), PackedTokens(ids, types, place, place, first_tokens, packing))
 
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
 def write_graph(model: MultitaskBert, path: Path) -> None:
     """Writes model.onnx in float32, whose inputs are INPUTS and whose outputs are the tasks."""
     for parameter in model.parameters():
@@ -102,14 +100,25 @@ def write_graph(model: MultitaskBert, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ smaller forms
 
 
-def matrices(path: Path) -> list[str]:
-    """The names of the layers' matrices in a graph."""
+def layers_of(path: Path) -> dict[str, list[str]]:
+    """Of each part of the model with matrices of its own, such as `encoder.layers.0.output`, their names in a graph."""
     import onnx
 
     graph = onnx.load(path).graph
     constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
-    return [name for node in nodes for name in node.input if name in constants]
+    layers: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in constants.intersection(node.input if node.op_type == "MatMul" else ()):
+            layers.setdefault(name.removeprefix("model.").rpartition(".")[0] or name, []).append(name)
+    return layers
+
+
+def one_task(source: Path, target: Path, task: str) -> Path:
+    """Writes what of a graph one task needs."""
+    from onnx.utils import extract_model
+
+    extract_model(source, target, list(INPUTS), [task])
+    return target
 
 
 def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collection[str] = ()) -> None:
@@ -206,41 +215,3 @@ def _lookup(table: str, ids: str, output: str, is_packed: bool) -> Iterator[Any]
     ):
         given = [ids if of == "ids" else f"{table}.{of}" for of in inputs.split()]
         yield helper.make_node(kind, given, [output if name == "output" else f"{table}.{name}"], **attributes)
-
-
-# -------------------------------------------------------------------------------------------------------- answers
-
-
-def feed(tokens: TokenRows, rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-    """A graph's inputs (S, L) for these rows."""
-    sequences: list[tuple[np.ndarray, int]] = []  # token ids, and how many are of type 0
-    for row in rows:
-        ids, first = tokens.ids[tokens.starts[row] :][: tokens.lengths[row]], int(tokens.firsts[row])
-        sequences += [(ids[:first], first), (ids[first:], len(ids))] if tokens.is_split else [(ids, first)]
-    place = np.arange(max(len(ids) for ids, _ in sequences))
-    padded = np.stack([np.pad(ids, (0, len(place) - len(ids))) for ids, _ in sequences])
-    lengths, firsts = (np.array(of)[:, None] for of in ([len(ids) for ids, _ in sequences], [n for _, n in sequences]))
-    is_real = place < lengths  # (S, L)
-    values = (padded, is_real, is_real & (place >= firsts))
-    return {name: value.astype(np.int64) for name, value in zip(INPUTS, values, strict=True)}
-
-
-def open_session(path: Path) -> Any:
-    """onnxruntime with a graph, on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def answers(session: Any, task: str, tokens: TokenRows, batch_size: int = 1) -> np.ndarray:
-    """A task's answers for all rows, (R, C) or (R,), in their order; rows of similar length share a batch.
-
-    batch_size: 1 as on a phone: what is in eight bits depends a little on the other rows of a batch.
-    """
-    order = np.argsort(tokens.lengths, kind="stable")
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    found = np.concatenate([session.run([task], feed(tokens, part))[0] for part in parts])
-    return found[np.argsort(order, kind="stable")]

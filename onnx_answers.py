@@ -1,0 +1,89 @@
+"""What a phone does with an exported model: token ids in, answers out, by onnxruntime alone, on one thread.
+
+`python onnx_answers.py FILE ...` prints how many bytes of memory these models take at most while each answers once.
+
+Shape letters: S sequences, L places of a sequence, R rows.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import TokenRows
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+Feed = Mapping[str, np.ndarray]
+
+
+def open_session(path: Path | str) -> Any:
+    """onnxruntime with a graph, on one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feed(tokens: "TokenRows", rows: Sequence[int] | np.ndarray) -> Feed:
+    """A graph's inputs (S, L) for these rows."""
+    sequences: list[tuple[np.ndarray, int]] = []  # token ids, and how many are of type 0
+    for row in rows:
+        ids, first = tokens.ids[tokens.starts[row] :][: tokens.lengths[row]], int(tokens.firsts[row])
+        sequences += [(ids[:first], first), (ids[first:], len(ids))] if tokens.is_split else [(ids, first)]
+    place = np.arange(max(len(ids) for ids, _ in sequences))
+    padded = np.stack([np.pad(ids, (0, len(place) - len(ids))) for ids, _ in sequences])
+    lengths, firsts = (np.array(of)[:, None] for of in ([len(ids) for ids, _ in sequences], [n for _, n in sequences]))
+    is_real = place < lengths  # (S, L)
+    values = (padded, is_real, is_real & (place >= firsts))
+    return {name: value.astype(np.int64) for name, value in zip(INPUTS, values, strict=True)}
+
+
+def answers(session: Any, task: str, tokens: "TokenRows", batch_size: int = 1) -> np.ndarray:
+    """A task's answers for all rows, (R, C) or (R,), in their order; rows of similar length share a batch.
+
+    batch_size: 1 as on a phone: what is in eight bits depends a little on the other rows of a batch.
+    """
+    order = np.argsort(tokens.lengths, kind="stable")
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = np.concatenate([session.run([task], feed(tokens, part))[0] for part in parts])
+    return found[np.argsort(order, kind="stable")]
+
+
+def example(length: int, num_sequences: int = 1) -> Feed:
+    """A row of so many tokens in each of its sequences, always the same."""
+    ids = np.random.default_rng(0).integers(0, 100, (num_sequences, length))  # (S, L)
+    values = (ids, np.ones_like(ids), np.zeros_like(ids))
+    return dict(zip(INPUTS, values, strict=True))
+
+
+def seconds(session: Any, given: Feed) -> float:
+    """How long all answers to it take."""
+    started = time.perf_counter()
+    session.run(None, given)
+    return time.perf_counter() - started
+
+
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def main(paths: Sequence[str]) -> None:
+    """Opens all the models, each answers one row of 128 tokens, or of two sequences of 64."""
+    import onnxruntime  # noqa: F401  # its own memory is not a model's
+
+    before, sessions = memory("VmRSS"), [open_session(path) for path in paths]
+    for session in sessions:
+        session.run(None, example(64, 2))
+    print(memory("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

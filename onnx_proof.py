@@ -1,0 +1,216 @@
+"""What exported models are worth: their answers to the dev rows, milliseconds, bytes on disk and in memory."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tabulate import tabulate
+
+import onnx_answers
+from datasets import TokenizedRows, TokenRows
+from evaluation import mean_score
+from onnx_answers import answers, example, open_session
+from onnx_graph import decoded, layers_of, write_smaller
+from predictor import Predictor
+from tasks import TASKS
+
+LENGTHS, TURNS, FIRST_TURNS = (16, 32, 128), 60, 3  # tokens of a row that is timed; how often, and how often before
+PROGRAM = "program"
+
+Rows = Mapping[str, TokenizedRows]
+Answers = Mapping[str, np.ndarray]
+
+
+class ProofError(ValueError):
+    """A form is not worth enough; the message is one line for the user."""
+
+
+def compare(found: Answers, program: Answers, dev: Rows) -> dict[str, Any]:
+    """Scores of answers, and how far they lie from the program's: the largest difference, and changed classes."""
+    scores, largest, changed = {}, {}, {}
+    for task, rows in dev.items():
+        output = TASKS[task].output
+        predicted = decoded(output, found[task])
+        scores[task] = output.scores(predicted.astype(np.float64), rows.labels)
+        largest[task] = float(np.abs(found[task] - program[task]).max())
+        if output.num_classes is not None:
+            changed[task] = int((predicted != decoded(output, program[task])).sum())
+    return {"dev": {**scores, "mean": mean_score(scores)}, "largest_difference": largest, "changed_classes": changed}
+
+
+def prove(path: Path, batch_size: int, program: Answers, dev: Rows) -> dict[str, Any]:
+    """A file's size, and what its answers to the dev rows are worth."""
+    session = open_session(path)
+    found = {task: answers(session, task, rows.tokens, batch_size) for task, rows in dev.items()}
+    return {"bytes": path.stat().st_size, **compare(found, program, dev)}
+
+
+def losses(found: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, float]:
+    """What a smaller form loses of the whole one's score, by task."""
+    return {task: score_of(whole, task) - score_of(found, task) for task in whole["dev"] if task != "mean"}
+
+
+def score_of(found: Mapping[str, Any], task: str) -> float:
+    """The score of a task, or the mean."""
+    return float(found["dev"][task] if task == "mean" else found["dev"][task][TASKS[task].output.selection_metric])
+
+
+def write_within(
+    max_loss: float,
+    source: Path,
+    target: Path,
+    table_bits: int,
+    whole: Mapping[str, Any],
+    program: Answers,
+    dev: Rows,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes a smaller form. While a task loses more than max_loss, the layer that costs it most stays in float.
+
+    Raises ProofError if nothing helps.
+    """
+
+    def attempt(in_float: Sequence[str]) -> dict[str, Any]:
+        write_smaller(source, target, table_bits, [name for layer in in_float for name in layers[layer]])
+        found = prove(target, 1, program, dev)
+        return found | {"in_float": list(in_float), "largest_loss": max(losses(found, whole).values())}
+
+    layers = layers_of(source)
+    best = attempt([])
+    while best["largest_loss"] > max_loss:
+        left = [layer for layer in layers if layer not in best["in_float"]]
+        trials = [attempt([*best["in_float"], layer]) for layer in left]
+        better = min(trials, key=lambda found: found["largest_loss"], default=best)
+        if better["largest_loss"] >= best["largest_loss"]:
+            raise ProofError(
+                f"{target.name}: a task loses {best['largest_loss']:.4f} of its dev score, also with "
+                f"{', '.join(best['in_float']) or 'any layer'} in float; expected at most --max_loss {max_loss:g}"
+            )
+        say(f"{target.name}: {better['in_float'][-1]} stays in float: largest loss {better['largest_loss']:.4f}")
+        best = better
+    return attempt(best["in_float"])
+
+
+def measure_times(predictor: Predictor, paths: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each file and of the program, by tokens of a row, the milliseconds to all answers: median, 99th percentile.
+
+    One row at a time on one thread, in turns. The program is left out where its pairs are two sequences.
+    """
+    is_siamese = predictor.model.layout.is_siamese
+    sessions = {path.name: open_session(path) for path in paths}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for length in LENGTHS:
+        given = example(length // 2, 2) if is_siamese else example(length)
+        ways: dict[str, Callable[[], Any]] = {} if is_siamese else {PROGRAM: _eager(predictor, given)}
+        ways |= {name: partial(session.run, None, given) for name, session in sessions.items()}
+        seconds = np.array([[_seconds(way) for way in ways.values()] for _ in range(FIRST_TURNS + TURNS)])
+        median, slow = np.percentile(seconds[FIRST_TURNS:], [50, 99], axis=0) * 1000
+        for name, *times in zip(ways, median, slow, strict=True):
+            found.setdefault(name, {})[str(length)] = dict(zip(("median", "p99"), map(float, times), strict=True))
+    torch.set_num_threads(num_threads)
+    return found
+
+
+def _seconds(way: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
+
+
+def _eager(predictor: Predictor, given: onnx_answers.Feed) -> Callable[[], Any]:
+    """The program's own answers of all tasks to a row of one sequence."""
+    ids, model, tasks = given["input_ids"][0], predictor.model.eval(), predictor.tasks
+    length = np.array([len(ids)])
+    rows = TokenizedRows(
+        TASKS[tasks[0]], [""], np.zeros(1, np.float32), TokenRows(ids, length, length), torch.device("cpu")
+    )
+
+    @torch.inference_mode()
+    def way() -> None:
+        batch = rows.batch([0])
+        if model.shares_passes:
+            model.logits_of(tasks, batch)
+        else:
+            for task in tasks:
+                model(task, batch)
+
+    return way
+
+
+def measure_memory(paths: Sequence[Path]) -> int | None:
+    """Bytes that these models take at most while each answers once, in a process of their own; None without Linux."""
+    if not Path("/proc/self/status").exists():
+        return None
+    command = [sys.executable, onnx_answers.__file__, *map(str, paths)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Tables of the forms: sizes, scores and how far they lie from the program; milliseconds; one model and three."""
+    tasks = [task for task in report[PROGRAM]["dev"] if task != "mean"]
+    columns = ["", "MB", *tasks, "mean", "largest difference", "other classes"]
+    rows = [_scores(name, of, (*tasks, "mean")) for name, of in report.items()]
+    times = [
+        [name, *(f"{of['milliseconds'][str(n)][key]:.1f}" for n in LENGTHS for key in ("median", "p99"))]
+        for name, of in report.items()
+        if "milliseconds" in of
+    ]
+    sizes = [[name, *_sizes(of, of["separate"])] for name, of in report.items() if name != PROGRAM]
+    of_times = ["milliseconds of a row of", *(f"{n} tokens{more}" for n in LENGTHS for more in ("", ", p99"))]
+    of_sizes = ["one model, or one a task", "MB", f"MB of {len(tasks)}", "ratio", "memory", f"of {len(tasks)}", "ratio"]
+    tables = ((columns, rows), (of_times, times), (of_sizes, sizes))
+    return "\n\n".join(
+        tabulate(rows, columns, disable_numparse=True, colalign=["left", *["right"] * (len(columns) - 1)])
+        for columns, rows in tables
+    )
+
+
+def _scores(name: str, form: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[str]:
+    """A row of the first table."""
+    yield from (name, _millions(form.get("bytes")), *(f"{score_of(form, task):.4f}" for task in tasks))
+    yield f"{max(form['largest_difference'].values()):.1e}"
+    yield str(sum(form["changed_classes"].values()))
+
+
+def _sizes(one: Mapping[str, Any], several: Mapping[str, Any]) -> Iterator[str]:
+    """A row of the last table."""
+    for key in ("bytes", "memory"):
+        yield from (_millions(one[key]), _millions(several[key]))
+        yield f"{one[key] / several[key]:.2f}" if several[key] else ""
+
+
+def _millions(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """The forms' mean scores by their sizes and by their milliseconds, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 3.4), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set(xlabel="MB on disk", ylabel="mean dev score", xlim=(0, None))
+    right.set(xlabel="milliseconds of a row of 32 tokens, one thread", xlim=(0, None))
+    for marker, (name, of) in zip("sovD", report.items(), strict=False):
+        milliseconds = of.get("milliseconds", {}).get("32", {}).get("median")
+        for axis, value in ((left, of.get("bytes", np.nan) / 1e6), (right, milliseconds)):
+            axis.plot(value, score_of(of, "mean"), marker, markersize=8, label=name)
+    for axis in (left, right):
+        axis.grid(color="0.9", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.1)
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(min(bottom, top - 0.05), max(top, bottom + 0.05))  # no magnified thousandths
+    right.legend(fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,67 @@
+"""A smaller vocabulary for an exported model: the word pieces that its texts have, and what spells all others."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from model import MultitaskBert
+
+LATIN = 0x24F  # the last letter of Latin Extended-B
+
+
+class VocabularyError(ValueError):
+    """The vocabulary cannot be made smaller; the message is one line for the user."""
+
+
+def kept_pieces(folder: Path, ids: Iterable[np.ndarray]) -> np.ndarray:
+    """(V',) the ids that stay, in their order: those of the texts, special tokens, and every single Latin character,
+    at a word's start and within, so that no word of the language is unknown. Raises VocabularyError for a tokenizer
+    without word pieces."""
+    pieces, _ = _read(folder)
+    is_kept = np.zeros(max(pieces.values()) + 1, bool)
+    is_kept[np.unique(np.concatenate(list(ids)))] = True
+    for piece, number in pieces.items():
+        character = piece.removeprefix("##")
+        is_special = piece.startswith("[") and piece.endswith("]") and not piece.startswith("[unused")
+        is_kept[number] |= is_special or (len(character) == 1 and ord(character) <= LATIN)
+    return np.flatnonzero(is_kept)
+
+
+def without_others(model: MultitaskBert, folder: Path, kept: np.ndarray) -> MultitaskBert:
+    """The model with these rows of its word embeddings alone; the tokenizer in the folder gets their new ids."""
+    pieces, tokenizer = _read(folder)
+    names = {number: piece for piece, number in pieces.items()}
+    new = {names[number]: place for place, number in enumerate(kept.tolist())}
+    if tokenizer:
+        tokenizer["model"]["vocab"] = new
+        tokenizer["added_tokens"] = [
+            token | {"id": new[token["content"]]}
+            for token in tokenizer.get("added_tokens", ())
+            if token["content"] in new
+        ]
+        processor = (tokenizer.get("post_processor") or {}).get("special_tokens", {})
+        for token in processor.values():
+            token["ids"] = [new[name] for name in token["tokens"]]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in new), "utf-8")
+    smaller = model.duplicate()
+    weight = smaller.encoder.word_embeddings.weight[torch.from_numpy(kept)].detach()  # (V, D) -> (V', D)
+    smaller.encoder.word_embeddings = nn.Embedding.from_pretrained(weight)
+    return smaller
+
+
+def _read(folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """The word pieces with their ids, and tokenizer.json where it is."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        pieces = (folder / "vocab.txt").read_text("utf-8").splitlines()
+        return {piece: number for number, piece in enumerate(pieces)}, {}
+    tokenizer = json.loads(path.read_text("utf-8"))
+    if tokenizer["model"].get("type") != "WordPiece":
+        raise VocabularyError("--vocabulary data: the tokenizer has no word pieces, expected that of a BERT")
+    return tokenizer["model"]["vocab"], tokenizer
