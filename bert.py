@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import ops
+from messages import shown
 from ops import DropoutMasks, Linear, PackedTokens, Packing
 
 
@@ -52,19 +53,21 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type is int and (type(value) is not int or value < 1):
-                raise CheckpointError(f"{item.name} is {value!r}, expected a whole number of at least 1")
+            value, most = getattr(self, item.name), 1000 if item.name.startswith("num_") else 10**7
+            if item.type is int and (type(value) is not int or not 1 <= value <= most):
+                raise CheckpointError(f"{item.name} is {shown(repr(value))}, expected a whole number from 1 to {most}")
             if item.type is float and (type(value) not in (int, float) or not 0 <= value < float("inf")):
-                raise CheckpointError(f"{item.name} is {value!r}, expected a number of at least 0")
+                raise CheckpointError(f"{item.name} is {shown(repr(value))}, expected a number of at least 0")
             if item.name.endswith("_prob") and value >= 1:
-                raise CheckpointError(f"{item.name} is {value!r}, expected a probability below 1")
+                raise CheckpointError(f"{item.name} is {shown(repr(value))}, expected a probability below 1")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ops.ACTIVATIONS:
-            raise CheckpointError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ops.ACTIVATIONS)}")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ops.ACTIVATIONS:
+            raise CheckpointError(
+                f"hidden_act is {shown(repr(self.hidden_act))}, expected one of {', '.join(ops.ACTIVATIONS)}"
+            )
 
     @property
     def num_positions(self) -> int:
@@ -85,7 +88,7 @@ class BertConfig:
         """The configuration in a parsed config.json. Raises CheckpointError if it is not that of such an encoder."""
         for name, expected in (("model_type", cls.model_type), ("position_embedding_type", "absolute")):
             if values.get(name, expected) != expected:
-                raise CheckpointError(f"{where}: {name} is {values[name]!r}, expected {expected!r}")
+                raise CheckpointError(f"{where}: {name} is {shown(repr(values[name]))}, expected {expected!r}")
         try:
             return cls(**{name: values[there] for name, there in cls._names().items() if there in values})
         except CheckpointError as error:

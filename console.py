@@ -1,16 +1,19 @@
 """What a run prints: lines on standard output, and a progress bar on a terminal's standard error."""
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+from messages import discard_output, printable
+
 
 class Console:
-    """Lines, and a bar for what is running, one below the other where a part of it has its own. Without a terminal
-    there are lines only."""
+    """Lines, and a bar for what is running, one below the other where a part of it has its own; the first then
+    waits. Without a terminal there are lines only."""
 
     def __init__(self) -> None:
         self._bars: list[tqdm] = []
@@ -21,10 +24,14 @@ class Console:
         shown_on_a_terminal: Any = {"disable": None, "dynamic_ncols": True, "leave": False}
         with tqdm(total=total, initial=done, desc=title, unit=unit, **shown_on_a_terminal) as bar:
             self._bars.append(bar)
+            started = time.time()
             try:
                 yield
             finally:
                 self._bars.pop()
+                for outer in self._bars if not bar.disable else ():
+                    outer.start_t += time.time() - started
+                    outer.last_print_t += time.time() - started
 
     def advance(self, amount: int = 1, record: Mapping[str, Any] | None = None) -> None:
         """Moves the newest bar."""
@@ -35,8 +42,12 @@ class Console:
 
     def say(self, line: str) -> None:
         """A line of its own, above the bars where there are some."""
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(line, flush=True)
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print("\n".join(map(printable, line.split("\n"))), flush=True)
+        except OSError as error:
+            discard_output()
+            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def duration(seconds: float) -> str:

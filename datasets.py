@@ -21,8 +21,10 @@ from torch import Tensor
 
 from bert import CheckpointError
 from eda import EdaConfig, EdaError, WordNet, augment_rows
+from messages import shown
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
+from run_record import read_file
 from tasks import SPLITS, TASKS, Task
 from tsv import DELIMITERS, json_rows, numbered_rows
 
@@ -33,6 +35,10 @@ ROWS_PER_CALL = 4096  # the tokenizer's results hold a hundred times the memory 
 
 class DataError(ValueError):
     """A data file cannot be used; the message is one line with file, line, what was found and what is allowed."""
+
+
+class OutputError(ValueError):
+    """A model gives no numbers; the message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ def tasks_in(name: str) -> list[str]:
 def read_content(path: Path, task: Task) -> bytes:
     """A file whole. Raises DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}, expected the {task.title} rows") from None
 
@@ -113,9 +119,12 @@ def _columns(path: Path, header: Sequence[str], wanted: Sequence[str], delimiter
     if missing:
         if len(names) == 1 and any(mark in names[0] for mark in ",;\t"):
             mark = "tab" if delimiter == "\t" else repr(delimiter)
-            raise DataError(f"{path}:1: no {mark} in the header {names[0]!r}, expected {mark}-separated columns")
-        found = ", ".join(repr(name) for name in names if name) or "none"
+            found = shown(repr(names[0]))
+            raise DataError(f"{path}:1: no {mark} in the header {found}, expected {mark}-separated columns")
+        found = shown(", ".join(repr(name) for name in names if name) or "none")
         raise DataError(f"{path}:1: no column {missing[0]!r}, found {found}; expected {', '.join(wanted)}")
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise DataError(f"{path}:1: {names.count(twice[0])} columns {twice[0]!r}, expected one")
     return {name: names.index(name) for name in wanted}
 
 
@@ -130,7 +139,9 @@ def _example(
         try:
             label = task.output.parse(cell) if cell else label
         except ValueError:
-            raise DataError(f"{path}:{line}: {task.label_column} is {cell!r}, expected {task.output.allowed}") from None
+            raise DataError(
+                f"{path}:{line}: {task.label_column} is {shown(repr(cell))}, expected {task.output.allowed}"
+            ) from None
     texts = tuple(cells[columns[name]] for name in task.text_columns)
     return Example(cells[columns[task.id_column]].strip() if task.id_column else str(line), texts, label, line)
 
@@ -148,6 +159,13 @@ class Tokenizer:
         self.folder = folder
         self.max_length, self.is_siamese = max_length, is_siamese
         self._tokenizer = _load_tokenizer(folder)
+        num_embeddings = _read_json(folder / "config.json").get("vocab_size")
+        last = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if isinstance(num_embeddings, int) and last >= num_embeddings:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has token ids up to {last}, expected less than the model's vocab_size "
+                f"{num_embeddings}"
+            )
         self._around = {num_texts: self._special_around(num_texts) for num_texts in (1, 2)}
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -168,10 +186,12 @@ class Tokenizer:
         """The token's id, by the name that the checkpoint gives it, or BERT's or RoBERTa's."""
         names = _read_json(self.folder / "special_tokens_map.json") | _read_json(self.folder / "tokenizer_config.json")
         given = names.get(f"{name.lower()}_token")
-        tokens = [given["content"] if isinstance(given, dict) else given] if given else [f"[{name}]", ROBERTAS[name]]
+        given = given.get("content") if isinstance(given, dict) else given
+        tokens = [given] if given else [f"[{name}]", ROBERTAS[name]]
         ids = [self._tokenizer.token_to_id(str(token)) for token in tokens]
         if all(token_id is None for token_id in ids):
-            raise CheckpointError(f"{self.folder}: the tokenizer has no token {tokens[0]}, expected that of a BERT")
+            found = f"the tokenizer has no token {shown(tokens[0])}"
+            raise CheckpointError(f"{self.folder}: {found}, expected that of a BERT")
         return int(next(token_id for token_id in ids if token_id is not None))
 
     def special_ids(self) -> dict[str, int]:
@@ -185,13 +205,21 @@ class Tokenizer:
 
     def num_tokens(self, texts: tuple[str, ...]) -> int:
         """Tokens of a row before truncation, the special ones included."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self._encodings(list(texts))
         num_special = self._num_special(1) * len(texts) if self.is_siamese else self._num_special(len(texts))
         return num_special + sum(len(encoding.ids) for encoding in encodings)
 
     def _num_special(self, num_texts: int) -> int:
         """Special tokens of a sequence."""
         return sum(map(len, self._around[num_texts]))
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        try:
+            return list(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # such as the library's panic over a regular expression, which is no Exception
+            raise CheckpointError(f"{self.folder}: the tokenizer cannot be used ({shown(error)})") from None
 
     def encode(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         """Token ids of rows of one or two texts each, truncated on the longer text where a sequence is too long."""
@@ -201,7 +229,7 @@ class Tokenizer:
     def _encode_chunk(self, rows: Sequence[tuple[str, ...]]) -> "TokenRows":
         num_texts = len(rows[0])
         flat = [text for row in rows for text in row]
-        encodings = self._tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+        encodings = self._encodings(flat)
         pieces = [encoding.ids for encoding in encodings]
         ids: list[int] = []
         lengths, firsts = [], []
@@ -237,8 +265,8 @@ def truncate(texts: Sequence[list[int]], budget: int) -> list[list[int]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        values = json.loads(read_file(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -489,6 +517,7 @@ def by_batches(
     """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length.
 
     compute: from row numbers (B,) to results (B, ...). Out of memory, it goes on with batches of half the rows.
+    Raises OutputError if a result is not finite.
     """
     order = rows.by_length()
     parts, start = [], 0
@@ -503,6 +532,8 @@ def by_batches(
                 raise DataError("the device is out of memory with one row a forward pass (--eval_batch_size)") from None
             batch_size = -(-batch_size // 2)
     result = torch.cat(parts)
+    if num_bad := int((~result.isfinite()).reshape(len(result), -1).any(1).sum()):
+        raise OutputError(f"the model's outputs are not finite for {num_bad} of {len(result)} rows")
     inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)
     return result[inverse]
 

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 import ops
-from datasets import Batch, BetweenBatches, Rows, RowStream, TokenizedRows, no_stop
+from datasets import Batch, BetweenBatches, OutputError, Rows, RowStream, TokenizedRows, no_stop
 from evaluation import Precision, evaluate, mean_score
 from flat_parameters import FlatParameters, WeightAverage, clip_factor, gradient_norm
+from messages import shown
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
@@ -140,6 +141,20 @@ class Progress:
     seconds: float = 0.0
     loss_sum: float = 0.0
     conflicts: dict[str, Any] = field(default_factory=dict)
+
+    def problem(self, stage: Stage) -> str:
+        """Which of the numbers cannot be of this stage, in words, or ""."""
+        epochs, place = divmod(self.step, stage.steps_per_epoch)
+        is_right = {
+            "step": 0 <= self.step <= stage.num_steps,
+            "closed_epochs": self.closed_epochs in (epochs, epochs - (place == 0)) and self.closed_epochs >= 0,
+            "rows": self.rows.keys() == {*stage.tasks} and min(self.rows.values()) >= 0,
+            "micro_batch": 1 <= self.micro_batch <= stage.batch_size,
+            "best_epoch": 0 <= self.best_epoch <= epochs and (self.best_epoch > 0) == (self.best_score is not None),
+            "seconds": self.seconds >= 0,
+        }
+        is_right["rows"] = is_right["rows"] and sum(self.rows.values()) == self.step * stage.rows_per_step
+        return next((f"{name} is {shown(getattr(self, name))}" for name, of in is_right.items() if not of), "")
 
 
 @dataclass(frozen=True)
@@ -307,11 +322,15 @@ class Trainer:
             return Event(None, is_epoch=True)
         started, notes = time.perf_counter(), list[str]()
         with self.averaged():
-            metrics = evaluate(self.model, self.data.dev, stage.eval_batch_size, self.precision, notes.append, between)
+            try:
+                size, warn = stage.eval_batch_size, notes.append
+                metrics = evaluate(self.model, self.data.dev, size, self.precision, warn, between)
+            except OutputError as error:
+                raise TrainingError(f"{stage.name} epoch {epoch}: {error}") from None
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         score = mean_score(metrics)
-        is_best = progress.best_score is None or score > progress.best_score
+        is_best = score > (-math.inf if progress.best_score is None else progress.best_score)
         if is_best:
             progress.best_score, progress.best_epoch = score, epoch
             if stage.is_frozen:
@@ -617,25 +636,21 @@ class Trainer:
         return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
-        """Takes up a checkpoint of this stage. Raises ValueError or KeyError if it is of another one."""
-        for name, value in progress.items():
-            setattr(self.progress, name, value)
+        """Takes up a checkpoint of this stage. Raises ValueError, and changes no tensor, if it is of another one."""
+        self.progress = Progress(**progress)
+        if problem := self.progress.problem(self.stage):
+            raise ValueError(problem)
+        if self.stage.is_frozen and self.progress.best_epoch:
+            self.best = {name: torch.empty_like(vector.values) for name, vector in self._vectors().items()}
+        mine = self.state_tensors()
+        for name in sorted(mine.keys() | tensors.keys()):
+            kinds = [(of.dtype, of.shape) if (of := group.get(name)) is not None else None for group in (mine, tensors)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"the tensor {shown(name)} is missing, of another shape or type, or not known")
         if not self.progress.replays:
             self._launch_only()
-        for name, vector in self._vectors().items():
-            vector.load_state(_part(tensors, f"optimizer.{name}."))
-        self.scaler.scale.copy_(tensors["scaler.scale"])
-        self.scaler.steps.copy_(tensors["scaler.steps"])
-        for name, average in self._averages().items():
-            if tensors[name].shape != average.shape:
-                raise ValueError(f"{name} is of another shape than {tuple(average.shape)}")
-            average.copy_(tensors[name])
-        device = self.precision.device
-        self.best = {name: value.to(device) for name, value in _part(tensors, "best.").items()}
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        for name, value in mine.items():
+            value.copy_(tensors[name])
 
 
 def rows_of_plan(plan: Plan, rows_per_step: int) -> dict[str, int]:

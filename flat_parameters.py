@@ -70,15 +70,8 @@ class FlatParameters:
         return Vector(self.values, gradient, self.moments, self.num_decayed)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, for a checkpoint."""
+        """The moments, for a checkpoint; they themselves, not copies."""
         return dict(vars(self.moments))
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `state` gave. Raises ValueError if it is of other parameters."""
-        for name, target in vars(self.moments).items():
-            if name not in state or state[name].shape != target.shape:
-                raise ValueError(f"{name} is missing or of another shape than {tuple(target.shape)}")
-            target.copy_(state[name])
 
 
 class WeightAverage:

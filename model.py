@@ -17,6 +17,7 @@ import ops
 from bert import CheckpointError, Encoder, LayerAdapter, Uninitialized
 from datasets import Batch
 from heads import HEADS, Encoded, Head, Reads, pair_features
+from messages import shown
 from ops import DropoutMasks, PackedTokens
 from pal import ADAPTERS, Adapter
 from parameters import Choice
@@ -121,23 +122,25 @@ class Layout:
         """Raises CheckpointError if the values are not of a known format or name what is not known."""
         try:
             if values["format"] not in (1, 2):
-                raise ValueError(f"format is {values['format']!r}, expected 1 or 2")
+                raise ValueError(f"format is {shown(repr(values['format']))}, expected 1 or 2")
             if values["format"] == 1:
                 values = _of_format_2(values)
             add_saved_tasks(values, where)
             for task, saved in values["tasks"].items():
                 if task not in TASKS or TASKS[task].output.num_outputs != saved["outputs"]:
                     known = ", ".join(f"{t.name} ({t.output.num_outputs})" for t in TASKS.values())
-                    raise ValueError(f"head {task!r} with {saved['outputs']} outputs, expected among {known}")
+                    raise ValueError(
+                        f"head {shown(repr(task))} with {shown(saved['outputs'])} outputs, expected among {known}"
+                    )
             heads = {task: Choice.from_dict(saved["head"], HEADS) for task, saved in values["tasks"].items()}
             adapter = None if values["adapter"] is None else Choice.from_dict(values["adapter"], ADAPTERS)
             copied = values.get("copy_top_layers", 0)
             if type(copied) is not int or copied < 0:
-                raise ValueError(f"copy_top_layers is {copied!r}, expected a whole number of at least 0")
+                raise ValueError(f"copy_top_layers is {shown(repr(copied))}, expected a whole number of at least 0")
             pooling, pairs = values.get("pooling", cls.pooling), values.get("pairs", cls.pairs)
             for read, choices in ((pooling, POOLINGS), (pairs, PAIRS)):
                 if read not in choices:
-                    raise ValueError(f"{read!r}, expected one of {', '.join(choices)}")
+                    raise ValueError(f"{shown(repr(read))}, expected one of {', '.join(choices)}")
             return cls(heads, adapter, copied, pooling, pairs)
         except TaskFileError as error:
             raise CheckpointError(str(error)) from None

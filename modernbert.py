@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ops
 from bert import BertConfig, CheckpointError, Encoder
+from messages import shown
 from ops import DropoutMasks, Linear, PackedTokens, Packing
 
 
@@ -62,21 +63,21 @@ class ModernBertConfig(BertConfig):
         """Also of the form that transformers 5 writes, with a type for each layer and rotations by type."""
         for name in ("norm_bias", "attention_bias", "mlp_bias"):
             if values.get(name):
-                raise CheckpointError(f"{where}: {name} is {values[name]!r}, expected False")
+                raise CheckpointError(f"{where}: {name} is {shown(repr(values[name]))}, expected False")
         values = dict(values)
         kinds = values.get("layer_types") or []
         places = [place for place, kind in enumerate(kinds) if kind == "full_attention"]
         every = places[1] if len(places) > 1 else max(1, len(kinds))
         if kinds and kinds != [cls._kind(place, every) for place in range(len(kinds))]:
             raise CheckpointError(
-                f"{where}: layer_types is {kinds}, expected full_attention in every n-th from the first"
+                f"{where}: layer_types is {shown(kinds)}, expected full_attention in every n-th from the first"
             )
         if kinds:
             values["global_attn_every_n_layers"] = every
         for kind, name in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
             rotation = (values.get("rope_parameters") or {}).get(kind) or {}
             if rotation.get("rope_type", "default") != "default":
-                raise CheckpointError(f"{where}: rope_type is {rotation['rope_type']!r}, expected 'default'")
+                raise CheckpointError(f"{where}: rope_type is {shown(repr(rotation['rope_type']))}, expected 'default'")
             values[name] = rotation.get("rope_theta", values.get(name, getattr(cls, name)))
         return super().from_dict(values, where)
 

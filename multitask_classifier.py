@@ -4,10 +4,13 @@ python multitask_classifier.py --option finetune --scheduler pal --pcgrad
 """
 
 import random
-import shlex
+import signal
 import sys
+
+if __name__ == "__main__":  # a Ctrl-C while modules are loaded ends the process without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,19 +18,20 @@ import torch
 from bert import CheckpointError
 from config import Config, FlagError, parse
 from console import Console
-from datasets import DataError
+from datasets import DataError, OutputError
 from engine import TrainingError
 from evaluation import Precision
 from export import ExportError, export
+from messages import ensure_output, machine_failure, print_error, resume_command
 from prediction import PredictionError, predict_lines
 from predictor import Predictor, load
 from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare, resolve_device
 from run_record import RunError
 
-USER_ERRORS = (FlagError, DataError, CheckpointError, RunError, TrainingError, PredictionError, ExportError)
-
-IS_INSTALLED = Path(__file__).parent.name == "multitask_bert"  # by entry_point.py
-COMMAND = ["multitask-bert"] if IS_INSTALLED else ["python", "multitask_classifier.py"]
+USER_ERRORS = (
+    *(FlagError, DataError, OutputError, CheckpointError, RunError),
+    *(TrainingError, PredictionError, ExportError),
+)
 
 
 def predict(config: Config) -> int:
@@ -64,9 +68,12 @@ def execute(config: Config, console: Console) -> int:
         return 0
     except Stopped:
         assert run is not None
-        command = shlex.join([*COMMAND, f"--resume={run.directory.path}"])
-        console.say(f"stopped; to go on: {command}")
+        console.say(f"stopped; to go on: {resume_command(run.directory.path)}")
         return stop.status
+    except Exception as error:
+        if run is not None and machine_failure(error):
+            error.add_note(f"; to go on: {resume_command(run.directory.path)}")
+        raise
     finally:
         stop.restore()
         if run is not None:
@@ -76,20 +83,24 @@ def execute(config: Config, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 for a run that failed, 2 for bad input, 128 + signal when stopped."""
+    ensure_output()
     console = Console()
     try:
         return execute(parse(sys.argv[1:] if arguments is None else arguments), console)
-    except USER_ERRORS as error:
-        for line in str(error).split("\n"):
-            print(f"error: {line}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)
         return 130
+    except Exception as error:
+        is_input = isinstance(error, USER_ERRORS)
+        if not is_input and not machine_failure(error):
+            raise
+        print_error(error)
+        return 2 if is_input and not isinstance(error, TrainingError) else 1
 
 
 if __name__ == "__main__":
     # The moments of words that have not been seen for 800 steps are too small for normal numbers, and a processor takes
     # ten times as long for them. It has to be said before there are threads.
     torch.set_flush_denormal(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from messages import shown
+
 LIMITS: Mapping[str, tuple[str, Callable[[float], bool]]] = MappingProxyType(
     {
         "": ("a number", lambda x: True),
@@ -48,19 +50,20 @@ class Flag:
         """What is wrong with a value, in a line; None if nothing is."""
         words, is_allowed = LIMITS[self.limits]
         if self.choices and value not in self.choices:
-            return f"--{self.name} {value}: expected one of {', '.join(self.choices)}"
+            return f"--{self.name} {shown(value)}: expected one of {', '.join(filter(None, self.choices))}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and isinstance(value, int) and abs(value) >= 2**63:
-            return f"--{self.name} {str(value)[:60]}: expected a whole number below 2**63"
+            return f"--{self.name} {shown(value)}: expected a whole number below 2**63"
         if is_number and not (math.isfinite(value) and is_allowed(value)):
-            return f"--{self.name} {str(value)[:60]}: expected {words}"
+            return f"--{self.name} {shown(value)}: expected {words}"
         return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" where a known word is like this one."""
-    found = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    """ "; did you mean X?" where a known word is like this one, in capitals or not."""
+    names = {name.lower(): name for name in reversed([*known])}
+    found = difflib.get_close_matches(word[:60].lower(), names, 1)
+    return f"; did you mean {names[found[0]]}?" if found else ""
 
 
 def parameter(default: Any, help: str, limits: str = "", flag: str = "", **options: Any) -> Any:
@@ -98,13 +101,13 @@ class Choice:
         """Raises ValueError, KeyError or TypeError if the values are not those of an entry of the table."""
         name = values["name"]
         if name not in table:
-            raise ValueError(f"{name!r}, expected one of {', '.join(table)}")
+            raise ValueError(f"{shown(repr(name))}, expected one of {', '.join(table)}")
         kind = parameters_type(table[name])
         parameters = kind(**values["parameters"])
         for field_name, flag in flags_of(kind, f"{name}_"):
             value = getattr(parameters, field_name)
             if type(value) is not type(flag.default):
-                raise ValueError(f"{field_name} is {value!r}, expected as in {flag.default!r}")
+                raise ValueError(f"{field_name} is {shown(repr(value))}, expected as in {flag.default!r}")
             if problem := flag.problem(value):
                 raise ValueError(problem)
         return cls(name, parameters)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
+from messages import discard_output
 from predictor import Prediction, Predictor
 from tasks import TASKS, Task
 
@@ -148,7 +149,7 @@ def _output(target: str) -> Iterator[Write]:
         beside.rename(target)
     except OSError as error:
         if target == "-":  # whatever is left for it goes nowhere: Python would fail on it once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
         if isinstance(error, BrokenPipeError):
             raise
         raise PredictionError(f"--output {target}: {error.strerror}") from None

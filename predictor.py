@@ -15,6 +15,7 @@ from torch import Tensor
 from bert import CheckpointError
 from checkpoints import checkpoint_folder, load_model, read_config, read_layout
 from datasets import TokenizedRows, Tokenizer, by_batches
+from messages import shown
 from model import MultitaskBert
 from tasks import TASKS
 
@@ -76,9 +77,9 @@ class Predictor:
     def _rows(self, task: str, texts: Sequence[Any], num_texts: int = 0) -> list[tuple[str, ...]]:
         """The texts as rows of so many each, by default as many as the task reads."""
         if task not in self.tasks:
-            raise ValueError(f"task {task!r}: the checkpoint has heads for {', '.join(self.tasks)}")
+            raise ValueError(f"task {shown(repr(task))}: the checkpoint has heads for {', '.join(self.tasks)}")
         if isinstance(texts, str):
-            raise ValueError(f"texts is the string {texts!r}, expected a list")
+            raise ValueError(f"texts is the string {shown(repr(texts))}, expected a list")
         return [_texts_of_row(i, row, num_texts or len(TASKS[task].text_columns)) for i, row in enumerate(texts)]
 
     def predictions(self, task: str, rows: Sequence[tuple[str, ...]]) -> list[Prediction]:
@@ -110,7 +111,7 @@ def _texts_of_row(number: int, row: object, num_texts: int) -> tuple[str, ...]:
     texts = (row,) if isinstance(row, str) else tuple(row) if isinstance(row, tuple | list) else ()
     if len(texts) != num_texts or not all(isinstance(text, str) for text in texts) or not "".join(texts).strip():
         expected = "a string" if num_texts == 1 else "a pair of strings"
-        raise ValueError(f"texts[{number}] is {row!r}, expected {expected} with some text")
+        raise ValueError(f"texts[{number}] is {shown(repr(row))}, expected {expected} with some text")
     return texts
 
 

@@ -32,23 +32,23 @@ def remarks(
 ) -> list[str]:
     """A line for each task that has one answer for all dev rows, and one if fine-tuning fell below its frozen stage.
 
-    metrics: of each task. records: of metrics.jsonl.
+    metrics: of each task. records: of metrics.jsonl. Details stand in parentheses at a line's end.
     """
     lines = []
     for task, scores in metrics.items():
         output = TASKS[task].output
         predicted = np.flatnonzero(np.sum(confusion[task], axis=0)).tolist() if task in confusion else []
         if len(predicted) == 1:
-            lines.append(f"{task}: one class predicted throughout, {output.class_names[predicted[0]]}")
+            lines.append(f"{task}: one class predicted throughout ({output.class_names[predicted[0]]})")
         elif not output.class_names and scores[output.selection_metric] == 0:
-            lines.append(f"{task}: one number predicted throughout; the correlation is undefined and counts as 0")
+            lines.append(f"{task}: one number predicted throughout (the correlation is undefined and counts as 0)")
     best: dict[str, float] = {}
     for record in records:
         if (mean := (record.get("dev") or {}).get("mean")) is not None:
             best[record["stage"]] = max(best.get(record["stage"], mean), mean)
     if {"pretrain", "finetune"} <= best.keys() and best["finetune"] < best["pretrain"]:
         lines.append(
-            f"fine-tuning ended below its frozen stage: its best mean is {best['finetune']:.3f}, the frozen stage's "
-            f"{best['pretrain']:.3f}; the model kept is the fine-tuned one (another --lr or more --epochs may help)"
+            f"fine-tuning ended below its frozen stage (best means {best['finetune']:.3f} and {best['pretrain']:.3f}; "
+            "the model kept is the fine-tuned one; another --lr or more --epochs may help)"
         )
     return [f"warning: {line}" for line in lines]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from checkpoints import (
     EMBEDDED_MODEL,
@@ -27,7 +28,7 @@ from checkpoints import (
     read_layout,
     save_checkpoint,
 )
-from config import Config, FlagError, completed, from_dict
+from config import Config, FlagError
 from console import Console, duration
 from datasets import (
     DataError,
@@ -55,6 +56,7 @@ from evaluation import (
     write_predictions,
 )
 from heads import PooledHead
+from messages import machine_failure, shown
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
@@ -62,7 +64,8 @@ from parameters import Choice
 from pcgrad import find_treatment
 from remarks import guess_scores, remarks
 from run_data import Data, load_data
-from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_trainer, replace_folder, write_trainer
+from run_record import CONFIG, MetricsLog, RunDirectory, RunError, replace_folder
+from run_state import read_state, saved_settings, write_state
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
 from smart import REGULARIZERS
@@ -71,7 +74,6 @@ from tasks import SPLITS, TASKS
 from trackers import Tracking
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMAT = 2  # of what `last/` holds besides the model
 
 
 class Stopped(Exception):
@@ -108,7 +110,8 @@ class StopSignals:
         if self.number is None:
             self.number, self._first = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT or time.monotonic() - self._first > 1:
-            raise KeyboardInterrupt
+            os.write(2, b"stopped at once\n")  # an exception could come up anywhere, such as in C code
+            os._exit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------- flags to objects
@@ -280,8 +283,11 @@ class Run:
         directory: RunDirectory,
         console: Console,
         stop: StopSignals,
+        saved: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {}),
     ) -> None:
+        """saved: what `read_state` gives of a run that is resumed."""
         self.config, self.model, self.data, self.directory = config, model, data, directory
+        self.tensors, self.saved = saved
         self.tokenizer_folder, self.console, self.stop = tokenizer_folder, console, stop
         self.precision = Precision(torch.device(config.device), AMP[config.amp])
         self.stages = plan_stages(config, data)
@@ -291,12 +297,16 @@ class Run:
         self.soup: list[dict[str, Any]] = []
         self.known_features: dict[int, FeatureRows] = {}
         self.masked_head: MaskedHead | None = None  # while masked-language modelling runs
+        self.start_lines: list[str] = []
         self.metrics: MetricsLog
         self.tracking = Tracking("", Path(), {}, 0, console.say)
 
     def train(self) -> None:
         """All stages, from the checkpoint on where there is one."""
-        tensors, state = read_trainer(self.directory.last, FORMAT) if self.directory.last.exists() else ({}, {})
+        for line in self.start_lines:
+            wrapped: Any = {"subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
+            self.console.say(textwrap.fill(line, 99, **wrapped))
+        state, first = self.saved, self.first_stage()
         self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
         config, num_records = self.config, len(self.metrics.records())
         self.tracking = Tracking(config.log, self.directory.path, config.to_dict(), num_records, self.console.say)
@@ -304,17 +314,27 @@ class Run:
             getattr(self, name).update(state.get(name, {}))
         if self.config.option == "soup":
             self.make_soup()
-        first = state.get("stage", 0)
         for number in range(first, len(self.stages)):
             if number > first:
                 self.save(number, None)  # a stage that has ended is not begun again, nor are its features computed
             trainer = self.make_trainer(number)
             if number == first and state.get("progress"):
-                self.load_trainer(trainer, tensors, state["progress"])
+                self.load_trainer(trainer, self.tensors, state["progress"])
+            self.tensors = {}
             self.run_stage(number, trainer)
         if self.stages and self.stages[-1].is_frozen:
             self.save_best()
             self.save(len(self.stages), None)  # heads of an ended stage read features as they are
+
+    def first_stage(self) -> int:
+        """The stage that the run begins or goes on with. Raises RunError if the saved state is not one of this run."""
+        first, progress, num_stages = self.saved.get("stage", 0), self.saved.get("progress"), len(self.stages)
+        if not 0 <= first <= num_stages - (progress is not None) or (progress is None) == bool(self.tensors):
+            raise RunError(f"{self.directory.last}: stage {shown(first)} of {num_stages} and what it holds do not fit")
+        has_best = first == num_stages > 0 or (progress and progress["best_epoch"] and not self.stages[first].is_frozen)
+        if has_best and not self.directory.best.is_dir():
+            raise RunError(f"{self.directory.best}: missing, expected the best checkpoint of the run so far")
+        return int(first)
 
     def make_soup(self) -> None:
         """Gives the model the mean of the checkpoints, and saves it."""
@@ -337,7 +357,7 @@ class Run:
     def load_trainer(self, trainer: Trainer, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
         try:
             trainer.load_state(tensors, progress)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise RunError(f"{self.directory.last}: not the state of this run's training ({error})") from None
 
     def make_trainer(self, number: int) -> Trainer:
@@ -408,7 +428,7 @@ class Run:
                     if event.is_epoch or (save_every and event.record and event.record["step"] % save_every == 0):
                         self.save(number, trainer)
                     self.stop.check()
-            except (Stopped, TrainingError):
+            except (Stopped, TrainingError, BrokenPipeError):
                 try:
                     for event in trainer.settle():
                         self.show(stage, event)
@@ -455,15 +475,14 @@ class Run:
         def write(folder: Path) -> None:
             save_checkpoint(self.model, self.tokenizer_folder, folder, self.masked_head)
             state = {
-                "format": FORMAT,
                 "stage": number,
                 "progress": asdict(trainer.progress) if trainer else None,
-                "metrics_size": self.metrics.size,
+                **self.metrics.state,
                 "seconds": self.seconds,
                 "best_epochs": self.best_epochs,
                 "conflicts": self.conflicts,
             }
-            write_trainer(folder, trainer.state_tensors() if trainer else {}, state)
+            write_state(folder, trainer.state_tensors() if trainer else {}, state)
 
         replace_folder(self.directory.last, write)
 
@@ -500,7 +519,6 @@ class Run:
             **({"gradients": self.conflicts} if self.conflicts else {}),
             **({"soup": self.soup} if self.soup else {}),
         }
-        self.directory.write_results(results)
         self.metrics.write_hyperparameters(config.to_dict(), results["dev"])
         self.tracking.finish(results["dev"])
         self.metrics.close()
@@ -509,6 +527,8 @@ class Run:
         self.console.say(gap + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
         for line in remarks(dev, confusion, self.metrics.records()):
             self.console.say(line)
+        self.draw_plots(results)
+        self.directory.write_results(results)  # last: with it the run has ended
         with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
         if missing := [task for task in with_test_file if task not in self.data.test]:
             self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
@@ -517,7 +537,6 @@ class Run:
         times = f"training {duration(training)}, " if self.stages else ""
         memory = f"peak memory {results['peak_memory_mb']:.0f} MB"
         self.console.say(f"{times}{memory}; {holds} in {self.directory.path}")
-        self.draw_plots()
 
     def dev_texts(self, task: str) -> list[tuple[str, ...]]:
         """The texts of the dev file, none if it has changed since it was read."""
@@ -528,14 +547,14 @@ class Run:
                 return [example.texts for example in file.examples]
         return []
 
-    def draw_plots(self) -> None:
+    def draw_plots(self, results: Mapping[str, Any]) -> None:
         """Pictures of the run. Whatever may go wrong with them costs a line, not the run."""
         try:
             from reports.plots import write_run_plots
 
-            write_run_plots(self.directory.path, self.config.format)
+            write_run_plots(self.directory.path, results, self.config.format)
         except Exception as error:
-            self.console.say(f"warning: no plots: {error}")
+            self.console.say(f"warning: no plots: {machine_failure(error) or error}")
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -561,29 +580,25 @@ def resident_memory_mb(name: str) -> float:
 
 
 def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
-    """A new run, or the one to resume, with everything loaded and its start told."""
+    """A new run, or the one to resume, with everything loaded."""
     resumed = RunDirectory.existing(run_of(Path(config.resume))) if config.resume else None
+    saved: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {})
     if resumed is not None:
-        saved = resumed.config()
-        if saved.get("layout", {}).get("format") != Layout({}).to_dict()["format"]:
-            raise RunError(
-                f"--resume {config.resume}: {CONFIG} is not that of a run of this version of the program "
-                f"(--checkpoint {config.resume} starts a new run from its model)"
-            )
         flags = config
-        Layout.from_dict(saved["layout"], f"--resume {config.resume}")  # its tasks are known from here on
-        config = replace(from_dict(completed(saved)), out=str(resumed.path))
+        config, begun = saved_settings(resumed)
+        saved = read_state(resumed)
+        config = replace(config, out=str(resumed.path))
         config = replace(config, threads=flags.threads or config.threads)
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     config, folder = resolve(config)
-    if resumed is None and Path(config.out).exists():
-        RunDirectory.create(Path(config.out), {})  # raises before anything is loaded
+    if resumed is None:
+        RunDirectory.check_new(Path(config.out))
     if config.checkpoints:
         check_ingredients(config.checkpoints, config.tasks)
-    if resumed is not None and resumed.last.exists():
-        folder = resumed.last
+    if saved[1]:
+        folder = Path(config.out) / "last"
     layout = model_layout(config, folder)
     device = torch.device(config.device)
     tokenizer = Tokenizer(folder, config.max_length, layout.is_siamese)
@@ -593,16 +608,19 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
     except ValueError as error:  # an adapter that does not fit, or a checkpoint: one line
         raise FlagError(str(error)) from None
     record = {**config.to_dict(), **environment(config.device), "data_files": data.files, "layout": layout.to_dict()}
-    if resumed is not None and saved["data_files"] != data.files:
-        changed = [name for name in data.files if saved["data_files"].get(name) != data.files[name]]
+    if resumed is not None and begun["data_files"] != data.files:
+        names = {**data.files, **begun["data_files"]}
+        changed = [name for name in names if begun["data_files"].get(name) != data.files.get(name)]
         raise RunError(
-            f"--resume {config.out}: {', '.join(changed)} changed since the run began, expected the same files"
+            f"--resume {config.out}: {shown(', '.join(changed))} changed since the run began, expected the same files"
         )
+    if resumed is not None and not saved[1]:
+        data.notes.append(f"{resumed.last}: there is no checkpoint yet, the run begins once more")
     stages = [asdict(stage) for stage in plan_stages(config, data)]
     directory = resumed or RunDirectory.create(Path(config.out), {**record, "stages": stages})
-    run = Run(config, loaded.model.to(device), folder, data, directory, console, stop)
-    for line in start_block(run, loaded.new_parts):
-        console.say(textwrap.fill(line, 99, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
+    run = Run(config, loaded.model.to(device), folder, data, directory, console, stop, saved)
+    run.first_stage()
+    run.start_lines = start_block(run, loaded.new_parts)
     return run
 
 

@@ -1,6 +1,6 @@
 """The data of a run: files read through the cache, training rows filtered and augmented, what was found told."""
 
-import shlex
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from datasets import (
     read_examples,
     tokenize,
 )
+from messages import command
 from seeding import derive_seed
 from tasks import SPLITS, TASKS, Task
 from token_cache import TokenCache, TokenFile, Warn, tokenize_file
@@ -48,7 +49,7 @@ def load_data(config: Config, tokenizer: Tokenizer, device: torch.device) -> Dat
         hashes: dict[str, np.ndarray] = {}
         for split in SPLITS:
             path = task.path(split, folder)
-            is_absent = not task.file_name(split) or (split == "test" and not task.folder and not path.exists())
+            is_absent = not task.file_name(split) or (split == "test" and not task.folder and not os.path.lexists(path))
             if is_absent or (split == "train" and not config.trains):
                 continue
             file = load(path, task, split != "test", device)
@@ -87,10 +88,10 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
     num_leaked = int(np.isin(hashes["dev"], hashes["train"]).sum())
     if num_leaked == 0:
         return []
-    command = shlex.join(["python", "datasets.py", config.data, *(f"--task_file={x}" for x in config.task_file)])
+    described = command("python", "datasets.py", config.data, *(f"--task_file={x}" for x in config.task_file))
     return [
         f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
-        f"`{command}` names them"
+        f"`{described}` names them"
     ]
 
 

@@ -6,6 +6,8 @@ Files are written beside their place and renamed. A process killed at any moment
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import io
 import json
 import math
@@ -20,21 +22,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from messages import command, resume_command, shown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, RESULTS, LOCK = "config.json", "metrics.jsonl", "results.json", ".lock"
 FORMATS = ("png", "pdf", "svg")  # of plots
-TRAINER_TENSORS, TRAINER_STATE = "trainer.safetensors", "trainer.json"
+CHECKSUMS, CHECKSUM = "SHA256SUMS", "checksum"  # the files of a checkpoint's folder; the settings, an entry of theirs
+
+# Shapes of JSON values: a type; [shape of each]; {key: shape, ...: shape of other keys}; (None, shape) may be absent.
+NUMBER = int | float
+GAP = (None, NUMBER)  # null stands for NaN
 
 
 RECORD_KEYS = frozenset(  # of config.json beside the flags
-    {"versions", "machine", "processor", "gpu", "commit", "compiled", "data_files", "layout", "stages"}
+    {"versions", "machine", "processor", "gpu", "commit", "compiled", "data_files", "layout", "stages", CHECKSUM}
 )
 
 
 class RunError(ValueError):
     """A run directory cannot be used; the message is one line for the user."""
+
+
+def read_file(path: Path) -> bytes:
+    """A file whole. Raises OSError if it cannot be read, or is one that a reader might wait for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -53,14 +68,47 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file. Raises OSError if that cannot be done."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+
+
 def read_json(path: Path) -> Any:
     """Raises RunError if the file is absent or damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(read_file(path), parse_constant=_no_number)
     except FileNotFoundError:
         raise RunError(f"{path}: no such file, expected a run directory") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: not readable as JSON ({shown(error)})") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def mismatch(value: Any, shape: Any, place: str = "") -> str:
+    """Where a JSON value has not this shape, in words, or ""."""
+    if isinstance(shape, tuple):
+        return "" if value is None else mismatch(value, shape[1], place)
+    is_nested = isinstance(shape, dict | list)
+    is_switch = isinstance(value, bool) and shape is not bool
+    if type(value) is not type(shape) if is_nested else is_switch or not isinstance(value, shape):
+        expected = f", expected a {'mapping' if isinstance(shape, dict) else 'list'}" if is_nested else ""
+        return f"{shown(place)} is {'missing' if value is None else shown(repr(str(value)))}{expected}".strip()
+    parts: dict[Any, tuple[Any, Any]] = {}
+    if isinstance(shape, list):
+        parts = {i: (part, shape[0]) for i, part in enumerate(value)}
+    elif isinstance(shape, dict):
+        others = value if ... in shape else {}
+        parts = {k: (value.get(k), shape.get(k, shape.get(...))) for k in {**shape, **others} if k is not ...}
+    return next(filter(None, (mismatch(*part, f"{place} {key}".strip()) for key, part in parts.items())), "")
 
 
 def finite(value: Any) -> Any:
@@ -73,7 +121,7 @@ def finite(value: Any) -> Any:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Replaces a folder by what `write` puts into an empty one.
+    """Replaces a folder by what `write` puts into an empty one, and the checksums of that.
 
     A killed process leaves the old folder or the new one under its name, or, between two renames, the whole new one as
     `<name>.new`; `recover_folder` takes that up.
@@ -82,7 +130,12 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     for leftover in (beside, complete, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
-    write(beside)
+    try:
+        write(beside)
+        write_checksums(beside)
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)  # a disk that is full is not left fuller
+        raise
     os.rename(beside, complete)
     if folder.exists():
         os.rename(folder, old)
@@ -97,12 +150,38 @@ def recover_folder(folder: Path) -> None:
         os.rename(complete, folder)
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the checksums of a folder's files into it."""
+    paths = sorted(path for path in folder.iterdir() if path.name != CHECKSUMS)
+    (folder / CHECKSUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in paths), "utf-8")
+
+
+def checksum_problem(folder: Path) -> str:
+    """What is not as `replace_folder` wrote it, in words, or "". `sha256sum -c SHA256SUMS` checks the same."""
+    try:
+        lines = read_file(folder / CHECKSUMS).decode().splitlines() or [""]
+        sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        missing = [name for name in sums if Path(name).name != name or not (folder / name).is_file()]
+        changed = [name for name, digest in sums.items() if name not in missing and _sha256(folder / name) != digest]
+    except (OSError, ValueError):
+        return f"{folder / CHECKSUMS}: not readable, expected the checksums of the files beside it"
+    if missing:
+        return f"{folder / shown(missing[0])}: missing ({CHECKSUMS})"
+    return f"{folder / shown(changed[0])}: not as it was written ({CHECKSUMS})" if changed else ""
+
+
 class MetricsLog:
     """metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard where a folder for it is given."""
 
     def __init__(self, path: Path, size: int, tensorboard: Path | None) -> None:
         """size: bytes of the file to keep; what a killed run logged after its checkpoint will be logged again."""
         self._path = path
+        self._sum = hashlib.sha256(path.read_bytes()[:size] if size else b"")
         self._file = path.open("ab")
         self._file.truncate(size)
         self._file.seek(size)
@@ -111,8 +190,14 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; numbers of a step or an evaluation go to TensorBoard under their stage."""
-        self._file.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._file.raw.close()  # it would try once more at the end
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        self._sum.update(line)
         if self._folder is not None:
             self._board()
             self._show(record)
@@ -149,8 +234,9 @@ class MetricsLog:
             self._writer.add_scalar(tag, value, int(record["step"]))
 
     @property
-    def size(self) -> int:
-        return self._file.tell()
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of the log."""
+        return {"metrics_size": self._file.tell(), "metrics_sha256": self._sum.hexdigest()}
 
     def records(self) -> list[dict[str, Any]]:
         """What has been written so far."""
@@ -168,7 +254,7 @@ def parse_records(content: bytes) -> list[dict[str, Any]]:
     for line in content.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and {"stage", "epoch", "step"} <= record.keys():
             records.append(record)
@@ -199,6 +285,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", float(value)
 
 
+def settings_checksum(config: Mapping[str, Any]) -> str:
+    """The SHA-256 of a run's settings, but for the entry that holds it."""
+    settings = {name: value for name, value in config.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 class RunDirectory:
     """The folder of a run and the names in it."""
 
@@ -211,19 +303,25 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> RunDirectory:
-        """A new run directory. Raises RunError if the path exists, whatever it is: nothing is ever overwritten."""
+        """A new run directory, or an empty one taken. Raises RunError if there is anything: nothing is overwritten."""
+        cls.check_new(path)
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise RunError(
-                f"--out {path}: exists already, expected a new directory (--resume {path} continues a run)"
-            ) from None
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"--out {path}: cannot be made ({error.strerror})") from None
         run = cls(path)
         run._hold()
-        write_json(path / CONFIG, config)
+        cls.check_new(path)
+        write_json(path / CONFIG, {**config, CHECKSUM: settings_checksum(config)})
         return run
+
+    @classmethod
+    def check_new(cls, path: Path) -> None:
+        """Raises RunError if a run cannot begin there. One that was killed before it had settings can once more."""
+        left = {LOCK, f"{CONFIG}.tmp"}
+        if os.path.lexists(path) and (not path.is_dir() or any(entry.name not in left for entry in path.iterdir())):
+            way = f"; {resume_command(path)} continues a run" if (path / CONFIG).exists() else ""
+            raise RunError(f"--out {path}: exists already, expected a new or an empty directory{way}")
 
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
@@ -233,7 +331,7 @@ class RunDirectory:
         if (path / RESULTS).is_file():
             raise RunError(
                 f"--resume {path}: the run has ended, its results are in {path / RESULTS}; to train its model further, "
-                f"start a new run with --checkpoint {path}"
+                f"start a new run with {command(f'--checkpoint={path}')}"
             )
         run = cls(path)
         run._hold()
@@ -254,39 +352,11 @@ class RunDirectory:
         """Lets other processes resume the run."""
         self._lock.release()
 
-    def config(self) -> dict[str, Any]:
-        return dict(read_json(self.path / CONFIG))
-
     def open_metrics(self, size: int, tensorboard: bool) -> MetricsLog:
         return MetricsLog(self.path / METRICS, size, self.path / "tensorboard" if tensorboard else None)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         write_json(self.path / RESULTS, finite(results))
-
-
-def write_trainer(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """The trainer's state beside a checkpoint: tensors as safetensors, the rest as JSON."""
-    from safetensors.torch import save_file
-
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TRAINER_TENSORS)
-    write_json(folder / TRAINER_STATE, state)
-
-
-def read_trainer(folder: Path, format: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_trainer` wrote. Raises RunError if it is absent, damaged or not of this format."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    state = read_json(folder / TRAINER_STATE)
-    if not isinstance(state, dict) or state.get("format") != format:
-        raise RunError(
-            f"{folder / TRAINER_STATE}: written by another version of the program, which alone can resume this run "
-            f"(--checkpoint {folder.parent} starts a new one from its model)"
-        )
-    try:
-        return load_file(folder / TRAINER_TENSORS), state
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{folder / TRAINER_TENSORS}: not readable as safetensors ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -327,15 +397,14 @@ class DevRows:
     def read(cls, path: Path) -> DevRows:
         """What `write` wrote. Raises RunError if the file is damaged."""
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                header, *rows = list(csv.reader(file))
+            header, *rows = csv.reader(io.StringIO(read_file(path).decode(), newline=""))
             if header[:3] != ["id", "label", "prediction"] or not rows:
-                raise ValueError(f"header {header[:3]} over {len(rows)} rows")
+                raise ValueError(f"header {shown(header[:3])} over {len(rows)} rows")
             width = 3 + sum(name.startswith("probability_") for name in header)
             numbers = np.array([row[1:width] for row in rows], dtype=np.float64)
             if numbers.shape != (len(rows), width - 1) or not np.isfinite(numbers).all():
                 raise ValueError("a number is missing or not finite")
         except (OSError, ValueError, csv.Error) as error:
-            raise RunError(f"{path}: not readable as dev rows ({error})") from None
+            raise RunError(f"{path}: not readable as dev rows ({shown(error)})") from None
         probabilities = numbers[:, 2:] if width > 3 else None
         return cls(tuple(row[0] for row in rows), numbers[:, 0], numbers[:, 1], probabilities)

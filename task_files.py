@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from messages import shown
 from parameters import nearest
+from run_record import read_file
 from tasks import CLASS_METRICS, SPLITS, TASKS, Binary, Classes, Output, Score, Task
 from tsv import DELIMITERS
 
@@ -89,10 +91,10 @@ REQUIRED = ("files", "texts", "label", "kind")
 def read_task_file(path: Path) -> list[Task]:
     """The tasks of a file, in its order. Raises TaskFileError for anything that is wrong."""
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        content = tomllib.loads(read_file(path).decode())
     except OSError as error:
         raise TaskFileError(f"--task_file {path}: {error.strerror}, expected a TOML file") from None
-    except ValueError as error:  # of TOML or UTF-8
+    except (ValueError, RecursionError) as error:  # of TOML or UTF-8
         raise TaskFileError(f"--task_file {path}: not readable as TOML ({error})") from None
     if not content:
         raise TaskFileError(f"--task_file {path}: no tasks, expected a table [NAME] for each")
@@ -156,18 +158,18 @@ def _task(where: str, name: str, values: Any, base: Path) -> Task:
 def _problems(name: str, values: Any) -> Iterator[str]:
     """What is wrong with a definition, in lines."""
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in RESERVED:
-        yield f"task {name!r}: expected a name of a-z, 0-9 and _ that is not {' or '.join(RESERVED)}"
+        yield f"task {shown(repr(name))}: expected a name of a-z, 0-9 and _ that is not {' or '.join(RESERVED)}"
     if not isinstance(values, Mapping):
-        yield f"{name} is {values!r}, expected a table [{name}] with {', '.join(REQUIRED)}"
+        yield f"{name} is {shown(repr(values))}, expected a table [{name}] with {', '.join(REQUIRED)}"
         return
     for key in [key for key in values if key not in KEYS]:
-        yield f"task {name}: unknown {key!r}, expected {', '.join(KEYS)}{nearest(key, [*KEYS])}"
+        yield f"task {name}: unknown {shown(repr(key))}, expected {', '.join(KEYS)}{nearest(key, [*KEYS])}"
     for key in [key for key in REQUIRED if key not in values]:
         yield f"task {name}: no {key!r}, expected {KEYS[key][0]}"
     for key, (expected, is_allowed) in KEYS.items():
         if key in values and not is_allowed(values[key]):
             guess = nearest(values[key], [*KINDS]) if key == "kind" and isinstance(values[key], str) else ""
-            yield f"task {name}: {key} is {values[key]!r}, expected {expected}{guess}"
+            yield f"task {name}: {key} is {shown(repr(values[key]))}, expected {expected}{guess}"
     kind = KINDS[values["kind"]]
     if kind.labels not in values and values["kind"] != "binary":
         yield f"task {name}: no {kind.labels!r}, expected {KEYS[kind.labels][0]}"
@@ -178,9 +180,10 @@ def _problems(name: str, values: Any) -> Iterator[str]:
             yield f"task {name}: kind {values['kind']} has no {key!r}, expected {kind.labels!r}"
     if (metric := values.get("metric", kind.metrics[0])) not in kind.metrics:
         guess = nearest(metric, kind.metrics)
-        yield f"task {name}: metric is {metric!r}, expected one of {', '.join(kind.metrics)}{guess}"
+        yield f"task {name}: metric is {shown(repr(metric))}, expected one of {', '.join(kind.metrics)}{guess}"
     if values["label"] in values["texts"]:
         yield f"task {name}: column {values['label']!r} is text and label, expected different columns"
     for file in values["files"].values():
         if Path(file).suffix not in DELIMITERS and "delimiter" not in values:
-            yield f"task {name}: file {file!r}, expected one that ends in {', '.join(DELIMITERS)}, or a 'delimiter'"
+            endings = ", ".join(DELIMITERS)
+            yield f"task {name}: file {shown(repr(file))}, expected one that ends in {endings}, or a 'delimiter'"

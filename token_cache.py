@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from datasets import DataFile, TokenizedRows, Tokenizer, TokenRows, parse_examples, read_content, text_hashes, tokenize
+from run_record import read_file
 from tasks import Task
 
 MAGIC = "multitask-bert tokens 2"  # the number changes with anything that changes an entry's content
@@ -51,6 +52,7 @@ class TokenCache:
         self.tokenizer = tokenizer
         self.warn = warn
         self._fingerprint = tokenizer.fingerprint()
+        self._is_usable = True  # until an entry could not be read or written
 
     def load(self, path: Path, task: Task, labelled: bool, device: torch.device) -> TokenFile:
         """A data file as token ids. Raises DataError for a file that cannot be used."""
@@ -59,10 +61,13 @@ class TokenCache:
         key = self._key(path, task, labelled, sha256)
         entry = self.folder / f"{task.name}-{key[:32]}.tokens"
         try:
-            return _unpacked(entry.read_bytes(), key, task, sha256, device)
+            if self._is_usable:
+                return _unpacked(read_file(entry), key, task, sha256, device)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            self._give_up(entry, error)
+        except (ValueError, KeyError) as error:
             self.warn(f"token cache: {entry} cannot be used ({error}) and is made anew")
         file = parse_examples(path, content, task, labelled)
         tokens = tokenize_file(file, task, self.tokenizer, device)
@@ -75,6 +80,8 @@ class TokenCache:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _write(self, entry: Path, content: bytes) -> None:
+        if not self._is_usable:
+            return
         beside = entry.with_name(f".{uuid.uuid4().hex}.tmp")  # several runs may write the same entry
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +90,11 @@ class TokenCache:
         except OSError as error:
             with suppress(OSError):
                 beside.unlink()
-            self.warn(f"token cache: {entry} was not written ({error.strerror})")
+            self._give_up(entry, error)
+
+    def _give_up(self, entry: Path, error: OSError) -> None:
+        self._is_usable = False
+        self.warn(f"token cache: not used, {entry} cannot be read or written ({error.strerror})")
 
 
 def _packed(file: TokenFile, key: str) -> bytes:

@@ -4,15 +4,13 @@ Each keeps to the machine if it is told so in its own way: WANDB_MODE=offline; M
 file:DIR with MLFLOW_ALLOW_FILE_STORE=true; TRACKIO_DIR=DIR. Whatever fails costs a line, never the run.
 """
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from run_record import flatten, scalars, write_json
+from run_record import flatten, mismatch, read_json, scalars, write_json
 
 PROJECT = "multitask-bert"
 STATE = "tracker.json"  # of a run: what its tracker calls it, and how many records of its log it has
@@ -117,11 +115,13 @@ class Tracking:
         self.state: dict[str, Any] = {"id": "", "sent": 0}
         self.tracker: Tracker | None = None
         if name:
-            with suppress(OSError, ValueError):
-                self.state = {**self.state, **json.loads(self.path.read_text("utf-8"))}
             self._try(lambda: self._begin(run, settings))
 
     def _begin(self, run: Path, settings: Mapping[str, Any]) -> None:
+        if self.path.exists():
+            self.state = read_json(self.path)
+            if problem := mismatch(self.state, {"id": str, "sent": int}):
+                raise ValueError(f"{self.path}: {problem}")
         self.tracker = TRACKERS[self.name](run, self.state["id"], settings)
         self.state["id"] = self.tracker.id
         write_json(self.path, self.state)

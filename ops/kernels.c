@@ -13,7 +13,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16 /* floats that are handled together; a processor with narrower registers takes several */
+#ifdef __AVX512F__
+#define LANES 16 /* floats that are handled together: GCC is slow with vectors that are wider than the registers */
+#else
+#define LANES 8
+#endif
 #define QUERIES 4
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -46,16 +50,18 @@ static inline lanes kept_lanes(const int16_t *bits, int threshold, float keep)
     return (lanes)((words >= threshold) & (int_lanes)(keep + (lanes){0}));
 }
 
-static inline lanes folded(lanes x, int_lanes places) { return __builtin_shuffle(x, places); }
+static const int_lanes PLACES = {
+    0, 1, 2, 3, 4, 5, 6, 7,
+#if LANES == 16
+    8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+};
 
-static const int_lanes HALVES[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
-                                    {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
-                                    {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
-                                    {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
+static inline lanes folded(lanes x, int distance) { return __builtin_shuffle(x, PLACES ^ distance); }
 
 static inline float sum_of(lanes x)
 {
-    for (int i = 0; i < 4; i++) x += folded(x, HALVES[i]);
+    for (int distance = LANES / 2; distance; distance /= 2) x += folded(x, distance);
     return x[0];
 }
 
@@ -63,7 +69,7 @@ static inline lanes larger(lanes x, lanes y) { return choose(x > y, x, y); }
 
 static inline float largest_of(lanes x)
 {
-    for (int i = 0; i < 4; i++) x = larger(x, folded(x, HALVES[i]));
+    for (int distance = LANES / 2; distance; distance /= 2) x = larger(x, folded(x, distance));
     return x[0];
 }
 

@@ -1,11 +1,12 @@
 """What the commands of this package have in common: one line for an error, new files only, readers that have enough."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from messages import discard_output, ensure_output, print_error
 
 
 class ReportError(ValueError):
@@ -21,15 +22,22 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], None], *errors: type[Exception]) -> int:
     """Runs it. Returns 0, or 2 after a line on standard error for an exception of these, whose message the line is."""
-    expected: tuple[type[Exception], ...] = (OSError, ReportError, *errors)
+    expected: tuple[type[Exception], ...] = (OSError, MemoryError, ReportError, *errors)
+    ensure_output()
     try:
         command()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except expected as error:
-        found = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"error: {found}", file=sys.stderr)
+        print_error(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # which was the error
+            discard_output()
         return 2
     return 0
 

@@ -31,15 +31,17 @@ ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 # Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
 # the treatment, and data by the checksums of their files.
 NOT_COMPARED = RECORD_KEYS | {"data", "out", "resume", "threads", "seed", "tensorboard", "cache", "save_every"}
-NOT_COMPARED |= {"eval_batch_size", "cuda_graphs", "name", "log", "format", "config", "task_file", "pcgrad", "gradvac"}
+NOT_COMPARED |= {"eval_batch_size", "cuda_graphs", "name", "names", "log", "format", "config", "task_file"}
+NOT_COMPARED |= {"pcgrad", "gradvac", "regularizers", "adapter"}  # other flags say the same
 
 
 @dataclass(frozen=True)
 class Setting:
     """Runs that differ in nothing but the seed.
 
-    name: tells it apart from the others that it is compared with. flags: the settings in which any of those differ, as
-    they are shown. data: the name of its data, the same for all runs on the same dev files.
+    name: its runs' --name, or what tells it apart from the others that it is compared with. flags: the settings in
+    which any of those differ, as they are shown. data: the name of its data, the same for all runs on the
+    same dev files.
     """
 
     runs: tuple[FinishedRun, ...]
@@ -68,10 +70,14 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
         repeats[repeat] += 1
     columns = {"data": data} | {name: _cells([of[name] for of in flags]) for name in flags[0]}
     shown = [{n: cells[group[0]] for n, cells in columns.items() if len(set(cells)) > 1} for group in groups.values()]
+    names = short_names(shown)
+    for i, group in enumerate(groups.values()):
+        given = {str(runs[j].config.get("name") or "") for j in group}
+        names[i] = given.pop() if len(given) == 1 and "" not in given else names[i]
     settings = []
-    for group, name, of in zip(groups.values(), names := short_names(shown), shown, strict=True):
+    for group, name, of in zip(groups.values(), names, shown, strict=True):
         own = tuple(runs[i] for i in group)
-        if names.count(name) > 1 or not of:
+        if names.count(name) > 1 or not name:
             name = f"{name} {', '.join(run.path.name for run in own)}".strip()
         settings.append(Setting(own, name, of, data[group[0]]))
     return sorted(settings, key=lambda s: (s.data, -len(s.tasks), s.tasks, -float(s.scores(MEAN).mean())))
@@ -84,7 +90,7 @@ def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
     """
     columns = {name: [of[name] for of in flags] for name in flags[0]}
     numbers = {name for name, cells in columns.items() if all(re.fullmatch(r"[-+.e\d]+", cell) for cell in cells)}
-    common = {n: cell for n, cells in columns.items() for cell in set(cells) if 2 * cells.count(cell) > len(cells)}
+    common = common_values(flags)
     shown, chosen = {"yes": "{0}", "no": "no {0}"}, list[str]()
     for name in sorted(columns, key=lambda name: (name in numbers, -len(set(columns[name])))):
         before, after = ({tuple(of[n] for n in names) for of in flags} for names in (chosen, [*chosen, name]))
@@ -93,11 +99,17 @@ def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
     return [", ".join(sorted(own, key=len)) or ("base" if chosen else "") for own in parts]
 
 
+def common_values(flags: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Of each flag the value that most of the settings have, if there is one."""
+    columns = {name: [of[name] for of in flags] for name in flags[0]}
+    return {n: cell for n, cells in columns.items() for cell in set(cells) if 2 * cells.count(cell) > len(cells)}
+
+
 def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """The settings of each run that change what it learns; a flag that a run's program did not have has its default.
 
-    The checkpoint that a run started from replaces the flag of the model; if it is named after the run's seed, those of
-    other seeds are the same.
+    The checkpoints that a run started from replace the flag of the model; where they are named after the run's seed,
+    those of other seeds are the same.
     """
     names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_COMPARED]
     configs = [run.config for run in runs]
@@ -107,10 +119,13 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         configs = [{**Config().to_dict(), **completed(config)} for config in configs]
     flags: list[dict[str, Any]] = [{name: config.get(name) for name in names} for config in configs]
     for run, of in zip(runs, flags, strict=True):
+        own_seed = re.compile(rf"seed{run.config['seed']}(?!\d)")
+        starts = [Path(path) for path in (of.get("checkpoint"), *(of.get("checkpoints") or ())) if path]
+        cleaned = [str(path.with_name(own_seed.sub("seed*", path.name))) for path in starts]
         if of.get("checkpoint"):
-            start = Path(of["checkpoint"])
-            name = re.sub(rf"seed{run.config['seed']}(?!\d)", "seed*", start.name)
-            of.update(model="", checkpoint=str(start.with_name(name)))
+            of.update(model="", checkpoint=cleaned[0])
+        elif cleaned:
+            of.update(model="", checkpoints=cleaned)
     return flags
 
 
@@ -169,11 +184,12 @@ class Difference:
         return "within noise" if self.p >= LEVEL else "worse" if self.value < 0 else "better"
 
     @property
-    def cells(self) -> tuple[str, str]:
-        """Verdict with p, and the interval."""
+    def parts(self) -> tuple[str, ...]:
+        """Verdict, p and the interval, in words; nothing where nothing was tested."""
+        if math.isnan(self.p):
+            return ()
         p = "p < 0.001" if self.p < 0.001 else f"p {self.p:.3f}"
-        is_tested = not math.isnan(self.p)
-        return (f"{self.verdict}, {p}", f"{self.low:+.3f} to {self.high:+.3f}") if is_tested else ("-", "-")
+        return self.verdict, p, f"{self.low:+.3f} to {self.high:+.3f}"
 
 
 def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:

@@ -21,6 +21,7 @@ from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
 from datasets import DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
 from reports.command import Parser, check_new_file, run_command
+from reports.document import filled
 from reports.plots import Plot, panels, style
 from run_record import FORMATS, write_atomically
 from task_files import TaskFileError, add_task_file
@@ -82,7 +83,7 @@ def report(descriptions: Sequence[Description]) -> Iterator[str]:
         yield f"{task}  {TASKS[task].title}"
         for of in of_task.values():
             yield f"  {of.split:<6}{of.file.path.name:<26}{len(of.lengths):>8,} rows"
-            yield from (f"        {title:<10}{text}" for title, text in _facts(of) if text)
+            yield from (filled(f"        {title:<10}{text}", 18) for title, text in _facts(of) if text)
         if {"train", "dev"} <= of_task.keys():
             train, dev = of_task["train"], of_task["dev"]
             shared, lines = same_texts(dev, train), _lines(dev, train)
@@ -100,7 +101,8 @@ def _facts(of: Description) -> Iterator[tuple[str, str]]:
         yield "labels", f"from {low:g} to {high:g}, {spread}"
     elif labelled:
         counts = np.bincount(of.labels.astype(int), minlength=num_classes or 0)
-        yield "labels", ", ".join(f"{k}: {count:,} ({count / len(of.labels):.1%})" for k, count in enumerate(counts))
+        named = zip(of.task.output.class_names, counts, strict=True)
+        yield "labels", ", ".join(f"{name} {count:,} ({count / len(of.labels):.1%})" for name, count in named)
     percentiles = ", ".join(f"{q}% {int(np.percentile(of.lengths, q))}" for q in PERCENTILES)
     cut = f"; {_rows(of.num_truncated)} longer than the model takes" if of.num_truncated else ""
     yield "tokens", f"{percentiles}, longest {of.lengths.max()}, mean {of.lengths.mean():.1f}{cut}"

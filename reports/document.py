@@ -1,19 +1,34 @@
 """A small document, sections of paragraphs, tables and pictures, as text, markdown or one HTML page."""
 
+import shutil
 import textwrap
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+import tabulate
 
-WIDTH = 120  # columns of text
+WIDTH = 120  # columns of text at most
+NO_BREAK = "\N{NO-BREAK SPACE}"  # in cells, between words that stay on one line
+LONGEST_WORD = 30  # that is not broken where a column gets narrow
+tabulate.MIN_PADDING = 0  # a title needs no more room than its letters
+
+
+def text_width() -> int:
+    """Columns of the terminal, where there is one."""
+    return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+def filled(line: str, indent: int = 0) -> str:
+    """The line in as many as the terminal needs, those below the first indented; no word or path is broken."""
+    way: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, text_width(), subsequent_indent=" " * indent, **way)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. marked: (row, column) of cells that stand out. Texts to be read may stand in the last column."""
+    """Cells as text. marked: (row, column) of cells that stand out."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -30,15 +45,20 @@ class Table:
         cells = [[show(cell) for cell in row] for row in self.rows]
         for i, j in self.marked:
             cells[i][j] = mark.format(cells[i][j])
-        *columns, _ = zip(self.columns, *cells, strict=True)
-        used = sum(2 + max(map(len, column)) for column in columns)
-        last_width = WIDTH - used if used < WIDTH // 2 and not is_markdown else None
+        widths = [max(map(len, column)) for column in zip(self.columns, *cells, strict=True)]
+        texts = [j for j in range(len(widths)) if j not in self.numeric and not is_markdown]
+        words = [max(map(len, " ".join(column).split(" "))) for column in zip(self.columns, *cells, strict=True)]
+        while sum(widths) + 2 * (len(widths) - 1) > text_width():  # the widest texts go on below themselves
+            wide = [j for j in texts if widths[j] > min(words[j], LONGEST_WORD)]
+            if not wide:
+                break
+            widths[max(wide, key=widths.__getitem__)] -= 1
         align = ["right" if j in self.numeric else "left" for j in range(len(self.columns))]
         layout: dict[str, Any] = {"tablefmt": "github" if is_markdown else "simple", "disable_numparse": True}
-        shown = tabulate(
-            cells, self.columns, **layout, colalign=align, maxcolwidths=[*[None] * len(columns), last_width]
-        )
-        return "\n".join(line.rstrip() for line in shown.split("\n"))
+        if not is_markdown:
+            layout |= {"maxcolwidths": widths, "maxheadercolwidths": widths, "break_on_hyphens": False}
+        shown = tabulate.tabulate(cells, self.columns, **layout, colalign=align)
+        return "\n".join(line.rstrip() for line in shown.replace(NO_BREAK, " ").split("\n"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ def to_text(sections: Sequence[Section], is_markdown: bool = False) -> str:
                 parts.append(block.layout(is_markdown))
             elif isinstance(block, str):
                 lines = map(_printable, block.split("\n"))
-                parts.append("  \n".join(lines) if is_markdown else "\n".join(textwrap.fill(x, WIDTH) for x in lines))
+                parts.append("  \n".join(lines) if is_markdown else "\n".join(map(filled, lines)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,7 +90,7 @@ def _is_number(cell: str) -> bool:
 
 def _printable(text: str) -> str:
     """The text without line ends and control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return "".join(c if c.isprintable() or c == NO_BREAK else " " for c in text)
 
 
 def _escaped(cell: str) -> str:

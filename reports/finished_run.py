@@ -12,8 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from messages import resume_command, shown
 from remarks import guess_scores, remarks
-from run_record import CONFIG, METRICS, RESULTS, DevRows, RunError, parse_records, read_json
+from run_record import (
+    CONFIG,
+    GAP,
+    METRICS,
+    NUMBER,
+    RESULTS,
+    DevRows,
+    RunError,
+    mismatch,
+    parse_records,
+    read_file,
+    read_json,
+)
 from task_files import TaskFileError, add_saved_tasks
 from tasks import TASKS
 
@@ -22,15 +35,13 @@ if TYPE_CHECKING:
 
 MEAN = "mean"  # the score beside those of the tasks
 
-# Shapes of JSON values: a type; [shape of each]; {key: shape, ...: shape of other keys}; (None, shape) may be absent.
-NUMBER = int | float
-GAP = (None, NUMBER)  # null stands for NaN
 SETTINGS = {
     "option": str,
     "tasks": [str],
     "data": str,
     "seed": int,
     "data_files": {...: {"sha256": str}},
+    "checkpoint": (None, str),
     "checkpoints": (None, [str]),
 }
 RESULTS_BESIDE_SCORES = {
@@ -50,23 +61,6 @@ RECORD = {
     "cosines": (None, {...: GAP}),
     "dev": (None, {MEAN: GAP, ...: {...: GAP}}),
 }
-
-
-def mismatch(value: Any, shape: Any, place: str = "") -> str:
-    """Where a JSON value has not this shape, in words, or ""."""
-    found = f"{place} is {'missing' if value is None else repr(str(value)[:40])}".strip()
-    if isinstance(shape, tuple):
-        return "" if value is None else mismatch(value, shape[1], place)
-    if not isinstance(shape, dict | list):
-        return "" if isinstance(value, shape) else found
-    if type(value) is not type(shape):
-        return f"{found}, expected a {'mapping' if isinstance(shape, dict) else 'list'}"
-    if isinstance(value, dict) and isinstance(shape, dict):
-        others = value if ... in shape else {}
-        parts = {k: (value.get(k), shape.get(k, shape.get(...))) for k in {**shape, **others} if k is not ...}
-    else:
-        parts = {i: (part, shape[0]) for i, part in enumerate(value)}
-    return next(filter(None, (mismatch(*part, f"{place} {key}".strip()) for key, part in parts.items())), "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +84,7 @@ class FinishedRun:
         if problem := mismatch(config, SETTINGS) or _task_problem(config["tasks"]):
             raise RunError(f"{path / CONFIG}: {problem}, expected the settings of a run")
         if not (path / RESULTS).is_file():
-            raise RunError(f"{path}: the run has not ended, --resume {path} continues it")
+            raise RunError(f"{path}: the run has not ended; to go on: {resume_command(path)}")
         results = read_json(path / RESULTS)
         if problem := _results_problem(config["tasks"], results):
             raise RunError(f"{path / RESULTS}: {problem}, expected the results of a run")
@@ -125,7 +119,7 @@ class FinishedRun:
         """The lines of metrics.jsonl; none where there is no such file. Raises RunError if one is damaged."""
         path = self.path / METRICS
         try:
-            records = parse_records(path.read_bytes()) if path.exists() else []
+            records = parse_records(read_file(path)) if path.exists() else []
         except OSError as error:
             raise RunError(f"{path}: not readable ({error.strerror})") from None
         for record in records:
@@ -165,7 +159,7 @@ class FinishedRun:
 
 def _task_problem(tasks: list[str]) -> str:
     unknown = [task for task in tasks if task not in TASKS]
-    return f"task {unknown[0]!r} is unknown" if unknown else "" if tasks else "there are no tasks"
+    return f"task {shown(repr(unknown[0]))} is unknown" if unknown else "" if tasks else "there are no tasks"
 
 
 def _results_problem(tasks: list[str], results: Any) -> str:

@@ -1,6 +1,5 @@
 """The model card of a run, and its way to a model hub: `python evaluation.py RUN --push NAME`."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from typing import Any
 
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
-from run_record import CONFIG, RunError, read_json
+from run_record import CONFIG, RunError, read_json, write_checksums, write_json
 from tasks import TASKS
 
 CARD = "README.md"
@@ -27,6 +26,8 @@ def model_card(run: FinishedRun, name: str) -> str:
     """The card as markdown behind the head that hubs read. name: of the model on the hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    from checkpoints import EMBEDDED_MODEL  # which imports torch
+
     found, rows = list[EvalResult](), []
     for task in (TASKS[name] for name in run.tasks):
         kind = "text-classification" if task.output.class_names else "sentence-similarity"
@@ -39,11 +40,7 @@ def model_card(run: FinishedRun, name: str) -> str:
     base = str(run.config.get("model", ""))
     head = ModelCardData(
         language="en",
-        base_model="sentence-transformers/all-MiniLM-L6-v2"
-        if base == "minilm"
-        else base
-        if base[:1] not in ("", "/")
-        else None,
+        base_model=EMBEDDED if base == EMBEDDED_MODEL else None if base[:1] in ("", "/") else base,
         pipeline_tag="text-classification",
         tags=["multi-task-learning", *run.tasks],
         model_name=name.split("/")[-1],
@@ -66,10 +63,21 @@ def _settings(run: FinishedRun) -> Iterator[str]:
             yield f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def push(run: FinishedRun, name: str) -> str:
-    """Puts the best checkpoint with its card on the hub, in a repository that is made if need be; returns its address.
+def write_model(run: FinishedRun, folder: Path, name: str) -> None:
+    """The best checkpoint with its card in a new folder; folders of this machine stay out of it."""
+    shutil.copytree(run.path / "best", folder)
+    values = read_json(folder / CONFIG)
+    for task in values["multitask_bert"]["tasks"].values():
+        task.get("definition", {}).pop("folder", None)
+    write_json(folder / CONFIG, values)
+    write_checksums(folder)  # the card may be edited on the hub
+    (folder / CARD).write_text(model_card(run, name), "utf-8")
 
-    Folders of this machine stay out of it. Raises RunError if there is no checkpoint or the hub refuses.
+
+def push(run: FinishedRun, name: str) -> str:
+    """Puts what `write_model` writes on the hub, in a repository that is made if need be; returns its address.
+
+    Raises RunError if there is no checkpoint or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -77,12 +85,7 @@ def push(run: FinishedRun, name: str) -> str:
         raise RunError(f"--push {name}: {run.path} has no best checkpoint, expected a run that trained")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        shutil.copytree(run.path / "best", folder)
-        values = read_json(folder / CONFIG)
-        for task in values["multitask_bert"]["tasks"].values():
-            task.get("definition", {}).pop("folder", None)
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-        (folder / CARD).write_text(model_card(run, name), "utf-8")
+        write_model(run, folder, name)
         try:
             address = str(HfApi().create_repo(name, exist_ok=True))
             HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"The model of {run.path.name}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ import numpy as np
 
 from reports.comparison import Setting, row_intervals, score_names
 from reports.finished_run import MEAN, FinishedRun
-from run_record import DevRows, RunError, write_atomically
+from run_record import CONFIG, DevRows, RunError, read_json, write_atomically
 from tasks import TASKS, Task, is_degenerate
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ PANEL = (3.9, 3.1)  # inches
 WINDOW = 0.03  # of a stage's steps, in a moving mean
 NUM_PALE = 600  # single values in a line: more make a wall of it
 WIDE: dict[str, Any] = {"linewidth": 5, "alpha": 0.25}  # the line of an interval
-OVER_STEPS = (  # key of a record, name of its picture, caption
-    ("losses", "training-loss", "Training loss of each task and stage, in nats or in squared points of a scale."),
-    ("cosines", "gradient-cosine", "Cosines between the tasks' gradients over the steps; below 0 they conflict."),
-    ("lr", "learning-rate", "Learning rate over the steps of each stage."),
+MOVING = f"pale: single steps; line: mean over {WINDOW:.0%} of the steps"
+OVER_STEPS = (  # key of a record, name of its picture, caption, inches of a panel
+    ("losses", "training-loss", f"Training losses, in nats or squared points of a scale; {MOVING}.", PANEL),
+    ("lr", "learning-rate", "Learning rate over the steps of each stage.", (2.6, 1.5)),
 )
+SPAN = 0.05  # a difference of scores that may fill a panel; smaller ones do not
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,10 @@ def style(what: int | str) -> dict[str, Any]:
     return {name: of[number % len(of)] for name, of in kinds} | {"linewidth": 1.6, "markersize": 4.5}
 
 
-def curves(records: Records, key: str) -> dict[str, dict[str, np.ndarray]]:
+def curves(records: Records, key: str, over: str = "step") -> dict[str, dict[str, np.ndarray]]:
     """By stage and entry of a key (2, points): steps and values, null as NaN; of dev scores the metric that counts.
 
-    A key with a single number is its only entry.
+    A key with a single number is its only entry. over: "step" or "epoch".
     """
     points: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     for record in (record for record in records if record.get(key) is not None):
@@ -119,7 +121,7 @@ def curves(records: Records, key: str) -> dict[str, dict[str, np.ndarray]]:
         of_stage = points.setdefault(record["stage"], {})
         for name, value in entries.items():
             number = value.get(TASKS[name].output.selection_metric) if isinstance(value, Mapping) else value
-            of_stage.setdefault(name, []).append((record["step"], number))
+            of_stage.setdefault(name, []).append((record[over], number))
     return {stage: {name: np.array(of[name], dtype=float).T for name in of} for stage, of in points.items()}
 
 
@@ -136,53 +138,87 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: Mapping[str, Any]) -> Plot:
     """majority, intervals: by task the accuracy of always predicting the largest class, and ends of an interval."""
-    stages = curves(records, "dev")
+    stages = curves(records, "dev", "epoch")
     last_stage = {task: stage for stage, of_stage in stages.items() for task in of_stage}
-    figure, axes = panels(list(stages), "optimizer step", "score on the dev file", sharey=True)
+    figure, axes = panels(list(stages), "epoch", "score on the dev file", sharey=True)
     for axis, (stage, of_stage) in zip(axes, stages.items(), strict=True):
-        steps, means = of_stage.get(MEAN, np.empty((2, 0)))
+        epochs, means = of_stage.get(MEAN, np.empty((2, 0)))
         best = int(np.nanargmax(means)) if np.isfinite(means).any() else None
         for task in (task for task in TASKS if task in of_stage):
             look = style(task)
             axis.plot(*of_stage[task], **look, label=f"{task} {TASKS[task].output.selection_metric}")
             if best is not None and task in intervals and last_stage[task] == stage:
-                axis.vlines(steps[best], *intervals[task], **WIDE, color=look["color"])
+                axis.vlines(epochs[best], *intervals[task], **WIDE, color=look["color"])
             if task in majority:
                 dotted: dict[str, Any] = {"linewidth": 1.2, "linestyle": (0, (1, 2)), "color": look["color"]}
                 axis.axhline(majority[task], **dotted, label=f"{task} majority class")
-        axis.plot(steps, means, color="black", linestyle=":", linewidth=1.8, label="mean")
+        axis.plot(epochs, means, color="black", linestyle=":", linewidth=1.8, label="mean")
         if best is not None:
-            axis.plot(steps[best], means[best], "*", color="black", markersize=11, label="best mean", zorder=3)
+            axis.plot(epochs[best], means[best], "*", color="black", markersize=11, label="best mean", zorder=3)
         axis.set_xlim(left=0)
+        axis.locator_params(axis="x", integer=True)
         axis.margins(y=0.08)
     entries = {x: of for axis in axes for of, x in zip(*axis.get_legend_handles_labels(), strict=True)}
     look = {"loc": "outside upper center", "ncols": 1 + 2 * len(stages), "fontsize": 8, "frameon": False}
     figure.legend(entries.values(), entries.keys(), **look)  # above: below it would cover the label of the axis
     caption = (
-        "Scores on the dev files over the steps of each stage. Star: the best mean; wide bar: 95% bootstrap interval "
+        "Scores on the dev files over the epochs of each stage. Star: the best mean; wide bar: 95% bootstrap interval "
         "of the final score over the dev rows; dotted: always predicting the largest class."
     )
     return Plot("dev-scores", caption, figure)
 
 
-def draw_moving_means(records: Records, key: str, name: str, caption: str) -> Plot:
+def draw_moving_means(records: Records, key: str, name: str, caption: str, size: tuple[float, float] = PANEL) -> Plot:
     """The entries of a key over the steps of each stage, a panel each: a strong moving mean, single values pale."""
     stages = curves(records, key)
     drawn = {f"{stage}: {entry}": (entry, *of_stage[entry]) for stage, of_stage in stages.items() for entry in of_stage}
-    xlabel = f"optimizer step (pale: single steps; line: mean over {WINDOW:.0%} of the steps)"
-    figure, axes = panels(list(drawn), xlabel, name.replace("-", " "), rows=len(stages))
+    figure, axes = panels(list(drawn), "optimizer step", name.replace("-", " "), rows=len(stages), size=size)
     for axis, (entry, steps, values) in zip(axes, drawn.values(), strict=True):
-        strong = moving_mean(values, round(WINDOW * len(values)))
-        color, some = COLORS[list(TASKS).index(entry) if entry in TASKS else 3], -(-len(values) // NUM_PALE)
-        axis.plot(steps[::some], values[::some], color=color, linewidth=0.5, alpha=0.25)
-        axis.plot(steps, strong, color=color, linewidth=1.6, label=entry, marker="." if len(steps) == 1 else "")
+        color = COLORS[list(TASKS).index(entry) if entry in TASKS else 3]
+        strong = _plot_moving_mean(axis, steps, values, color, entry)
         if np.isfinite(strong).any():  # the strong line fills the panel; the noise around it may run out of it
             low, high = float(np.nanmin(strong)), float(np.nanmax(strong))
             margin = 0.25 * (high - low) or 0.1 * abs(high) or 0.1
             axis.set_ylim(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
-            if low < 0:
-                axis.axhline(0, color="0.4", linewidth=0.8)
     return Plot(name, caption, figure)
+
+
+def _plot_moving_mean(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> np.ndarray:
+    """Single values pale, their moving mean strong; returns it."""
+    strong, some = moving_mean(values, round(WINDOW * len(values))), -(-len(values) // NUM_PALE)
+    axis.plot(steps[::some], values[::some], color=color, linewidth=0.5, alpha=0.25)
+    axis.plot(steps, strong, color=color, linewidth=1.6, label=label, marker="." if len(steps) == 1 else "")
+    return strong
+
+
+def draw_cosines(records: Records) -> Iterator[Plot]:
+    """Of each stage with a treatment the cosines of its task gradients over the steps, a pair of tasks a panel, below
+    the diagonal of a table of the tasks."""
+    for stage, pairs in curves(records, "cosines").items():
+        ends = [(f"{task}-", f"-{task}") for task in TASKS]
+        found = [any(pair.startswith(first) or pair.endswith(last) for pair in pairs) for first, last in ends]
+        tasks = list(itertools.compress(TASKS, found))
+        cells = [(first, second) for second in tasks[1:] for first in tasks[:-1]]
+        titles = ["-".join(cell) for cell in cells]
+        figure, axes = panels(
+            titles, "optimizer step", "cosine", rows=len(tasks) - 1, size=(3.4, 2.2), sharex=True, sharey=True
+        )
+        for axis, cell, title in zip(axes, cells, titles, strict=True):
+            name = next((name for name in (title, "-".join(reversed(cell))) if name in pairs), None)
+            if name is None or tasks.index(cell[0]) > tasks.index(cell[1]):
+                axis.remove()
+                continue
+            steps, values = pairs[name]
+            _plot_moving_mean(axis, steps, values, COLORS[3], title)
+            window, finite = max(1, round(WINDOW * len(values))), values[np.isfinite(values)]
+            noise = 1.96 * float(finite.std() if len(finite) else 0) / window**0.5
+            axis.axhspan(-noise, noise, color="0.85", zorder=0)
+            axis.axhline(0, color="0.4", linewidth=0.8)
+        caption = (
+            f"Cosines between the tasks' gradients in {stage}, {MOVING}; below 0 they conflict. Grey: where the line "
+            "would run in 95 of 100 steps if the cosines were 0 on average."
+        )
+        yield Plot("gradient-cosine", caption, figure)
 
 
 def draw_confusion(matrices: Mapping[str, np.ndarray]) -> Plot:
@@ -225,9 +261,10 @@ def run_plots(run: FinishedRun) -> Iterator[Plot]:
     records = run.records()
     if curves(records, "dev"):
         yield draw_dev_scores(records, {t: run.guesses[t] for t in run.confusion}, row_intervals([run]))
-    for key, name, caption in OVER_STEPS:
+    for key, name, caption, size in OVER_STEPS:
         if curves(records, key):
-            yield draw_moving_means(records, key, name, caption)
+            yield draw_moving_means(records, key, name, caption, size)
+    yield from draw_cosines(records)
     if run.confusion:
         yield draw_confusion(run.confusion)
     for task in (task for task in run.tasks if TASKS[task].output.num_classes is None):
@@ -245,9 +282,9 @@ def write_plots(plots: Iterable[Plot], run: Path, format: str) -> list[Path]:
     return paths
 
 
-def write_run_plots(path: Path, format: str = "png") -> None:
-    """Draws a run directory."""
-    write_plots(run_plots(FinishedRun.read(path)), path, format)
+def write_run_plots(path: Path, results: Mapping[str, Any], format: str) -> None:
+    """Draws a run whose results are not in its directory yet: once they are, it has ended."""
+    write_plots(run_plots(FinishedRun(path, read_json(path / CONFIG), results)), path, format)
 
 
 def draw_comparison(settings: Sequence[Setting]) -> Plot:
@@ -271,6 +308,9 @@ def draw_comparison(settings: Sequence[Setting]) -> Plot:
                 spread = float(values.std(ddof=1))
                 axis.scatter(values, np.full(len(values), place + 0.25), s=8, color="0.5", linewidths=0)
             axis.errorbar(values.mean(), place, xerr=spread, fmt="o", color=color, markersize=5, capsize=3)
+        low, high = axis.get_xlim()
+        gap = max(0.0, SPAN - (high - low)) / 2
+        axis.set_xlim(low - gap, high + gap)
     axes[0].set_yticks(range(len(settings)), labels)
     axes[0].set_ylim(len(settings) - 0.5, -0.5)
     caption = (

@@ -18,10 +18,22 @@ from typing import Any
 import numpy as np
 
 from console import duration
+from messages import machine_failure, printable
 from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
-from reports.comparison import LEVEL, NUM_RESAMPLES, Setting, best_of, compare, row_intervals, score_names, settings_of
-from reports.document import Section, Table, to_html, to_text
+from reports.comparison import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Difference,
+    Setting,
+    best_of,
+    common_values,
+    compare,
+    row_intervals,
+    score_names,
+    settings_of,
+)
+from reports.document import NO_BREAK, Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
 from reports.model_card import push
@@ -33,7 +45,7 @@ NUM_WRONG = 5  # rows listed of each task
 LONGEST_TEXT = 300  # characters shown of a row
 INTERVAL = "95% over dev rows"
 GRADIENTS = {"cosine": "mean cosine", "conflict_rate": "share of steps in conflict", "removed": "share removed"}
-CSV_SETTINGS = ("option", "model", "data", "scheduler", "treatment", "seed", "epochs", "batch_size", "lr")
+CSV_SETTINGS = ("name", "option", "model", "data", "scheduler", "treatment", "seed", "epochs", "batch_size", "lr")
 
 
 def run_sections(run: FinishedRun, files: Sequence[Path]) -> list[Section]:
@@ -49,7 +61,7 @@ def run_sections(run: FinishedRun, files: Sequence[Path]) -> list[Section]:
     sections += [Section(f"{TASKS[name].title}: errors", _error_blocks(run, name)) for name in run.tasks]
     kept = (run.path / name for name in ("results.json", "metrics.jsonl", "predictions", "best"))
     paths = "\n".join(str(path) for path in [*files, *kept] if path.exists())
-    return [*sections, Section("Plots and files", [paths])]
+    return [*sections, Section("Files", [paths])]
 
 
 def _scores_section(run: FinishedRun) -> Section:
@@ -116,28 +128,33 @@ def _answer(task: Task, value: float) -> str:
 
 def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]) -> list[Section]:
     """The settings side by side, what their names stand for, and tests of their differences from the best."""
-    names, rows, key = score_names(settings), [], []
+    names, rows, key = score_names(settings), list[dict[str, Any]](), []
+    common = common_values([s.flags for s in settings])
     for s in settings:
-        scores = {title: _scores_cell(s, name) for name, title in names.items()}
+        rows.append({"setting": s.name, **{title: _scores_cell(s, name) for name, title in names.items()}})
         seconds = float(np.mean([run.results["seconds"]["training"] for run in s.runs]))
-        ends = {"training": duration(seconds), "parameters": _size(s.runs[0].results["parameters"]["total"])}
-        rows.append({"setting": s.name, **scores, "n": len(s.runs), **ends})
-        flags = ", ".join(f"{flag} {value}" for flag, value in s.flags.items()) or "-"
-        key.append({"setting": s.name, "runs": ", ".join(r.path.name for r in s.runs), "flags that differ": flags})
+        flags = ", ".join(f"{flag} {value}" for flag, value in s.flags.items() if value != common.get(flag)) or "-"
+        own = {"runs": ", ".join(r.path.name for r in s.runs), "training": duration(seconds)}
+        key.append({"setting": s.name, **own, "parameters": _size(s.runs[0].results["parameters"]["total"])})
+        key[-1]["differs in"] = flags
     for data in dict.fromkeys(s.data for s in settings):
-        run = next(s.runs[0] for s in settings if s.data == data)
-        guesses = {name: (run.guesses | {MEAN: _mean_guess(run)}).get(name) for name in names}
-        rows.append({"setting": GUESS, **{title: guesses[name] for name, title in names.items()}})
+        best = next(s.runs[0] for s in settings if s.data == data)
+        guesses = {**best.guesses, MEAN: _mean_guess(best)}
+        rows.append({"setting": GUESS, **{title: guesses.get(name) for name, title in names.items()}})
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
-        "± is the sample standard deviation over the n seeds.": any(len(s.runs) > 1 for s in settings),
-        "* is the best of a column.": bool(marked),
+        "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
+        "* or bold is the best of a column.": bool(marked),
         f"{GUESS_IN_WORDS}.": True,
         "Runs on different data are listed apart and not compared.": len({s.data for s in settings}) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,
         "All runs have the same settings but for the seed: there are no settings to compare.": len(settings) == 1,
     }
-    notes = [f"{run.path.name}: {line}" for run in runs for line in _remarks(run)]
+    remarked: dict[str, list[str]] = {}
+    for run in runs:
+        for line in _remarks(run):
+            remarked.setdefault(line.partition(" (")[0], []).append(run.path.name)
+    notes = [f"{line}: {', '.join(of)}" for line, of in remarked.items()]
     text = "\n".join([*(text for text, is_so in remarks.items() if is_so), *notes])
     blocks = [_table(rows, marked), *filter(None, [text]), _table(key)]
     differences = _differences(settings)
@@ -149,16 +166,21 @@ def _scores_cell(setting: Setting, name: str) -> str:
     if name not in (*setting.tasks, MEAN):
         return "-"
     values = setting.scores(name)
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    return f"{values.mean():.3f}" + (f" ±{values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def _tested(difference: Difference) -> str:
+    """Verdict, p and interval, which a narrow table sets below each other."""
+    return ", ".join(part.replace(" ", NO_BREAK) for part in difference.parts) or "-"
 
 
 def _differences(settings: Sequence[Setting]) -> list[str | Table]:
     comparisons, notes = compare(settings)
     if not comparisons:
         return []
-    columns = ("setting", "score", "difference", "over seeds", "95%", "over dev rows", "95%")
+    columns = ("setting", "score", "difference", "over seeds, 95% interval", "over dev rows, 95% interval")
     rows = [
-        (c.other.name, c.name, f"{c.over_rows.value:+.3f}", *c.over_seeds.cells, *c.over_rows.cells)
+        (c.other.name, c.name, f"{c.over_rows.value:+.3f}", _tested(c.over_seeds), _tested(c.over_rows))
         for c in comparisons
     ]
     text = (
@@ -189,7 +211,7 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
         results, dev = run.results, run.results["dev"]
         scores = {column: dev.get(task, {}).get(metric) for column, (task, metric) in metrics.items()}
         others = (results["seconds"]["training"], results.get("peak_memory_mb"), results["parameters"]["total"])
-        row = {**run.config, "run": run.path, "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
+        row = {**run.config, "run": printable(str(run.path)), "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
         writer.writerow(row | dict(zip(ends, [*others, json.dumps(run.config)], strict=True)))
 
 
@@ -224,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats.add_argument("--csv", action="store_true", help="print a row a run only, as csv for other programs")
     formats.add_argument("--markdown", action="store_true", help="print as markdown")
     formats.add_argument("--html", metavar="FILE", type=Path, help="write a new page with tables and pictures too")
+    endings = ", ".join(FORMATS)
+    parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw several runs into a new file: {endings}")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of a run's plots (default: %(default)s)")
     parser.add_argument("--push", metavar="NAME", help="put a run's best checkpoint with a model card on the hub")
     args = parser.parse_args(arguments)
@@ -234,11 +258,15 @@ def report(args: argparse.Namespace) -> None:
     """Draws, writes the page where one is wanted, and prints."""
     if args.html is not None:
         check_new_file("--html", args.html, (".html", ".htm"))
+    if args.plot is not None:
+        check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     runs, problems = read_runs(args.runs)
+    if args.plot is not None and len(runs) == 1:
+        raise RunError(f"--plot {args.plot}: expected several runs; those of one are in {runs[0].path / 'plots'}")
     if not runs:
         raise RunError("; ".join(problems))
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"left out: {printable(problem)}", file=sys.stderr)
     if args.csv:
         return print_csv(runs)
     if args.push:
@@ -248,12 +276,14 @@ def report(args: argparse.Namespace) -> None:
     settings, plots, files = settings_of(runs), list[Plot](), list[Path]()
     is_one = len(runs) == 1
     try:
-        if is_one or args.html is not None:
+        if is_one or args.html is not None or args.plot is not None:
             plots = list(run_plots(runs[0])) if is_one else [draw_comparison(settings)]
+        if args.plot is not None:
+            write_atomically(args.plot, plots[0].content(args.plot.suffix.lower()[1:]))
         if is_one:
             files = write_plots(plots, runs[0].path, args.format)
     except (OSError, RunError) as error:
-        print(f"warning: no plots: {error}", file=sys.stderr)
+        print(f"warning: no plots: {printable(machine_failure(error) or str(error))}", file=sys.stderr)
     sections = run_sections(runs[0], files) if is_one else comparison_sections(runs, settings)
     if args.html is not None:
         left_out = [Section("Left out", ["\n".join(problems)])] if problems else []

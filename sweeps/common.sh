@@ -41,14 +41,14 @@ wait_for_jobs() { # until fewer than $1 are running
 settle() { wait_for_jobs 1; }
 
 # run NAME FIRST FLAGS...: a run for each seed, JOBS at a time. FIRST names a settled run whose checkpoint it starts
-# from, or is empty.
+# from, or is empty; @seed in FLAGS is seed0 and so on.
 run() {
     local name=$1 first=$2 seed
     shift 2
     for seed in $SEEDS; do
         wait_for_jobs "$JOBS"
-        run_once "$name-seed$seed" "${first:+$first-seed$seed}" --data "$DATA" --seed "$seed" $FLAGS \
-            ${first:+--checkpoint "$OUT/$first-seed$seed"} "$@" &
+        run_once "$name-seed$seed" "${first:+$first-seed$seed}" --data "$DATA" --seed "$seed" --name "$name" $FLAGS \
+            ${first:+--checkpoint "$OUT/$first-seed$seed"} "${@//@seed/seed$seed}" &
     done
 }
 

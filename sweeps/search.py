@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert import CheckpointError
 from config import FlagError, make_parser, parse
+from messages import print_error
 from run import resolve
 from run_record import CONFIG, METRICS, RESULTS, RunError, parse_records, read_json
 
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(report(study, space)))
         return 0
     except (SearchError, FlagError, CheckpointError, RunError, OSError) as error:
-        print(*(f"error: {line}" for line in str(error).split("\n")), sep="\n", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; to go on: {shlex.join(['python', 'sweeps/search.py', *arguments])}")

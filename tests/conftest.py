@@ -18,8 +18,14 @@ DRAW_PLOTS = Run.draw_plots
 def no_pictures() -> Iterator[None]:
     """Runs draw none, which takes longer than all else; `treated_run` has those of a run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "draw_plots", lambda run: None)
+        patch.setattr(Run, "draw_plots", lambda run, results: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are as wide as without one, also in the processes that share the tests, which are given a width."""
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,13 @@ def _write_dev_rows(folder: Path, task: str, predicted: np.ndarray, labels: np.n
 
 
 def made_run(
-    data: Path, name: str, noise: float = 0.3, tasks: Sequence[str] = tuple(TASKS), treated: bool = True, **flags: Any
+    data: Path,
+    name: str,
+    /,
+    noise: float = 0.3,
+    tasks: Sequence[str] = tuple(TASKS),
+    treated: bool = True,
+    **flags: Any,
 ) -> FinishedRun:
     """A run beside its data, wrong as often as `noise`; with the same seed and noise, of the same predictions."""
     predictions = {task: noisy(data, task, noise, 100 + flags.get("seed", 0)) for task in tasks}

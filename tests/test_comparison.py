@@ -90,6 +90,15 @@ def test_checkpoints_of_other_seeds_are_one_setting_and_hide_the_flag_of_the_mod
     assert settings[0].flags == {"model": "-", "checkpoint": "start-seed*"}
 
 
+def test_soups_of_other_seeds_are_one_setting(files: Path) -> None:
+    def soup(seed: int, *of: str) -> Any:
+        starts = [str(files / f"{name}-seed{seed}") for name in of]
+        return made_run(files, f"s{seed}{len(of)}", seed=seed, checkpoints=starts, model="minilm")
+
+    settings = settings_of([soup(0, "pal", "random"), soup(1, "pal", "random"), soup(1, "pal", "random", "ema")])
+    assert [len(setting.runs) for setting in settings] == [2, 1]
+
+
 def test_of_paths_the_last_part_is_shown_where_that_tells_them_apart(files: Path) -> None:
     runs = [made_run(files, name, model=model) for name, model in (("a", "/x/one"), ("b", "/y/two"))]
     assert {s.flags["model"] for s in settings_of(runs)} == {"one", "two"}
@@ -116,6 +125,16 @@ def test_the_best_mean_comes_first_and_more_tasks_before_fewer(files: Path) -> N
     assert best_of(settings[:1], "sts") == set()
     twins = settings_of([good, made_run(files, "twin", 0.1, lr=9.0), bad])
     assert best_of(twins, "mean") == {0, 1} and best_of(twins[:2], "mean") == set()
+
+
+def test_a_setting_has_the_name_that_its_runs_were_given_and_none_is_merged_by_it(files: Path) -> None:
+    given = [made_run(files, f"a{s}", seed=s, lr=1.0, name="mine", processor=f"p{s}") for s in (0, 1)]
+    other, third = made_run(files, "b", lr=2.0), made_run(files, "c", lr=3.0, name="mine")
+    assert sorted(s.name for s in settings_of([*given, other])) == ["lr 2.0", "mine"]
+    found = {s.name: names(s) for s in settings_of([*given, other, third])}
+    assert found == {"mine a0, a1": ["a0", "a1"], "lr 2.0": ["b"], "mine c": ["c"]}
+    mixed = settings_of([made_run(files, f"d{s}", seed=s, lr=4.0, name=f"n{s}") for s in (0, 1)] + [other])
+    assert sorted(s.name for s in mixed) == ["lr 2.0", "lr 4.0"]
 
 
 def flags(**columns: str) -> list[dict[str, str]]:
@@ -182,7 +201,9 @@ def test_p_is_twice_the_share_of_resamples_on_the_rarer_side_of_zero() -> None:
 def test_a_verdict_follows_from_p_and_the_sign(numbers: tuple[float, ...], verdict: str) -> None:
     found = Difference(*numbers)
     assert found.verdict == verdict
-    assert found.cells[0] == (f"{verdict}, p {found.p:.3f}" if verdict != "untested" else "-")
+    low, high = numbers[1:3] if len(numbers) > 1 else (0, 0)
+    parts = (verdict, f"p {found.p:.3f}", f"{low:+.3f} to {high:+.3f}")
+    assert found.parts == (parts if verdict != "untested" else ())
 
 
 @pytest.mark.filterwarnings("error")

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from reports.document import WIDTH, Section, Table, to_html, to_text
+from reports.document import NO_BREAK, WIDTH, Section, Table, to_html, to_text
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 def test_text_has_aligned_columns_a_star_at_marked_cells_and_nothing_that_a_terminal_would_obey() -> None:
     table = Table(("run", "score"), (("a", "0.5"), ("longer", "10.25")), {(1, 1)})
     assert to_text([Section("T", ("words", table))]).splitlines() == [
-        "T", "=", "", "words", "", "run       score", "------  -------", "a           0.5", "longer   *10.25"
+        "T", "=", "", "words", "", "run      score", "------  ------", "a          0.5", "longer  *10.25"
     ]  # fmt: skip
     shown = to_text(SECTIONS)
     assert "\x1b" not in shown and "<b>bold</b>" in shown and "caption" not in shown
@@ -61,8 +61,24 @@ def test_long_texts_go_on_below_their_own_column() -> None:
     words = "word " * 60
     lines = to_text([Section("T", (words, Table(("n", "text"), (("1", words), ("22", "x")))))]).splitlines()
     assert all(len(line) <= WIDTH for line in lines)
-    assert lines[-4].startswith("  1  word word") and lines[-3].startswith("     word")
+    assert lines[-4].startswith(" 1  word word") and lines[-3].startswith("    word")
     assert " ".join(lines[-4:-1]).split() == ["1", *words.split()]
+
+
+def test_tables_and_texts_fit_the_terminal_and_numbers_are_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, cells = (
+        "word " * 30,
+        ("a setting of some length", "0.5 to 0.6", f"runs of{NO_BREAK}it, seed-0,{NO_BREAK}seed-1, seed-2", "0.123"),
+    )
+    section = Section("T", (words, Table(("setting", "score", "runs", "p"), (cells, cells))))
+    for columns in (60, 80, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = to_text([section]).splitlines()
+        assert all(len(line) <= columns for line in lines)
+        shown = "\n".join(lines)
+        assert shown.count("0.5 to 0.6") == shown.count("0.123") == shown.count("seed-0, seed-1") == 2
+        assert shown.count("of it") == 2 and NO_BREAK not in shown
+    assert sum(line.startswith("a setting of some length ") for line in lines) == 2
 
 
 def test_markdown_has_one_line_a_row_and_escapes_what_would_end_a_cell() -> None:
@@ -77,7 +93,9 @@ def test_a_page_needs_nothing_from_elsewhere_its_texts_are_texts_and_its_picture
     text = to_html("A & B", SECTIONS)
     page = Page(text)
     assert not {tag for tag, *_ in page.elements} & {"script", "link", "iframe"}
-    assert not any(word in text for word in ("href", "url(", "@import", "http"))
+    assert not any(word in text for word in ("url(", "@import", "http"))
+    links = [of["href"] for tag, of, _ in page.elements if tag == "a"]
+    assert links == [f"#{of['id']}" for tag, of, _ in page.elements if tag == "details" and "open" in of] == ["#s1"]
     assert "<title>A &amp; B</title>" in text and text.startswith("<!DOCTYPE html>")
     assert "b" not in [tag for tag, *_ in page.elements]
     assert NASTY in page.cells and page.cells[:4] == list(TABLE.columns)

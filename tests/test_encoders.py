@@ -283,8 +283,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"model_type": "modernbert", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
         "rope_type is 'yarn', expected 'default'",
     ),
+    ({"model_type": "modernbert", "layer_types": 5}, "not the configuration of a modernbert"),
+    ({"model_type": "modernbert", "rope_parameters": {"full_attention": [5]}}, "not the configuration of a modernbert"),
     ({"model_type": "modernbert", "norm_eps": -1}, "layer_norm_eps is -1, expected a number of at least 0"),
-    ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number of at least 1"),
+    ({"model_type": "roberta", "pad_token_id": 0}, "pad_token_id is 0, expected a whole number from 1 to"),
 ]
 
 
@@ -303,6 +305,13 @@ def test_what_a_configuration_lacks_is_the_base_model_s() -> None:
     old = {"global_attn_every_n_layers": 4, "global_rope_theta": 5.0, "local_rope_theta": 6.0}
     found = ModernBertConfig.from_dict(old)
     assert (found.global_attn_every_n_layers, found.global_rope_theta, found.local_rope_theta) == (4, 5.0, 6.0)
+
+
+def test_a_configuration_says_how_long_rows_are_and_which_layers_see_them_whole() -> None:
+    assert RobertaConfig.from_dict({"max_position_embeddings": 514}).num_positions == 512
+    whole, near = "full_attention", "sliding_attention"
+    for kinds, every in (([whole], 1), ([whole, whole], 1), ([whole, near, near], 3), ([whole, near, near, whole], 3)):
+        assert ModernBertConfig.from_dict({"layer_types": kinds}).global_attn_every_n_layers == every
 
 
 # ----------------------------------------------------------------------------------------------------- token ids
@@ -390,7 +399,7 @@ def trained(
         sizes = "--pretrain_epochs 1 --steps_per_epoch 3 --batch_size 6"
         sizes += "" if "--option" in flags else " --epochs 1 --lr 1e-3"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(running.Run, "draw_plots", lambda run: None)
+            patch.setattr(running.Run, "draw_plots", lambda run, results: None)
             assert multitask_classifier.main([*base.split(), *sizes.split(), *flags.split()]) == status
         return out
 

@@ -7,7 +7,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -459,9 +459,9 @@ def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
 def test_the_state_of_another_stage_is_refused() -> None:
     plain = make()
     others: list[dict[str, Any]] = [{"adapters": True}, {"regularizers": ["bregman"]}, {"ema_decay": 0.9}]
-    for options, error in zip(others, (ValueError, KeyError, KeyError), strict=True):
-        with pytest.raises(error):
-            make(**options).trainer.load_state(plain.state(), {})
+    for options in others:
+        with pytest.raises(ValueError, match=r"the tensor .* is missing"):
+            make(**options).trainer.load_state(plain.state(), asdict(plain.trainer.progress))
 
 
 @pytest.mark.parametrize("treatment", ["", "gradvac"])

@@ -56,7 +56,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda run: (run / "config.json").unlink(), "run: no run directory, expected one with config.json"),
-        (lambda run: (run / "results.json").unlink(), "run: the run has not ended, --resume .*run continues it"),
+        (lambda run: (run / "results.json").unlink(), "run: the run has not ended; to go on: python .* --resume=.*run"),
         (write("config.json", "[]"), "config.json: is '\\[]', expected a mapping"),
         (change("config.json", lambda c: c.pop("seed")), "config.json: seed is missing, expected the settings"),
         (change("config.json", lambda c: c.update(tasks=[["sst"]])), "config.json: tasks 0 is "),

@@ -49,15 +49,6 @@ def test_a_step_is_that_of_the_definition(num_decayed: int, factor: float) -> No
     assert all(torch.equal(x, y) for x, y in zip(before, (ours, *vars(moments).values()), strict=True))
 
 
-def test_the_state_of_other_parameters_is_refused() -> None:
-    flat = FlatParameters({"a": nn.Parameter(torch.ones(3))})
-    for changes in ({"exp_avg": torch.zeros(4)}, {"step": torch.zeros(1)}):
-        with pytest.raises(ValueError, match=f"{next(iter(changes))} is missing or of another shape"):
-            flat.load_state({**flat.state(), **changes})
-    with pytest.raises(ValueError, match="exp_avg_sq is missing"):
-        flat.load_state({name: value for name, value in flat.state().items() if name != "exp_avg_sq"})
-
-
 def small() -> dict[str, nn.Parameter]:
     shapes: dict[str, Sequence[int]] = {"a": (2, 3), "b": (3,), "c": (1, 4), "d": (2,), "e": (2, 2)}
     noise = generator()

@@ -473,8 +473,8 @@ def test_dropout_multiplies_by_its_mask_and_does_nothing_without_masks() -> None
 
 
 def test_a_draw_has_the_words_that_attention_may_read_beyond_it() -> None:
-    (lanes,) = re.findall(r"^#define LANES (\d+)", kernels.SOURCE.read_text(), re.MULTILINE)
-    assert int(lanes) == SLACK
+    lanes = re.findall(r"^#define LANES (\d+)", kernels.SOURCE.read_text(), re.MULTILINE)
+    assert max(map(int, lanes)) == SLACK
     assert all(len(DropoutMasks(0).bits(numel, 0.5).words) >= numel + SLACK for numel in (0, 1, 15, 1000))
 
 

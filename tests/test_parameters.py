@@ -47,7 +47,7 @@ def test_a_value_outside_its_limits_is_named_with_what_is_allowed(
 
 
 def test_one_of_the_choices_is_expected_and_a_whole_number_that_is_too_large_is_cut_in_the_message() -> None:
-    assert Flag("seed", 0, "").problem(10**999) == f"--seed 1{'0' * 59}: expected a whole number below 2**63"
+    assert Flag("seed", 0, "").problem(10**999) == f"--seed 1{'0' * 59}...: expected a whole number below 2**63"
     assert Flag("seed", 0, "", ">= 0").problem(2**63) == f"--seed {2**63}: expected a whole number below 2**63"
     flag = Flag("kind", "soft", "which", choices=("soft", "hard"))
     assert flag.problem("hard") is None and flag.problem("firm") == "--kind firm: expected one of soft, hard"

@@ -21,7 +21,7 @@ from tasks import TASKS
 METRICS = ("sst accuracy", "para accuracy", "sts pearson")
 RECORDS = training_records()
 TREATED = training_records(is_treated=True)
-NAMES = ["dev-scores", "training-loss", "gradient-cosine", "learning-rate", "confusion", "similarity-sts"]
+NAMES = ["dev-scores", "training-loss", "learning-rate", "gradient-cosine", "confusion", "similarity-sts"]
 
 
 @pytest.fixture
@@ -48,14 +48,14 @@ def test_dev_scores_are_the_metrics_that_count_and_the_best_mean_is_marked() -> 
         assert [drawn[f"{t} majority class"].get_ydata()[0] for t in ("sst", "para")] == [0.3, 0.6]
         for label in METRICS:
             task, metric = label.split()
-            assert drawn[label].get_xdata().tolist() == [20, 40]
+            assert drawn[label].get_xdata().tolist() == [1, 2]  # epochs
             assert drawn[label].get_ydata().tolist() == [record["dev"][task][metric] for record in dev]
         best = max(dev, key=lambda record: record["dev"]["mean"])
         assert (drawn["best mean"].get_xdata()[0], drawn["best mean"].get_ydata()[0]) == (
-            best["step"], best["dev"]["mean"]
+            best["epoch"], best["dev"]["mean"]
         )  # fmt: skip
         bars = [bar.get_segments()[0].tolist() for bar in axis.collections]  # of the score at the run's end
-        assert bars == ([[[best["step"], 0.2], [best["step"], 0.4]]] if stage == "finetune" else [])
+        assert bars == ([[[best["epoch"], 0.2], [best["epoch"], 0.4]]] if stage == "finetune" else [])
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 7  # each line once
 
@@ -72,9 +72,11 @@ def test_a_moving_mean_takes_the_finite_values_of_its_window() -> None:
             assert found == pytest.approx(np.mean(near)) if near else np.isnan(found)
 
 
-@pytest.mark.parametrize(("key", "name", "caption"), plots.OVER_STEPS)
-def test_what_a_log_holds_is_drawn_in_a_panel_for_each_stage_and_entry(key: str, name: str, caption: str) -> None:
-    plot = plots.draw_moving_means(TREATED, key, name, caption)
+@pytest.mark.parametrize(("key", "name", "caption", "size"), plots.OVER_STEPS)
+def test_what_a_log_holds_is_drawn_in_a_panel_for_each_stage_and_entry(
+    key: str, name: str, caption: str, size: tuple[float, float]
+) -> None:
+    plot = plots.draw_moving_means(TREATED, key, name, caption, size)
     held = {(r["stage"], n): None for r in TREATED if key in r for n in (r[key] if isinstance(r[key], dict) else [key])}
     assert [axis.get_title() for axis in plot.figure.axes] == [f"{stage}: {entry}" for stage, entry in held]
     for axis, (stage, entry) in zip(plot.figure.axes, held, strict=True):
@@ -84,6 +86,41 @@ def test_what_a_log_holds_is_drawn_in_a_panel_for_each_stage_and_entry(key: str,
         low, high = axis.get_ylim()
         assert low <= min(v for _, v in values) and max(v for _, v in values) <= high
     assert "optimizer step" in plot.figure.get_supxlabel() and plot.figure.get_supylabel() == name.replace("-", " ")
+
+
+def test_cosines_stand_in_a_triangle_of_task_pairs_with_a_band_of_what_noise_would_do() -> None:
+    draw = np.random.default_rng(0)
+    values = {"sst-para": draw.normal(0.3, 0.1, 200), "sst-sts": np.zeros(200), "para-sts": draw.normal(0, 0.2, 200)}
+    names = {"para-sst": "sst-para", "sst-sts": "sst-sts", "para-sts": "para-sts"}  # of a run of --tasks para sst sts
+    records = [
+        {
+            "stage": "finetune",
+            "epoch": 1,
+            "step": i + 1,
+            "cosines": {n: float(values[of][i]) for n, of in names.items()},
+        }
+        for i in range(200)
+    ]
+    (plot,) = plots.draw_cosines([*RECORDS, *records])
+    axes: dict[str, Any] = {axis.get_title(): axis for axis in plot.figure.axes}
+    places = {title: axis.get_subplotspec() for title, axis in axes.items()}
+    rows_and_columns = {title: (place.rowspan.start, place.colspan.start) for title, place in places.items()}
+    assert rows_and_columns == {"sst-para": (0, 0), "sst-sts": (1, 0), "para-sts": (1, 1)}
+    for title, axis in axes.items():
+        assert axis.lines[1].get_ydata() == pytest.approx(plots.moving_mean(values[title], 6))
+        (band,) = axis.patches
+        assert band.get_y() + band.get_height() == pytest.approx(-band.get_y())
+        assert band.get_height() / 2 == pytest.approx(1.96 * values[title].std() / 6**0.5)
+
+
+def test_a_small_difference_of_scores_does_not_fill_a_panel(tmp_path: Path) -> None:
+    data = write_dev_files(tmp_path / "data", 400)
+    runs = [made_run(data, f"r{i}", 0.3 + i / 100, tasks=("sst",), lr=float(i)) for i in range(2)]
+    for run in runs:
+        (run.path / "predictions" / "sst-dev-rows.csv").unlink()  # no intervals, which would make room
+    assert 0 < abs(runs[0].score("sst") - runs[1].score("sst")) < plots.SPAN / 2
+    axes = plots.draw_comparison(settings_of(runs)).figure.axes
+    assert all(np.ptp(axis.get_xlim()) >= plots.SPAN - 1e-9 for axis in axes)
 
 
 def test_a_long_log_is_smoothed_and_its_noise_pale() -> None:
@@ -98,6 +135,8 @@ def test_a_long_log_is_smoothed_and_its_noise_pale() -> None:
 def test_a_confusion_matrix_shows_counts_and_the_shares_of_each_true_class() -> None:
     figure = plots.draw_confusion({"para": np.array([[30, 10], [0, 0]]), "sst": np.eye(5, dtype=int)}).figure
     para, sst, bar = figure.axes
+    assert [tick.get_text() for tick in para.get_yticklabels()] == ["no", "yes"]
+    assert [tick.get_text() for tick in sst.get_xticklabels()][:2] == ["very\nnegative", "negative"]
     assert texts(para) == ["30\n75%", "10\n25%", "0\n0%", "0\n0%"]
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("predicted class", "true class")
     assert len(texts(sst)) == 25 and "%" in bar.get_ylabel()
@@ -159,7 +198,7 @@ def test_pictures_are_named_and_told_in_words_and_lines_differ_in_more_than_colo
     first, last = (of["para"]["accuracy"] for of in (dev[0], dev[-1]))
     assert f"finetune, sst accuracy from {dev[0]['sst']['accuracy']:.3g} to" in words["dev-scores"]
     assert f"para accuracy from {first:.3g} to {last:.3g}" in words["dev-scores"]
-    assert re.search(r"finetune: sst-sts, sst-sts from -?0\.\d+ to ", words["gradient-cosine"])
+    assert re.search(r"sst-sts, sst-sts from -?0\.\d+ to ", words["gradient-cosine"])
     assert "Pearson r = " in words["similarity-sts"] and all(words.values())
     majority = max(np.sum(made.results["confusion"]["para"], axis=1)) / 60
     assert f"para majority class {majority:.3g}" in words["dev-scores"]

@@ -31,8 +31,8 @@ def test_guessing_scores_what_a_classifier_that_knows_no_texts_scores() -> None:
 
 
 def test_one_answer_throughout_is_remarked_by_task_and_name() -> None:
-    assert remarks(SCORES, CONFUSION, []) == ["warning: para: one class predicted throughout, no"]
-    assert remarks(SCORES, {"para": [[0, 3], [0, 0]]}, []) == ["warning: para: one class predicted throughout, yes"]
+    assert remarks(SCORES, CONFUSION, []) == ["warning: para: one class predicted throughout (no)"]
+    assert remarks(SCORES, {"para": [[0, 3], [0, 0]]}, []) == ["warning: para: one class predicted throughout (yes)"]
     (line,) = remarks({**SCORES, "sts": {"pearson": 0.0}}, {}, [])
     assert line.startswith("warning: sts: one number predicted throughout") and "counts as 0" in line
 
@@ -40,7 +40,7 @@ def test_one_answer_throughout_is_remarked_by_task_and_name() -> None:
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        (epochs("pretrain", 0.3, 0.5) + epochs("finetune", 0.4, 0.499), "best mean is 0.499, the frozen stage's 0.500"),
+        (epochs("pretrain", 0.3, 0.5) + epochs("finetune", 0.4, 0.499), "(best means 0.499 and 0.500;"),
         (epochs("pretrain", 0.3, 0.5) + epochs("finetune", 0.5, 0.1), None),
         (epochs("pretrain", 0.5) + epochs("finetune", None), None),
         (epochs("pretrain", 0.5) + epochs("finetune"), None),

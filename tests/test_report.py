@@ -64,7 +64,7 @@ def test_one_run_has_its_plots_written_anew_its_scores_errors_and_paths(
     assert f"{results['gradients']['finetune']['cosine']['sst-sts']:.3f}" in gradients
     assert {f"{task.title}: errors" for task in TASKS.values()} <= set(found)
     for path in (*(copy / "plots").iterdir(), copy / "results.json", copy / "predictions", copy / "best"):
-        assert str(path) in found["Plots and files"]
+        assert str(path) in found["Files"]
 
 
 @pytest.fixture
@@ -129,9 +129,15 @@ def test_several_runs_are_a_table_of_settings_with_tests(files: Path, capsys: Ca
     first, second = lines[3:5]
     means = [FinishedRun.read(path).score("mean") for path in good]
     assert first.startswith("lr 1.0 ") and second.startswith("lr 2.0 ") and "*" not in second
-    assert f"*{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" in first and "3 min" not in first
-    assert re.search(r"^lr 2.0 +bad0, bad1, bad2 +lr 2.0$", "\n".join(lines), flags=re.MULTILINE)  # the key
+    assert f"*{statistics.mean(means):.3f} ±{statistics.stdev(means):.3f}" in first
+    assert re.search(
+        r"^lr 2.0 +bad0, bad1, bad2 +1 min 41 s +22.7 M +lr 2.0$", "\n".join(lines), flags=re.MULTILINE
+    )  # the key
     assert "scheduler" not in out and "threads" not in out
+    constant = [FinishedRun.read(good[0]).guesses[task] for task in TASKS]
+    cells = [f"{score:.3f}" for score in (*constant, statistics.mean(constant))]
+    assert lines[5].split() == ["constant", *cells] and constant[0] == pytest.approx(0.2, abs=0.1)
+    assert "fine-tuning ended below its frozen stage: bad0, bad1, bad2, good0, good1, good2" in " ".join(out.split())
     rows = [line for line in found["Differences from the best"].splitlines() if line.startswith("lr 2.0")]
     assert len(rows) == 4 and all(row.count("worse, p") == 2 for row in rows)
     assert "t test, paired where both have the same seeds" in found["Differences from the best"]
@@ -143,7 +149,7 @@ def test_an_identical_run_shows_no_difference(files: Path, capsys: Capture) -> N
     out, _ = run(capsys, path, copy)
     differences = sections_of(out)["Differences from the best"]
     assert differences.count("no difference, p 1.000") == 4 and "worse" not in differences and "*" not in out
-    assert re.search(r"^a +a +-$", out, flags=re.MULTILINE) and re.search(r"^copy +copy +-$", out, flags=re.MULTILINE)
+    assert all(re.search(rf"^{name} +{name} +.* -$", out, flags=re.MULTILINE) for name in ("a", "copy"))
 
 
 def test_other_data_and_other_tasks_are_not_mixed(files: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -173,6 +179,16 @@ def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, caps
         assert float(row["mean"]) == of.score("mean") and int(row["seed"]) == of.config["seed"]
         assert float(row["training_seconds"]) == 100 + of.config["seed"] and row["peak_memory_mb"] == "1024.5"
         assert float(row["lr"]) == of.config["lr"] and json.loads(row["settings"]) == of.config
+
+
+@pytest.mark.parametrize(("name", "start"), [("p.pdf", b"%PDF"), ("p.svg", b"<?xml"), ("p.png", b"\x89PNG")])
+def test_several_runs_are_drawn_into_a_file_of_the_format_of_its_name(
+    name: str, start: bytes, files: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    runs = [made(files, "a", 0.1, lr=1.0), made(files, "b", lr=2.0)]
+    run(capsys, *runs, "--plot", tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert "exists already" in run(capsys, *runs, "--plot", tmp_path / name, status=2)[1]
 
 
 def test_markdown_has_the_same_tables(files: Path, capsys: Capture) -> None:
@@ -220,6 +236,8 @@ def test_what_cannot_be_used_is_named_and_left_out(files: Path, tmp_path: Path, 
         (["{run}", "--html", "{page}"], "error: --html .*page.html: exists already, expected the name of a new file"),
         (["{run}", "--html", "{run}/page.txt"], "error: --html .*page.txt: expected a file name that ends in .html"),
         (["{run}", "--html", "{absent}/page.html"], "error: --html .*page.html: no directory "),
+        (["{run}", "--plot", "new.pdf"], "error: --plot new.pdf: expected several runs; those of one are in .*plots"),
+        (["{run}", "--plot", "new.gif"], "error: --plot new.gif: expected a file name that ends in .png or .pdf or"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, files: Path, capsys: Capture) -> None:

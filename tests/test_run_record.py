@@ -18,19 +18,20 @@ import torch
 
 from helpers import ROOT, Patch
 from run_record import (
+    CHECKSUMS,
     DevRows,
     MetricsLog,
     RunDirectory,
     RunError,
     finite,
     read_json,
-    read_trainer,
     recover_folder,
     replace_folder,
+    settings_checksum,
     write_atomically,
     write_json,
-    write_trainer,
 )
+from run_state import read_state, write_state
 
 
 class Killed(BaseException):
@@ -38,29 +39,37 @@ class Killed(BaseException):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Of all files but the checksums, which say no more."""
+    paths = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKSUMS)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def test_a_new_run_directory_holds_its_configuration(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs" / "deep" / "one", {"seed": 3})
-    assert run.config() == {"seed": 3} and contents(run.path).keys() == {"config.json", ".lock"}
+    settings = read_json(run.path / "config.json")
+    assert settings == {"seed": 3, "checksum": settings_checksum({"seed": 3})} and contents(run.path).keys() == {
+        "config.json",
+        ".lock",
+    }
     assert (run.best, run.last) == (run.path / "best", run.path / "last")
 
 
-@pytest.mark.parametrize("kind", ["run", "empty folder", "file"])
+@pytest.mark.parametrize("kind", ["run", "folder", "file"])
 def test_an_existing_out_is_refused_and_untouched(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "out"
     if kind == "file":
         path.write_text("precious")
     else:
         path.mkdir()
+    if kind == "folder":
+        (path / "notes").write_text("precious")
     if kind == "run":
         (path / "config.json").write_text("precious")
         (path / "best").mkdir()
     before, others = contents(tmp_path), sorted(tmp_path.rglob("*"))
-    with pytest.raises(RunError, match=f"--out {path}: exists already, expected a new directory") as error:
+    with pytest.raises(RunError, match=f"--out {path}: exists already, expected a new or an empty dir") as error:
         RunDirectory.create(path, {"seed": 1})
-    assert f"--resume {path}" in str(error.value) and "\n" not in str(error.value)
+    assert (f"--resume={path}" in str(error.value)) == (kind == "run") and "\n" not in str(error.value)
     if kind == "file":
         with pytest.raises(RunError, match=r"--out .*out/run: cannot be made \(Not a directory\)"):
             RunDirectory.create(path / "run", {})
@@ -73,7 +82,7 @@ def test_only_a_run_that_has_not_ended_can_be_resumed(tmp_path: Path) -> None:
             RunDirectory.existing(path)
     run = RunDirectory.create(tmp_path / "run", {"seed": 5})
     run.close()
-    assert RunDirectory.existing(run.path).config() == {"seed": 5}
+    assert RunDirectory.existing(run.path).path == run.path
     run.write_results({"dev": {"sts": {"pearson": math.nan}}, "confusion": [[1, 2], [3, 4]]})
     assert read_json(run.path / "results.json") == {"dev": {"sts": {"pearson": None}}, "confusion": [[1, 2], [3, 4]]}
     with pytest.raises(RunError, match=r"the run has ended, its results are in .*results\.json"):
@@ -191,13 +200,13 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_logged_again_once(tmp_
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0, None)
     log.write({"stage": "finetune", "step": 1, "loss": 0.5})
-    size = log.size
+    size = log.state["metrics_size"]
     log.write({"stage": "finetune", "step": 2, "loss": 0.25})
     log.close()
     with path.open("ab") as file:
         file.write(b'{"stage": "fine')  # a record that the kill cut off
     resumed = MetricsLog(path, size, None)
-    assert resumed.size == size
+    assert resumed.state["metrics_size"] == size
     for step in (2, 3):
         resumed.write({"stage": "finetune", "step": step, "loss": 1 / step})
     resumed.close()
@@ -209,7 +218,7 @@ def test_a_record_is_in_the_file_as_soon_as_it_is_written_and_nan_and_infinities
     log = MetricsLog(path, 0, None)
     log.write({"stage": "pretrain", "step": 1, "loss": float("nan"), "dev": {"sts": {"pearson": float("inf")}}})
     assert path.read_text() == '{"stage": "pretrain", "step": 1, "loss": null, "dev": {"sts": {"pearson": null}}}\n'
-    assert log.size == path.stat().st_size
+    assert log.state["metrics_size"] == path.stat().st_size
     log.close()
     values = {"a": math.nan, "b": [1, -math.inf, "text", None], "c": {"d": (math.inf, 2.5, True)}, "e": 3}
     assert finite(values) == {"a": None, "b": [1, None, "text", None], "c": {"d": [None, 2.5, True]}, "e": 3}
@@ -246,20 +255,22 @@ def test_absent_and_damaged_json_is_one_line(tmp_path: Path) -> None:
 
 def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
     tensors = {"moment": torch.randn(3, 4).t(), "step": torch.tensor(7), "half": torch.ones(2, dtype=torch.bfloat16)}
-    state = {"format": 2, "step": 12, "best": 1 / 3, "draws": {"sst": 4}, "none": None}
-    write_trainer(tmp_path, tensors, state)
-    found, found_state = read_trainer(tmp_path, 2)
-    assert found_state == state and found.keys() == tensors.keys()
+    run = RunDirectory.create(tmp_path / "run", {})
+    log = run.open_metrics(0, False)
+    state = {"stage": 1, "progress": None, "seconds": {"a": 1 / 3}, "best_epochs": {}, "conflicts": {}, **log.state}
+    replace_folder(run.last, lambda folder: write_state(folder, tensors, state))
+    found, found_state = read_state(run)
+    assert found_state == {"format": 3, **state} and found.keys() == tensors.keys()
     assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in tensors.items())
-    assert contents(tmp_path).keys() == {"trainer.safetensors", "trainer.json"}
-    with pytest.raises(RunError, match=r"trainer\.json: written by another version"):
-        read_trainer(tmp_path, 3)
-    weights = tmp_path / "trainer.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4])
-    for _ in range(2):  # cut off, then absent
-        with pytest.raises(RunError, match=r"trainer\.safetensors: not readable as safetensors"):
-            read_trainer(tmp_path, 2)
-        weights.unlink(missing_ok=True)
+    assert contents(run.last).keys() == {"trainer.safetensors", "trainer.json"}
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", "config.json.tmp"]])
+def test_a_run_killed_before_it_had_settings_begins_once_more(left: list[str], tmp_path: Path) -> None:
+    for name in left:
+        (tmp_path / name).touch()
+    run = RunDirectory.create(tmp_path, {"seed": 1})
+    assert read_json(run.path / "config.json")["seed"] == 1
 
 
 def test_a_run_is_not_resumed_while_a_process_runs_it_and_the_lock_of_a_killed_one_is_gone(tmp_path: Path) -> None:
@@ -290,7 +301,7 @@ def test_a_file_system_without_locks_is_no_error(number: int, tmp_path: Path, mo
 
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
     run = RunDirectory.create(tmp_path / "run", {})
-    assert RunDirectory.existing(tmp_path / "run").config() == {}  # nothing holds it, though the first is still there
+    RunDirectory.existing(tmp_path / "run")  # nothing holds it, though the first is still there
     run.close()
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from config import parse
 from helpers import ROOT
+from jacobian_descent import METHODS
+from pcgrad import TREATMENTS
 
 
 class Sweep:
@@ -97,20 +99,22 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(sweep: Swee
 def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sweep) -> None:
     status, shown = sweep.run(RUNS="", EPOCHS="4", STEPS="2")
     assert status == 0, shown
-    names = "pal random round_robin temperature pcgrad gradvac smart adapters eda drop_longest individual late_adapters"
+    names = sweep.run(RUNS="typo")[1].split("expected some of: ")[1].split()
     configs = {path.parent.name: json.loads(path.read_text()) for path in sweep.out.glob("*/config.json")}
     lines = {name.removesuffix("-seed3"): config["argv"] for name, config in configs.items()}
-    assert set(lines) == {*names.split(), "heads", "heads-individual", "late_adapters-first"}
+    assert set(lines) == {*names, "heads", "heads-individual", "late_adapters-first"}
+    assert lines["soup"][-5:-2] == [str(sweep.out / f"{name}-seed3") for name in ("pal", "random", "temperature")]
     runs = {name: parse(words) for name, words in lines.items()}
-    assert (runs["pcgrad"].treatment, runs["pcgrad"].seed) == ("pcgrad", 3)
-    assert all(Path(run.out).name == f"{name}-seed3" for name, run in runs.items())
-    tuned = {name: run for name, run in runs.items() if not name.startswith("heads")}
+    treatments = {run.treatment for run in runs.values()}
+    assert treatments == {"sum", *TREATMENTS, *METHODS} - {"GradVac", "PCGrad", "Sum", "Mean", "Constant"}  # said twice
+    assert all((run.name, run.seed, Path(run.out).name) == (n, 3, f"{n}-seed3") for n, run in runs.items())
+    tuned = {name: run for name, run in runs.items() if not name.startswith("heads") and name != "soup"}
     rows = {name: run.epochs * run.steps_per_epoch * run.rows_per_step for name, run in tuned.items()}
     assert rows == {name: 16 if name.startswith("late") else 32 for name in rows}
-    first = {name: Path(run.checkpoint).name.removesuffix("-seed3") for name, run in runs.items() if run.checkpoint}
+    first = {name: Path(run.checkpoint).name.removesuffix("-seed3") for name, run in tuned.items()}
     others = {"individual": "heads-individual", "late_adapters": "late_adapters-first"}
-    assert first == {name: others.get(name, "heads") for name in rows}
-    assert len({str(replace(run, out="")) for run in runs.values()}) == len(runs)
+    assert first == {name: others.get(name, "heads") for name in rows} | dict.fromkeys(("mlm", "siamese", "mlp"), "")
+    assert len({str(replace(run, out="", name="")) for run in runs.values()}) == len(runs)
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:

@@ -19,7 +19,8 @@ from helpers import WORDS, Capture, Patch, cases
 from predictor import load
 from reports.data_report import main as describe
 from reports.finished_run import FinishedRun
-from reports.plots import write_run_plots
+from reports.model_card import write_model
+from reports.plots import run_plots, write_plots
 from reports.report import main as report
 from task_files import TaskFileError, add_saved_tasks, read_task_file
 from tasks import TASKS, Binary, Classes, Score
@@ -188,7 +189,7 @@ def test_a_wrong_task_file_is_one_line(case: str, tmp_path: Path) -> None:
 
 def test_a_task_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes("[nli]\ntitle = 'caf\xe9'".encode("latin-1"))
-    for name, found in (("none.toml", "No such file"), ("", "Is a directory"), ("latin.toml", "0xe9")):
+    for name, found in (("none.toml", "No such file"), ("", "not a regular file"), ("latin.toml", "0xe9")):
         with pytest.raises(TaskFileError, match=f"--task_file {tmp_path / name}: .*{found}"):
             read_task_file(tmp_path / name)
 
@@ -296,7 +297,7 @@ def test_all_tasks_train_together_and_their_file_is_not_needed_again(
 def test_it_is_reported_compared_and_drawn(five: Path, tmp_path: Path, capsys: Capture) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(five, copy)
-    write_run_plots(copy, "png")
+    write_plots(run_plots(FinishedRun.read(copy)), copy, "png")
     assert {"valence-valence.png", "confusion.png", "dev-scores.png"} <= {
         path.name for path in (copy / "plots").iterdir()
     }
@@ -339,6 +340,13 @@ def test_tasks_of_the_same_name_that_mean_something_else_are_refused(five: Path,
     for definition, found in ((3, "nli is 3"), ({"kind": "classes"}, "no 'files'")):
         with pytest.raises(TaskFileError, match=f"here: .*{found}"):
             add_saved_tasks({"tasks": {"nli": {"definition": definition}}}, "here")
+
+
+def test_what_goes_to_a_hub_can_be_loaded_and_names_no_folder(five: Path, file: Path, tmp_path: Path) -> None:
+    write_model(FinishedRun.read(five), tmp_path / "model", "me/mine")
+    assert str(file.parent) not in (tmp_path / "model" / "config.json").read_text()
+    found, expected = (load(path).predict("valence", ["good", "bad"]) for path in (tmp_path / "model", five))
+    assert found == expected
 
 
 def test_its_data_are_described(file: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:

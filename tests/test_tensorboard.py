@@ -91,7 +91,7 @@ def test_a_resumed_run_has_each_step_once_and_keeps_the_stages_before(kept: int,
     size = 0
     for number, entry in enumerate(log[: kept + 3], 1):
         killed.write(entry)
-        size = killed.size if number == kept else size
+        size = killed.state["metrics_size"] if number == kept else size
     killed.close()
     (events,) = (run.path / "tensorboard").iterdir()
     events.rename(events.with_name("events.out.tfevents.0000000001.before"))  # files of one second have no sure order

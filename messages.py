@@ -1,0 +1,67 @@
+"""What stands in a line for the user: values, commands to go on with, failures of the machine."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+IS_INSTALLED = Path(__file__).parent.name == "multitask_bert"  # by entry_point.py
+COMMAND = ("multitask-bert",) if IS_INSTALLED else ("python", "multitask_classifier.py")
+VALUE_WIDTH, LINE_WIDTH = 60, 1000  # characters shown
+
+
+def printable(text: str) -> str:
+    """The text with escapes for line ends and control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """A value of any length, as far as an error line shows it."""
+    text = str(value)
+    return printable(text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}...")
+
+
+def command(*words: object) -> str:
+    """A command line for bash, whatever is in its words."""
+    return " ".join(map(_quoted, map(str, words)))
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    hexes = ("".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
+    return "$'" + "".join(c if c.isalnum() else code for c, code in zip(word, hexes, strict=True)) + "'"
+
+
+def resume_command(path: object) -> str:
+    """The command that goes on with a run."""
+    return command(*COMMAND, f"--resume={path}")
+
+
+def machine_failure(error: BaseException) -> str:
+    """What the machine could not do: read or write a file, allocate memory. Empty for any other error."""
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, OSError):
+        return ": ".join(str(part) for part in (error.filename, error.strerror or text) if part is not None)
+    is_memory = isinstance(error, MemoryError) or re.search(r"out of memory|n(o|')t allocate memory|bad.alloc", text)
+    return f"out of memory ({shown(text)})" if is_memory else ""
+
+
+def print_error(error: BaseException) -> None:
+    """A line on standard error for each problem of an error, with its notes; one that is far too long is cut."""
+    failure, notes = machine_failure(error), "".join(getattr(error, "__notes__", ()))
+    for line in [failure] if failure else map(str, error.args):
+        whole = printable(line + notes)
+        cut = f"{whole[: LINE_WIDTH // 2]} ... {whole[-LINE_WIDTH // 2 :]}"
+        print(f"error: {whole if len(whole) <= LINE_WIDTH else cut}", file=sys.stderr)
+
+
+def ensure_output() -> None:
+    """A closed standard output takes what it is given, and its number is no other file's."""
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def discard_output() -> None:
+    """Sends what is left for standard output nowhere: Python would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
