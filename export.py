@@ -19,19 +19,9 @@ from console import Console
 from datasets import TokenizedRows, Tokenizer, data_folder, read_examples, tokenize
 from evaluation import Precision, predict_all
 from onnx_graph import answer, one_task, write_graph
-from onnx_proof import (
-    PROGRAM,
-    ProofError,
-    compare,
-    draw,
-    format_report,
-    measure_memory,
-    measure_times,
-    prove,
-    write_within,
-)
+from onnx_proof import PROGRAM, ProofError, compare, measure_memory, measure_times, prove, write_within
 from predictor import Predictor, load
-from run_record import CONFIG, read_json, write_json
+from run_record import CONFIG, RESULTS, read_json, write_json
 from tasks import TASKS
 from vocabulary import VocabularyError, kept_pieces, without_others
 
@@ -52,13 +42,12 @@ def export(config: Config, console: Console) -> int:
         raise ExportError(
             f"--option export: {', '.join(missing)} not installed: pip install -r requirements-export.txt"
         )
+    from reports.export_report import draw, show, write_card
+
     target = Path(config.out or Path(config.checkpoint) / "export")
     if os.path.lexists(target):
         raise ExportError(f"--out {target}: exists already, expected a new directory")
     predictor = load(config.checkpoint, "cpu", max_length=config.max_length)
-    kind = predictor.model.encoder.config.model_type
-    if kind not in ("bert", "roberta"):
-        raise ExportError(f"--checkpoint {config.checkpoint}: {kind} cannot be exported, expected bert or roberta")
     texts = {split: _texts(config, predictor, split) for split in ("train", "dev")}
     beside = target.with_name(target.name + ".tmp")
     try:
@@ -67,6 +56,8 @@ def export(config: Config, console: Console) -> int:
         report = write_files(beside, config, predictor, texts, console.say)
         write_json(beside / "report.json", report)
         draw(report, beside / "report.png")
+        if (Path(config.checkpoint) / RESULTS).is_file():
+            write_card(beside, Path(config.checkpoint), report)
         os.rename(beside, target)
     except (ProofError, VocabularyError) as error:
         raise ExportError(str(error)) from None
@@ -74,8 +65,8 @@ def export(config: Config, console: Console) -> int:
         raise ExportError(f"--out {target}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    console.say(format_report(report))
-    console.say(f"\nthe files are in {target}")
+    console.say(show(report))
+    console.say(f"the files are in {target}")
     return 0
 
 
@@ -102,13 +93,15 @@ def write_files(
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    tokenizer.save(folder / "tokenizer.json")
     if config.vocabulary == "data":
         kept = kept_pieces(folder, [of.tokens.ids for of in texts["train"](tokenizer).values()])
         model = without_others(model, folder, kept)
     tokenizer = Tokenizer(folder, tokenizer.max_length, tokenizer.is_siamese)  # raises for one that is not whole
     rows = texts["dev"](tokenizer)
     labels = {task: describe(task, predictor) for task in predictor.tasks}
-    write_json(folder / "labels.json", {"max_length": tokenizer.max_length, "tasks": labels})
+    what = {"max_length": tokenizer.max_length, "special_tokens": tokenizer.special_tokens, "tasks": labels}
+    write_json(folder / "labels.json", what)
 
     write_graph(model, folder / FLOAT)
     report[FLOAT] = prove(folder / FLOAT, BATCH_SIZE, program, rows)
@@ -136,5 +129,5 @@ def describe(task: str, predictor: Predictor) -> dict[str, Any]:
         "two_sequences": is_split,
         "output": kind,
         "classes": list(output.class_names),
-        "labels": output.allowed,
+        "scale": output.scale,
     }

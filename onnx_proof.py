@@ -3,14 +3,13 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 import onnx_answers
 from datasets import TokenizedRows, TokenRows
@@ -151,66 +150,3 @@ def measure_memory(paths: Sequence[Path]) -> int | None:
         return None
     command = [sys.executable, onnx_answers.__file__, *map(str, paths)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-# ------------------------------------------------------------------------------------------------- what is shown
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """Tables of the forms: sizes, scores and how far they lie from the program; milliseconds; one model and three."""
-    tasks = [task for task in report[PROGRAM]["dev"] if task != "mean"]
-    columns = ["", "MB", *tasks, "mean", "largest difference", "other classes"]
-    rows = [_scores(name, of, (*tasks, "mean")) for name, of in report.items()]
-    times = [
-        [name, *(f"{of['milliseconds'][str(n)][key]:.1f}" for n in LENGTHS for key in ("median", "p99"))]
-        for name, of in report.items()
-        if "milliseconds" in of
-    ]
-    sizes = [[name, *_sizes(of, of["separate"])] for name, of in report.items() if name != PROGRAM]
-    of_times = ["milliseconds of a row of", *(f"{n} tokens{more}" for n in LENGTHS for more in ("", ", p99"))]
-    of_sizes = ["one model, or one a task", "MB", f"MB of {len(tasks)}", "ratio", "memory", f"of {len(tasks)}", "ratio"]
-    tables = ((columns, rows), (of_times, times), (of_sizes, sizes))
-    return "\n\n".join(
-        tabulate(rows, columns, disable_numparse=True, colalign=["left", *["right"] * (len(columns) - 1)])
-        for columns, rows in tables
-    )
-
-
-def _scores(name: str, form: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[str]:
-    """A row of the first table."""
-    yield from (name, _millions(form.get("bytes")), *(f"{score_of(form, task):.4f}" for task in tasks))
-    yield f"{max(form['largest_difference'].values()):.1e}"
-    yield str(sum(form["changed_classes"].values()))
-
-
-def _sizes(one: Mapping[str, Any], several: Mapping[str, Any]) -> Iterator[str]:
-    """A row of the last table."""
-    for key in ("bytes", "memory"):
-        yield from (_millions(one[key]), _millions(several[key]))
-        yield f"{one[key] / several[key]:.2f}" if several[key] else ""
-
-
-def _millions(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e6:.1f}"
-
-
-def draw(report: Mapping[str, Any], path: Path) -> None:
-    """The forms' mean scores by their sizes and by their milliseconds, as a picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((8, 3.4), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.set(xlabel="MB on disk", ylabel="mean dev score", xlim=(0, None))
-    right.set(xlabel="milliseconds of a row of 32 tokens, one thread", xlim=(0, None))
-    for marker, (name, of) in zip("sovD", report.items(), strict=False):
-        milliseconds = of.get("milliseconds", {}).get("32", {}).get("median")
-        for axis, value in ((left, of.get("bytes", np.nan) / 1e6), (right, milliseconds)):
-            axis.plot(value, score_of(of, "mean"), marker, markersize=8, label=name)
-    for axis in (left, right):
-        axis.grid(color="0.9", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.set_xlim(0, axis.get_xlim()[1] * 1.1)
-        bottom, top = axis.get_ylim()
-        axis.set_ylim(min(bottom, top - 0.05), max(top, bottom + 0.05))  # no magnified thousandths
-    right.legend(fontsize=8)
-    figure.savefig(path)

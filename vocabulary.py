@@ -22,32 +22,29 @@ def kept_pieces(folder: Path, ids: Iterable[np.ndarray]) -> np.ndarray:
     """(V',) the ids that stay, in their order: those of the texts, special tokens, and every single Latin character,
     at a word's start and within, so that no word of the language is unknown. Raises VocabularyError for a tokenizer
     without word pieces."""
-    pieces, _ = _read(folder)
+    tokenizer = _read(folder)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    pieces = tokenizer["model"]["vocab"]
     is_kept = np.zeros(max(pieces.values()) + 1, bool)
     is_kept[np.unique(np.concatenate(list(ids)))] = True
     for piece, number in pieces.items():
         character = piece.removeprefix("##")
-        is_special = piece.startswith("[") and piece.endswith("]") and not piece.startswith("[unused")
-        is_kept[number] |= is_special or (len(character) == 1 and ord(character) <= LATIN)
+        is_kept[number] |= piece in special or (len(character) == 1 and ord(character) <= LATIN)
     return np.flatnonzero(is_kept)
 
 
 def without_others(model: MultitaskBert, folder: Path, kept: np.ndarray) -> MultitaskBert:
     """The model with these rows of its word embeddings alone; the tokenizer in the folder gets their new ids."""
-    pieces, tokenizer = _read(folder)
-    names = {number: piece for piece, number in pieces.items()}
+    tokenizer = _read(folder)
+    names = {number: piece for piece, number in tokenizer["model"]["vocab"].items()}
     new = {names[number]: place for place, number in enumerate(kept.tolist())}
-    if tokenizer:
-        tokenizer["model"]["vocab"] = new
-        tokenizer["added_tokens"] = [
-            token | {"id": new[token["content"]]}
-            for token in tokenizer.get("added_tokens", ())
-            if token["content"] in new
-        ]
-        processor = (tokenizer.get("post_processor") or {}).get("special_tokens", {})
-        for token in processor.values():
-            token["ids"] = [new[name] for name in token["tokens"]]
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    tokenizer["model"]["vocab"] = new
+    tokenizer["added_tokens"] = [token | {"id": new[token["content"]]} for token in tokenizer["added_tokens"]]
+    processor = tokenizer["post_processor"] or {}
+    for token in processor.get("special_tokens", {}).values():  # of a template
+        token["ids"] = [new[name] for name in token["tokens"]]
+    processor |= {key: [name, new[name]] for key in ("sep", "cls") for name, _ in [processor.get(key, ("", 0))] if name}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in new), "utf-8")
     smaller = model.duplicate()
     weight = smaller.encoder.word_embeddings.weight[torch.from_numpy(kept)].detach()  # (V, D) -> (V', D)
@@ -55,13 +52,9 @@ def without_others(model: MultitaskBert, folder: Path, kept: np.ndarray) -> Mult
     return smaller
 
 
-def _read(folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """The word pieces with their ids, and tokenizer.json where it is."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        pieces = (folder / "vocab.txt").read_text("utf-8").splitlines()
-        return {piece: number for number, piece in enumerate(pieces)}, {}
-    tokenizer = json.loads(path.read_text("utf-8"))
+def _read(folder: Path) -> Any:
+    """What tokenizer.json says."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     if tokenizer["model"].get("type") != "WordPiece":
         raise VocabularyError("--vocabulary data: the tokenizer has no word pieces, expected that of a BERT")
-    return tokenizer["model"]["vocab"], tokenizer
+    return tokenizer

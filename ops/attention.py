@@ -127,10 +127,11 @@ def rotated(qkv: Tensor, packing: Packing, num_heads: int, theta: float) -> Tens
     """
     size = qkv.shape[1] // 3 // num_heads  # E
     speeds = theta ** (-torch.arange(0, size, 2, device=qkv.device, dtype=torch.float32) / size)  # (E / 2,)
-    angles = packing.positions(len(qkv))[:, None] * speeds  # (N, E / 2)
+    angles = packing.positions(qkv.shape[0])[:, None] * speeds  # (N, E / 2)
     cos, sin = (of[:, None].to(qkv.dtype) for of in (angles.cos(), angles.sin()))  # (N, 1, E / 2)
-    points, values = qkv.split([2 * num_heads * size, num_heads * size], 1)
-    x, y = points.view(len(qkv), 2 * num_heads, 2, -1).unbind(2)  # (N, 2 H, E / 2) each
+    num_turned = 2 * num_heads * size
+    points, values = qkv[:, :num_turned].unflatten(1, (2 * num_heads, 2, -1)), qkv[:, num_turned:]
+    x, y = points[:, :, 0], points[:, :, 1]  # (N, 2 H, E / 2) each
     turned = torch.stack([x * cos - y * sin, y * cos + x * sin], 2)  # (N, 2 H, 2, E / 2)
     return torch.cat([turned.flatten(1), values], 1)
 

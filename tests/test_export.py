@@ -9,20 +9,39 @@ import pytest
 import torch
 
 import multitask_classifier
+from bert import BertConfig, empty_bert, initialize
 from datasets import TokenizedRows, Tokenizer, TokenRows
 from evaluation import Precision, predict_logits
-from heads import MlpHead
-from helpers import Capture, Patch, shaken, tiny_model
+from heads import LstmHead, MlpHead, RoutingHead
+from helpers import (
+    LINEAR,
+    SPECIALS,
+    STD,
+    WORDS,
+    Capture,
+    Patch,
+    generator,
+    shaken,
+    tiny_config,
+    tiny_model,
+    write_vocabulary,
+)
+from model import Layout, MultitaskBert
+from modernbert import ModernBertConfig
 from ops import Packing, Padded, attention, first_token_attention, row_means
 from pal import ProjectedAttention
 from parameters import Choice
+from roberta import RobertaConfig
 from tasks import TASKS
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
 pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
 pytest.importorskip("onnxscript", reason="requirements-export.txt is not installed")
 
-from onnx_graph import answer, answers, feed, open_session, pack_tables, quantized_blocks, write_graph  # noqa: E402
+import onnx_proof  # noqa: E402
+from onnx_answers import answers, feed, open_session  # noqa: E402
+from onnx_graph import answer, pack_tables, quantized_blocks, write_graph  # noqa: E402
+from vocabulary import kept_pieces, without_others  # noqa: E402
 
 MLP = Choice("mlp", MlpHead.Parameters(layers=1))
 PAL = Choice("pal", ProjectedAttention.Parameters(size=8, heads=2))
@@ -37,13 +56,37 @@ def random_rows(task: str, is_split: bool, num_rows: int = 7) -> TokenRows:
     return TokenRows(draw.integers(5, 100, lengths.sum()), lengths, firsts, is_split)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [{}, {"adapter": PAL, "pooling": "mean", "head": MLP, "copied": 1}, {"pairs": "siamese", "pooling": "cls"}],
-    ids=["shared", "adapters-own-layers-mean-mlp", "siamese-cls"],
-)
-def test_the_graph_gives_the_programs_answers(parts: dict[str, Any], tmp_path: Path) -> None:
-    model = shaken(tiny_model(**parts))
+LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(size=8)), Choice("routing", RoutingHead.Parameters(capsules=4))
+SIZES: dict[str, Any] = {name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size")}
+SIZES |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 66}
+BERT = tiny_config()
+ROBERTA = RobertaConfig(**SIZES, num_hidden_layers=2, pad_token_id=1)
+MODERN = ModernBertConfig(**SIZES, num_hidden_layers=3, global_attn_every_n_layers=2, local_attention=6)
+MODELS: dict[str, tuple[BertConfig, Layout]] = {
+    name: (config, Layout(dict.fromkeys(TASKS, head), *more))
+    for name, config, head, *more in (
+        ("shared pass", BERT, LINEAR, None, 0, "pooler", "cross"),
+        ("adapters, own layers", BERT, MLP, PAL, 1, "mean", "cross"),
+        ("siamese, first token", BERT, LINEAR, None, 0, "cls", "siamese"),
+        ("siamese, adapters, LSTM", BERT, LSTM, PAL, 0, "mean", "siamese"),
+        ("LSTM", BERT, LSTM, None, 0, "pooler", "cross"),
+        ("routing", BERT, ROUTING, None, 1, "mean", "cross"),
+        ("RoBERTa", ROBERTA, LINEAR, None, 0, "mean", "cross"),
+        ("RoBERTa, siamese", ROBERTA, MLP, PAL, 0, "pooler", "siamese"),
+        ("ModernBERT", MODERN, LINEAR, None, 0, "mean", "cross"),
+        ("ModernBERT, adapters", MODERN, LSTM, PAL, 1, "pooler", "siamese"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_gives_the_programs_answers(name: str, tmp_path: Path, capsys: Capture) -> None:
+    config, layout = MODELS[name]
+    encoder = empty_bert(config)
+    initialize(encoder, STD, generator(0))
+    model = MultitaskBert(encoder, layout, generator(2))
+    initialize(model.heads, STD, generator(3))
+    shaken(model)
     write_graph(model, tmp_path / "model.onnx")
     session = open_session(tmp_path / "model.onnx")
     for task in TASKS:
@@ -101,6 +144,67 @@ def test_sequences_of_a_split_row_are_neighbours() -> None:
     given = feed(TokenRows(np.array([2, 9, 3, 2, 8, 8, 3]), np.array([7]), np.array([3]), True), [0])
     assert given["input_ids"].tolist() == [[2, 9, 3, 0], [2, 8, 8, 3]]
     assert given["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]] and not given["token_type_ids"].any()
+
+
+def fake_forms(monkeypatch: Patch, losses: dict[str, float]) -> None:
+    """Forms whose SST accuracy is 0.9 less the loss of each layer that is not in float."""
+    layers: list[str] = []
+    monkeypatch.setattr("onnx_proof.layers_of", lambda path: {layer: [f"{layer}.weight"] for layer in losses})
+
+    def write(source: Path, target: Path, bits: int, in_float: list[str]) -> None:
+        layers[:] = [layer for layer in losses if f"{layer}.weight" not in in_float]
+
+    monkeypatch.setattr("onnx_proof.write_smaller", write)
+    monkeypatch.setattr(
+        "onnx_proof.prove", lambda *given: {"dev": {"sst": {"accuracy": 0.9 - sum(map(losses.get, layers))}}}
+    )  # type: ignore[arg-type]
+
+
+def written_within(max_loss: float, told: list[str]) -> dict[str, Any]:
+    whole = {"dev": {"sst": {"accuracy": 0.9}}}
+    return onnx_proof.write_within(max_loss, Path("a"), Path("small.onnx"), 8, whole, {}, {}, told.append)
+
+
+def test_the_costliest_layers_stay_in_float_until_the_loss_is_small_enough(monkeypatch: Patch) -> None:
+    fake_forms(monkeypatch, {"a": 0.002, "b": 0.02, "c": 0.001, "d": 0.01})
+    told: list[str] = []
+    found = written_within(0.005, told)
+    assert found["in_float"] == ["b", "d"] and found["largest_loss"] == pytest.approx(0.003)
+    assert told == [
+        "small.onnx: b stays in float: largest loss 0.0130",
+        "small.onnx: d stays in float: largest loss 0.0030",
+    ]
+    assert written_within(0.05, told)["in_float"] == [] and len(told) == 2
+
+
+def test_a_loss_that_no_layer_mends_is_refused(monkeypatch: Patch) -> None:
+    fake_forms(monkeypatch, {"a": 0.0, "b": 0.0, "c": 0.02})
+    assert written_within(0.001, [])["in_float"] == ["c"]
+    fake_forms(monkeypatch, {"a": 0.0})
+    monkeypatch.setattr("onnx_proof.prove", lambda *given: {"dev": {"sst": {"accuracy": 0.87}}})
+    with pytest.raises(
+        onnx_proof.ProofError, match="a task loses 0.0300 of its dev score, also with any layer in float"
+    ):
+        written_within(0.005, [])
+
+
+def test_a_smaller_vocabulary_has_the_pieces_of_the_texts_and_spells_all_other_words(tmp_path: Path) -> None:
+    letters = ["b", "z", "é", "##a", "##b", "##z", "北", "##北"]
+    folder = write_vocabulary(tmp_path, [*WORDS, *letters])
+    whole = Tokenizer(folder, 32)
+    whole.save(folder / "tokenizer.json")
+    texts = [("a fine film",), ("the plot",)]
+    kept = kept_pieces(folder, [whole.encode(texts).ids])
+    model = tiny_model(vocab_size=whole.vocab_size)
+    smaller, rest = without_others(model, folder, kept), Tokenizer(folder, 32)
+    weights = [of.encoder.word_embeddings.weight for of in (model, smaller)]
+    ids = [of.encode(texts).ids for of in (whole, rest)]
+    assert ids[0].tolist() != ids[1].tolist() and torch.equal(weights[0][ids[0]], weights[1][ids[1]])
+    pieces = (folder / "vocab.txt").read_text("utf-8").split()
+    words = [word for word in WORDS if word in "a fine film the plot".split() or len(word) == 1]
+    assert pieces == [*SPECIALS, *words, *letters[:-2]]
+    spelled = rest.encode([("zab 北",)]).ids.tolist()
+    assert [pieces[place] for place in spelled] == ["[CLS]", "z", "##a", "##b", "[UNK]", "[SEP]"]
 
 
 @pytest.fixture(scope="module")
