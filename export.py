@@ -27,7 +27,10 @@ from vocabulary import VocabularyError, kept_pieces, without_others
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FLOAT, BATCH_SIZE = "model.onnx", 32
-SMALLER = {"model.int8.onnx": 8, "model.small.onnx": 4}  # and the bits of the numbers in their tables
+SMALLER = {
+    "model.int8.onnx": (8, 1),
+    "model.small.onnx": (4, 2),
+}  # bits in their tables, how many --max_loss it may lose
 
 Texts = Callable[[Tokenizer], Mapping[str, TokenizedRows]]  # the rows of a split, by a tokenizer
 
@@ -53,13 +56,13 @@ def export(config: Config, console: Console) -> int:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        report = write_files(beside, config, predictor, texts, console.say)
+        report, failures = write_files(beside, config, predictor, texts, console.say)
         write_json(beside / "report.json", report)
         draw(report, beside / "report.png")
         if (Path(config.checkpoint) / RESULTS).is_file():
             write_card(beside, Path(config.checkpoint), report)
         os.rename(beside, target)
-    except (ProofError, VocabularyError) as error:
+    except VocabularyError as error:
         raise ExportError(str(error)) from None
     except OSError as error:
         raise ExportError(f"--out {target}: cannot be written ({error.strerror or error})") from None
@@ -67,6 +70,8 @@ def export(config: Config, console: Console) -> int:
         shutil.rmtree(beside, ignore_errors=True)
     console.say(show(report))
     console.say(f"the files are in {target}")
+    if failures:
+        raise ExportError(*(f"{line}; it was left out" for line in failures))
     return 0
 
 
@@ -83,13 +88,17 @@ def _texts(config: Config, predictor: Predictor, split: str) -> Texts:
 
 def write_files(
     folder: Path, config: Config, predictor: Predictor, texts: Mapping[str, Texts], say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Writes models, tokenizer and labels into an empty folder, and proves the models. Returns what was found."""
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes models, tokenizer and labels into an empty folder, and proves the models.
+
+    Returns what was found, and a line for each smaller form that loses too much, which is not there.
+    """
     source, tokenizer, model = checkpoint_folder(Path(config.checkpoint)), predictor.tokenizer, predictor.model
     rows = texts["dev"](tokenizer)
     logits = predict_all(model, rows, BATCH_SIZE, Precision(torch.device("cpu")))
     program = {task: answer(TASKS[task].output, of).numpy() for task, of in logits.items()}
     report: dict[str, Any] = {PROGRAM: compare(program, program, rows)}
+    failures: list[str] = []
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -105,9 +114,13 @@ def write_files(
 
     write_graph(model, folder / FLOAT)
     report[FLOAT] = prove(folder / FLOAT, BATCH_SIZE, program, rows)
-    for name, bits in SMALLER.items():
+    for name, (bits, factor) in SMALLER.items():
         paths = folder / FLOAT, folder / name
-        report[name] = write_within(config.max_loss, *paths, bits, report[FLOAT], program, rows, say)
+        try:
+            report[name] = write_within(config.max_loss * factor, *paths, bits, report[FLOAT], program, rows, say)
+        except ProofError as error:
+            (folder / name).unlink()
+            failures.append(str(error))
     for name, times in measure_times(predictor, [folder / name for name in report if name != PROGRAM]).items():
         report[name]["milliseconds"] = times
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -116,7 +129,7 @@ def write_files(
             report[name]["memory"] = measure_memory([folder / name])
             size = sum(path.stat().st_size for path in alone)
             report[name]["separate"] = {"bytes": size, "memory": measure_memory(alone)}
-    return report
+    return report, failures
 
 
 def describe(task: str, predictor: Predictor) -> dict[str, Any]:

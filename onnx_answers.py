@@ -1,11 +1,12 @@
 """What a phone does with an exported model: token ids in, answers out, by onnxruntime alone, on one thread.
 
-`python onnx_answers.py FILE ...` prints how many bytes of memory these models take at most while each answers once.
+`python onnx_answers.py FILE ...` prints how many bytes of memory these models hold after each has answered once.
 
 Shape letters: S sequences, L places of a sequence, R rows.
 """
 
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,20 +70,30 @@ def seconds(session: Any, given: Feed) -> float:
     return time.perf_counter() - started
 
 
-def memory(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+def resident() -> int:
+    """Bytes of memory that this process holds."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def warm_up(folder: Path) -> None:
+    """Opens and runs a graph of nothing: what onnxruntime itself takes is not a model's."""
+    from onnx import TensorProto, helper, save
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "warm_up", [x], [y])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "warm_up.onnx")
+    open_session(folder / "warm_up.onnx").run(None, {"x": np.ones(1, np.float32)})
 
 
 def main(paths: Sequence[str]) -> None:
     """Opens all the models, each answers one row of 128 tokens, or of two sequences of 64."""
-    import onnxruntime  # noqa: F401  # its own memory is not a model's
-
-    before, sessions = memory("VmRSS"), [open_session(path) for path in paths]
+    with tempfile.TemporaryDirectory() as place:
+        warm_up(Path(place))
+    before, sessions = resident(), [open_session(path) for path in paths]
     for session in sessions:
         session.run(None, example(64, 2))
-    print(memory("VmHWM") - before)
+    print(resident() - before)
 
 
 if __name__ == "__main__":

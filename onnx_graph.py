@@ -9,6 +9,7 @@ Shape letters: S sequences, L places of a sequence, R rows, N numbers of a table
 """
 
 import logging
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from ops import PackedTokens, Padded
 from tasks import TASKS, Output
 
 OPSET = 20  # with GELU and LayerNorm as operations
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the largest number of a block, which may become the largest whole number
 BLOCK = 64  # numbers of a table's row that share a scale in four bits
 SMALL_TABLE, LARGE_TABLE = 1 << 14, 1 << 20  # a table of fewer numbers stays as it is; of fewer is never in four bits
 
@@ -78,23 +80,40 @@ def _batch(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor, pa
 
 def write_graph(model: MultitaskBert, path: Path) -> None:
     """Writes model.onnx in float32, whose inputs are INPUTS and whose outputs are the tasks."""
+    from onnxscript.optimizer import optimize
+
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     examples = tuple(torch.ones(4, 6, dtype=torch.int64) for _ in INPUTS)  # one tensor would become one input
-    longest = model.encoder.config.max_position_embeddings
+    longest = model.encoder.config.num_positions
     shape = {0: torch.export.Dim("sequences"), 1: torch.export.Dim("places", max=longest)}
-    program = torch.onnx.export(
-        PaddedModel(model.eval()),
-        examples,
-        input_names=INPUTS,
-        output_names=model.layout.tasks,
-        opset_version=OPSET,
-        dynamic_shapes=(shape, shape, shape),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    program.save(path, external_data=False)
+    with _quiet():
+        program = torch.onnx.export(
+            PaddedModel(model).eval(),
+            examples,
+            input_names=INPUTS,
+            output_names=model.layout.tasks,
+            opset_version=OPSET,
+            dynamic_shapes=(shape, shape, shape),
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        any_size = 1 << 62  # parts of matrices become matrices
+        program.model = optimize(program.model, input_size_limit=any_size, output_size_limit=any_size)
+        program.save(path, external_data=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors alone: the exporter and the quantizer warn of what they then do themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # ------------------------------------------------------------------------------------------------------ smaller forms
@@ -108,7 +127,7 @@ def layers_of(path: Path) -> dict[str, list[str]]:
     constants = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     layers: dict[str, list[str]] = {}
     for node in graph.node:
-        for name in constants.intersection(node.input if node.op_type == "MatMul" else ()):
+        for name in constants.intersection(node.input if node.op_type in ("Gemm", "MatMul") else ()):
             layers.setdefault(name.removeprefix("model.").rpartition(".")[0] or name, []).append(name)
     return layers
 
@@ -130,6 +149,7 @@ def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collect
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     nodes = [node.name for node in onnx.load(source).graph.node if set(node.input) & set(in_float)]
+    nodes += [f"{name}_MatMul" for name in nodes]  # as the quantizer calls what was a Gemm
     with _quiet():
         quantize_dynamic(
             source,
@@ -137,8 +157,7 @@ def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collect
             op_types_to_quantize=["MatMul"],
             nodes_to_exclude=nodes,
             per_channel=True,
-            reduce_range=True,  # 7 bits: a processor without VNNI adds up products of 8 bits in too few
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # without VNNI a processor adds up products with signed ones in too few bits
             extra_options={"MatMulConstBOnly": True},
         )
     small = onnx.load(target)
@@ -146,22 +165,22 @@ def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collect
     onnx.save(small, target)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of the quantizer, which asks for what it then does itself."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def quantized_blocks(table: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers (V, N) and scales (V, N / block, 1): the largest number of each block becomes 7 or 127."""
-    blocks = table.reshape(len(table), -1, block)  # (V, N) -> (V, N / block, block)
-    scales = np.abs(blocks).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
-    whole = np.rint(blocks / np.where(scales > 0, scales, 1)).astype(np.int8)
-    return whole.reshape(table.shape), scales.astype(np.float32)
+    """Whole numbers (V, N) and scales (V, N / block, 1).
+
+    The largest number of a block becomes 127, or in 4 bits 7 and more that are cut off: of some scales the one whose
+    squared errors are least.
+    """
+    blocks, last = table.reshape(len(table), -1, block), 2 ** (bits - 1) - 1  # (V, N) -> (V, N / block, block)
+    largest = np.maximum(np.abs(blocks).max(-1, keepdims=True) / last, np.finfo(np.float32).tiny)
+    shares = (1.0,) if bits == 8 else SHARES
+
+    def whole(scales: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(blocks / scales), -last, last)
+
+    errors = [np.square(whole(largest * share) * largest * share - blocks).sum(-1, keepdims=True) for share in shares]
+    scales = largest * np.array(shares, np.float32)[np.argmin(errors, 0)]
+    return whole(scales).astype(np.int8).reshape(table.shape), scales.astype(np.float32)
 
 
 def pack_tables(graph: Any, bits: int) -> None:

@@ -109,21 +109,19 @@ def hostile_texts(number: int) -> list[str]:
     """Random texts of any characters, of words, accents, special tokens, far too long words and blanks."""
     draw = random.Random(0)
     points = [*range(0xD800), *range(0xE000, 0x110000)]
+
+    def of(first: int, last: int) -> str:
+        return chr(draw.randrange(first, last))
+
     kinds: list[Callable[[], str]] = [
         lambda: chr(draw.choice(points)),
-        lambda: chr(draw.randrange(0x3000)),
-        lambda: (
-            draw.choice("aeiouyAEIOUSZ") + "".join(chr(draw.randrange(0x300, 0x370)) for _ in range(draw.randrange(3)))
-        ),
+        lambda: of(0, 0x3000),
+        lambda: draw.choice("aeiouyAEIOUSZ") + of(0x300, 0x370) + draw.choice(["", of(0x300, 0x370)]),
         lambda: draw.choice(["the", "film", "Unbelievable", "isn't", "naïve", "İstanbul", "ΣΊΣΥΦΟΣ", "straße", "ﬁnal"]),
         lambda: draw.choice(["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[ SEP ]", "[sep]", "##ing", "[unused1]"]),
         lambda: draw.choice(" \t\n\r\u00a0\u200b\u2028\u3000\x00\ufffd\ufeff"),
         lambda: draw.choice("!?.,;:'\"-–—…()$€^`~|<>@#%&*"),
-        lambda: (
-            chr(draw.randrange(0xAC00, 0xD7A4))
-            + chr(draw.randrange(0x4E00, 0x9FFF))
-            + chr(draw.randrange(0x1F300, 0x1FA00))
-        ),
+        lambda: of(0xAC00, 0xD7A4) + of(0x4E00, 0x9FFF) + of(0x1F300, 0x1FA00),
         lambda: draw.choice("abcxyz") * draw.choice([99, 100, 101, 300]),
     ]
     return ["".join(draw.choice(kinds)() for _ in range(draw.randrange(1, 14))) for _ in range(number)]
