@@ -71,7 +71,7 @@ def write_within(
     dev: Rows,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes a smaller form. While a task loses more than max_loss, the layer that moves the answers most stays as it is.
+    """Writes a smaller form. While a task loses more than max_loss, the layer that moves answers most stays in float.
 
     Raises ProofError if nothing helps.
     """
