@@ -169,7 +169,7 @@ class Encoder(nn.Module):
     """Packed tokens to hidden states, by BERT or a variant, which make the parts. Masks make the difference between
     training and evaluation.
 
-    can_be_recorded: on a GPU with our kernels nothing in a pass waits for the host.
+    can_be_recorded: on a GPU where ops are fused nothing in a pass waits for the host.
     """
 
     can_be_recorded: ClassVar[bool] = True

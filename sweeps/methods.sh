@@ -49,7 +49,7 @@ for name in $RUNS; do
             settle
             for of in pal random temperature; do tune "$of" heads "$EPOCHS" --scheduler "$of"; done
             settle
-            run soup "" --option soup --soup greedy --checkpoints "$OUT"/{pal,random,temperature}-@seed ;;
+            run soup "pal random temperature" --option soup --soup greedy ;;
         COSMOS | DWA | GeometricMean | IMTLL | PBI | STCH | UW) # weigh losses, whose gradients stay as they are
             tune "$name" heads "$EPOCHS" --treatment "$name" --gradient_scale own ;;
         *) tune "$name" heads "$EPOCHS" --treatment "$name" ;;

@@ -330,6 +330,14 @@ def test_a_damaged_index_of_a_checkpoint_in_shards_is_refused_or_changes_nothing
     assert len(found) > 20 and "" in found.values()
 
 
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    with (checkpoint / "vocab.txt").open("a") as file:
+        file.writelines(f"more{i}\n" for i in range(100))
+    with pytest.raises(CheckpointError, match=r"the tokenizer has token ids up to \d+, expected less than the model"):
+        load(checkpoint, "cpu")
+
+
 def test_a_tokenizer_whose_expressions_explode_is_refused(checkpoint: Path) -> None:
     path = checkpoint / "tokenizer.json"
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+(b+)+c"}, "behavior": "Isolated", "invert": False}

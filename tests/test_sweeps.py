@@ -1,5 +1,6 @@
 """The shell sweeps: finished runs are not repeated, stopped ones go on, failed ones are named."""
 
+import itertools
 import json
 import os
 import shutil
@@ -31,10 +32,12 @@ class Sweep:
         self.plan.write_text("{}")
         settings = {"OUT": str(self.out), "PYTHON": str(python), "FLAGS": "--device cpu"}
         settings |= {"SEEDS": "3", "RUNS": "pcgrad", "EPOCHS": "1", "STEPS": "1", "BATCH": "4"}
-        self.environment = {**os.environ, **settings}
+        gpus = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_ID": "7"}
+        self.environment = {**os.environ, **gpus, **settings}
 
-    def start(self, **settings: str) -> subprocess.Popen[str]:
-        command, environment = ["bash", str(ROOT / "sweeps" / "methods.sh")], {**self.environment, **settings}
+    def start(self, *under: str, **settings: str) -> subprocess.Popen[str]:
+        command = ["bash", *under, str(ROOT / "sweeps" / "methods.sh")]
+        environment = {**self.environment, **settings}
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
 
@@ -42,6 +45,10 @@ class Sweep:
         process = self.start(**settings)
         shown, _ = process.communicate(timeout=300)
         return process.returncode, shown
+
+    def lives(self) -> list[dict[str, Any]]:
+        """Of each process that was a run its name, its GPU, and when it began and ended, in the order of their ends."""
+        return [json.loads(line) for line in (self.plan.with_name("lives.jsonl")).read_text().splitlines()]
 
     def finished(self) -> dict[str, float]:
         """When each finished run wrote its results."""
@@ -138,3 +145,66 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
     assert sorted(sweep.finished()) == ["heads-seed3", first, "late_adapters-seed3"]
     assert sweep.finished()["heads-seed3"] == before["heads-seed3"]
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_each_run_has_a_gpu_of_its_own_and_a_free_gpu_takes_the_next(sweep: Sweep) -> None:
+    pauses = {"pal": 0.2, "random": 1.2, "round_robin": 0.2, "pcgrad": 0.2}
+    plans = {f"{name}-seed3": {"means": [0.1], "pause": pause} for name, pause in pauses.items()}
+    sweep.plan.write_text(json.dumps(plans))
+    status, shown = sweep.run(RUNS=" ".join(pauses), CUDA_VISIBLE_DEVICES="0,1")
+    assert status == 0, shown
+    of_gpu: dict[str, list[Any]] = {}
+    for life in sorted(sweep.lives()[1:], key=lambda life: life["began"]):
+        of_gpu.setdefault(life["gpu"], []).append(life)
+    assert [life["name"] for life in of_gpu["1"]] == ["random-seed3"]
+    assert [life["name"] for life in of_gpu["0"]] == ["pal-seed3", "round_robin-seed3", "pcgrad-seed3"]
+    gaps = [after["began"] - before["ended"] for before, after in itertools.pairwise(of_gpu["0"])]
+    assert all(0 <= gap < 2 for gap in gaps)
+
+
+def test_gpus_are_those_of_nvidia_smi_and_shared_by_more_jobs(sweep: Sweep) -> None:
+    folder = sweep.plan.parent / "bin"
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    del sweep.environment["CUDA_VISIBLE_DEVICES"]
+    sweep.plan.write_text(json.dumps({"*": {"pause": 0.5}}))
+    status, shown = sweep.run(RUNS="pal random pcgrad", JOBS="3", PATH=f"{folder}:{os.environ['PATH']}")
+    assert status == 0, shown
+    assert sorted(life["gpu"] for life in sweep.lives()[1:]) == ["0", "0", "1"]
+
+
+def test_tasks_of_an_array_make_every_run_once_and_a_killed_one_goes_on_when_it_is_queued_again(sweep: Sweep) -> None:
+    names = ["pal", "random", "round_robin", "soup", "temperature"]
+    sweep.plan.write_text(json.dumps({"heads-seed3": {"means": [0.1, 0.2], "pause": 1}, "*": {"pause": 0.3}}))
+    slurm = str(ROOT / "sweeps" / "slurm.sh")
+    tasks = [sweep.start(slurm, RUNS=" ".join(names)) for _ in range(4)]
+    deadline = time.monotonic() + 60
+    while not list(sweep.out.glob("heads-seed3/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    session = json.loads((sweep.out / "heads-seed3" / "config.json").read_text())["session"]
+    killed = next(task for task in tasks if task.pid == session)
+    os.killpg(session, signal.SIGKILL)
+    tasks.append(sweep.start(slurm, RUNS=" ".join(names)))
+    shown = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks if task is not killed] == [0] * 4, shown
+    assert list(sweep.finished()) == [f"{name}-seed3" for name in sorted([*names, "heads"])]
+    assert sorted(life["name"] for life in sweep.lives()) == list(sweep.finished()), "each came to its end once"
+    assert "heads-seed3: goes on" in "".join(shown)
+    assert "all runs are finished" in "".join(shown)
+
+
+def test_a_task_whose_time_is_up_lets_its_run_save_and_queues_again(sweep: Sweep) -> None:
+    folder = sweep.plan.parent / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >"{folder}/called"\n')
+    (folder / "scontrol").chmod(0o755)
+    sweep.plan.write_text(json.dumps({"heads-seed3": {"means": [0.1, 0.2], "pause": 60, "saving": 0.3}}))
+    task = sweep.start(str(ROOT / "sweeps" / "slurm.sh"), PATH=f"{folder}:{os.environ['PATH']}")
+    log = sweep.out / "heads-seed3" / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
+    task.send_signal(signal.SIGUSR1)
+    shown, _ = task.communicate(timeout=60)
+    assert task.returncode == 130 and "heads-seed3: exit status 143, stopped" in shown
+    assert (folder / "called").read_text() == "requeue 7\n"

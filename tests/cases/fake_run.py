@@ -1,11 +1,13 @@
 """A run: a mean an epoch, then its end. What a run does stands in plan.json under its folder's name, else under "*"."""
 
 import json
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+began = time.time()
 resumed = "--resume" in sys.argv
 folder = Path(sys.argv[sys.argv.index("--resume" if resumed else "--out") + 1])
 plans = json.loads(Path(__file__).with_name("plan.json").read_text())
@@ -21,7 +23,7 @@ def stop(*_: object) -> None:
 signal.signal(signal.SIGTERM, stop)
 if not resumed:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"argv": sys.argv[1:]}))
+    (folder / "config.json").write_text(json.dumps({"argv": sys.argv[1:], "session": os.getsid(0)}))
 log = folder / "metrics.jsonl"
 done = log.read_text().count("dev") if log.exists() else 0
 with log.open("a") as file:
@@ -33,5 +35,8 @@ with log.open("a") as file:
 if "error" in plan:
     print("error: " + plan["error"], file=sys.stderr)
     sys.exit(plan["status"])
+life = {"name": folder.name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": began, "ended": time.time()}
+with Path(__file__).with_name("lives.jsonl").open("a") as file:
+    print(json.dumps(life), file=file)
 results = {"dev": {"mean": max(plan.get("means", [0.5]))}, "argv": sys.argv[1:]}
 (folder / "results.json").write_text(json.dumps(results))
