@@ -176,7 +176,7 @@ def quantized_blocks(table: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
     shares = (1.0,) if bits == 8 else SHARES
 
     def whole(scales: np.ndarray) -> np.ndarray:
-        return np.clip(np.rint(blocks / scales), -last, last)
+        return np.rint(blocks / scales).clip(-last, last)
 
     errors = [np.square(whole(largest * share) * largest * share - blocks).sum(-1, keepdims=True) for share in shares]
     scales = largest * np.array(shares, np.float32)[np.argmin(errors, 0)]

@@ -105,9 +105,9 @@ def _by_movement(
         write_smaller(source, target, 8, [name for other in layers if other != layer for name in layers[other]])
         session, moved = open_session(target), 0.0
         for task, rows in dev.items():
-            some = np.arange(min(NUM_ROWS, len(rows)))
+            some = range(min(NUM_ROWS, len(rows)))
             found = np.concatenate([session.run([task], feed(rows.tokens, [row]))[0] for row in some])
-            moved += float(np.abs(found - program[task][some]).mean() / (program[task].std() or 1))
+            moved += float(np.abs(found - program[task][: len(some)]).mean() / (program[task].std() or 1))
         return moved
 
     return sorted(layers, key=movement, reverse=True)
