@@ -176,7 +176,8 @@ def quantized_blocks(table: np.ndarray, bits: int, block: int) -> tuple[np.ndarr
     shares = (1.0,) if bits == 8 else SHARES
 
     def whole(scales: np.ndarray) -> np.ndarray:
-        return np.rint(blocks / scales).clip(-last, last)
+        rounded: np.ndarray = np.rint(blocks / scales).clip(-last, last)
+        return rounded
 
     errors = [np.square(whole(largest * share) * largest * share - blocks).sum(-1, keepdims=True) for share in shares]
     scales = largest * np.array(shares, np.float32)[np.argmin(errors, 0)]
