@@ -68,13 +68,10 @@ MODELS: dict[str, tuple[BertConfig, Layout]] = {
         ("shared pass", BERT, LINEAR, None, 0, "pooler", "cross"),
         ("adapters, own layers", BERT, MLP, PAL, 1, "mean", "cross"),
         ("siamese, first token", BERT, LINEAR, None, 0, "cls", "siamese"),
-        ("siamese, adapters, LSTM", BERT, LSTM, PAL, 0, "mean", "siamese"),
         ("LSTM", BERT, LSTM, None, 0, "pooler", "cross"),
-        ("routing", BERT, ROUTING, None, 1, "mean", "cross"),
+        ("routing", BERT, ROUTING, None, 0, "mean", "cross"),
         ("RoBERTa", ROBERTA, LINEAR, None, 0, "mean", "cross"),
-        ("RoBERTa, siamese", ROBERTA, MLP, PAL, 0, "pooler", "siamese"),
         ("ModernBERT", MODERN, LINEAR, None, 0, "mean", "cross"),
-        ("ModernBERT, adapters", MODERN, LSTM, PAL, 1, "pooler", "siamese"),
     )
 }
 
