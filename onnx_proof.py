@@ -123,7 +123,7 @@ def measure_times(predictor: Predictor, paths: Sequence[Path]) -> dict[str, dict
     found: dict[str, dict[str, dict[str, float]]] = {}
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for length in LENGTHS:
+    for length in (of for of in LENGTHS if of <= predictor.model.encoder.config.num_positions):
         given = example(length // 2, 2) if is_siamese else example(length)
         ways: dict[str, Callable[[], Any]] = {} if is_siamese else {PROGRAM: _eager(predictor, given)}
         ways |= {name: partial(session.run, None, given) for name, session in sessions.items()}

@@ -27,11 +27,10 @@ def export_section(report: Mapping[str, Any]) -> Section:
     tasks = [task for task in report[PROGRAM]["dev"] if task != MEAN]
     columns = ["", "MB", *tasks, MEAN, "largest difference", "changed classes", "layers in float"]
     scores = Table(columns, [list(_scores(name, of, (*tasks, MEAN))) for name, of in report.items()])
-    columns = ["milliseconds of a row of", *(f"{n} tokens{more}" for n in LENGTHS for more in ("", ", p99"))]
     timed = {name: of["milliseconds"] for name, of in report.items() if "milliseconds" in of}
-    times = [
-        [name, *(f"{of[str(n)][key]:.1f}" for n in LENGTHS for key in ("median", "p99"))] for name, of in timed.items()
-    ]
+    lengths = [n for n in map(str, LENGTHS) if all(n in of for of in timed.values())]
+    columns = ["milliseconds of a row of", *(f"{n} tokens{more}" for n in lengths for more in ("", ", p99"))]
+    times = [[name, *(f"{of[n][key]:.1f}" for n in lengths for key in ("median", "p99"))] for name, of in timed.items()]
     several = f"{len(tasks)} models"
     sizes = [[name, *_sizes(of, of["separate"])] for name, of in report.items() if name != PROGRAM]
     columns_of_sizes = ["MB", "one model", several, "ratio", "memory of one", several, "ratio"]
