@@ -26,7 +26,7 @@ from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,6 +41,7 @@ POLL_SECONDS = 0.5
 RANDOM_TRIALS = 10  # before the sampler goes by what it has seen
 TRIALS_BEFORE_PRUNING = 5
 FIRST_PRUNED_EPOCH = 2
+START_SECONDS = 2.0  # in which workers that begin at once make the database's tables and the first trial
 HEARTBEAT: Any = {"heartbeat_interval": 10, "grace_period": 60}  # seconds; a machine silent for longer lost its trial
 
 SPACE: dict[str, BaseDistribution] = {
@@ -165,12 +166,15 @@ class Search:
         self.study, self.space, self.out = study, space, out
         self.retry = RetryHeartbeatStaleTrialCallback()
 
-    def run(self, num_trials: int, seed: int, is_alone: bool) -> None:
-        """Trials until so many have ended. is_alone: a trial of this study that is said to be running was killed."""
+    def run(self, num_trials: int, seed: int, is_alone: bool, is_new: bool) -> None:
+        """Trials until so many have ended. is_alone: a trial of this study that is said to be running was killed.
+        is_new: this worker has begun the study."""
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if is_alone else ():
             self.study.tell(trial.number, state=TrialState.FAIL)
             self.retry(self.study, trial)
-        if not any(is_default(trial) and trial.state != TrialState.FAIL for trial in self.study.trials):
+        if not self.has_defaults():
+            time.sleep(0 if is_alone or is_new else START_SECONDS)  # who has begun the study may be about to do it
+        if not self.has_defaults():
             defaults = FixedTrial({name: self.space.settings[name] for name in self.space.distributions})
             self.study.enqueue_trial(self.space.suggest(defaults), {"defaults": True})
         show = [lambda _, trial: print(described(trial), flush=True)]
@@ -179,6 +183,10 @@ class Search:
             number = random.Random(f"{seed} {len(self.study.trials)}").getrandbits(32)
             self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=number)
             self.study.optimize(self.run_trial, 1, catch=(subprocess.CalledProcessError,), callbacks=show)
+
+    def has_defaults(self) -> bool:
+        """Whether a trial of the default flags is there, or will be."""
+        return any(is_default(trial) and trial.state != TrialState.FAIL for trial in self.study.trials)
 
     def run_trial(self, trial: Trial) -> float:
         """The mean dev score of a run with the flags that the study suggests; a trial's repetition resumes its run.
@@ -259,26 +267,42 @@ def report(study: optuna.Study, space: Space) -> list[str]:
     return lines
 
 
-def open_study(own: argparse.Namespace, space: Space, out: Path) -> optuna.Study:
-    """The study in the database, new or from earlier starts. Raises SearchError if it cannot be had or is another's."""
+def open_study(own: argparse.Namespace, space: Space, out: Path) -> tuple[optuna.Study, bool]:
+    """The study in the database, and whether it is new. Raises SearchError if it cannot be had or is another's."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    url, place = own.storage or f"sqlite:///{out / 'study.db'}", f"--storage {own.storage or out}"
+    pruner = optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, n_warmup_steps=FIRST_PRUNED_EPOCH)
+    options: Any = {"study_name": own.study, "pruner": pruner}
     try:
-        url, retry = own.storage or f"sqlite:///{out / 'study.db'}", RetryHeartbeatStaleTrialCallback()
-        storage = RDBStorage(url, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
-        pruner = optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, n_warmup_steps=FIRST_PRUNED_EPOCH)
-        options: Any = {"storage": storage, "pruner": pruner, "direction": "maximize", "load_if_exists": True}
-        study = optuna.create_study(study_name=own.study, **options)
-    except (ImportError, SQLAlchemyError, RuntimeError) as error:
+        storage = make_storage(url)
+        try:
+            study, is_new = optuna.create_study(storage=storage, direction="maximize", **options), True
+        except optuna.exceptions.DuplicatedStudyError:
+            study, is_new = optuna.load_study(storage=storage, **options), False
+    except ImportError as error:
+        problem = f"its driver is not installed ({error.__cause__ or error})"
+        raise SearchError(f'{place}: {problem}; for PostgreSQL: pip install "psycopg[binary]"') from None
+    except (SQLAlchemyError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        raise SearchError(f"--storage {own.storage or out}: cannot be used ({reason})") from None
+        raise SearchError(f"{place}: cannot be used ({reason})") from None
     searched = f"{shlex.join(space.fixed)} {space.distributions}"
     if not study.trials and not list(out.glob("trial-*")):
         study.set_user_attr("searched", searched)
     if study.user_attrs.get("searched") != searched:
         problem = "was begun with other flags behind --, or another's runs are in --out"
         raise SearchError(f"--study {own.study}: {problem}, expected another --study and --out")
-    return study
+    return study, is_new
+
+
+def make_storage(url: str) -> RDBStorage:
+    """The database at the address, its tables made if need be."""
+    retry = RetryHeartbeatStaleTrialCallback()
+    try:
+        return RDBStorage(url, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
+    except (IntegrityError, ProgrammingError):  # another worker has been making them
+        time.sleep(START_SECONDS)
+        return RDBStorage(url, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -300,8 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         space = Space.under(own.fixed)
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / "search.lock", timeout=0):
-            study = open_study(own, space, out)
-            Search(study, space, out).run(own.trials, own.seed, is_alone=not own.storage)
+            study, is_new = open_study(own, space, out)
+            Search(study, space, out).run(own.trials, own.seed, is_alone=not own.storage, is_new=is_new)
         print("\n".join(report(study, space)))
         return 0
     except (SearchError, FlagError, CheckpointError, RunError, OSError) as error:

@@ -12,7 +12,7 @@ from run_record import CHECKSUM, settings_checksum
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCORES = (("sst", "accuracy"), ("para", "accuracy"), ("sts", "pearson"))
-ROW = re.compile(r"\| (?!run )([\w.-]+) \| [^|]* \| (.*) \| ([^|]*) \|")
+ROW = re.compile(r"\| (?!run )([\w.-]+) \| [^|]* \| ([^|]*(?: \| [^|]*){3}) \| ([^|]*) \|")
 ROWS = [row.groups() for row in map(ROW.fullmatch, (DOCS / "results.md").read_text("utf-8").splitlines()) if row]
 
 

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,8 +71,9 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Optuna's tables, which take a while to make; SQLite does not wait for the disk."""
 
     def configure(connection: sqlite3.Connection, record: Any) -> None:
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("PRAGMA journal_mode = MEMORY")
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("PRAGMA journal_mode = MEMORY")
 
     sqlalchemy.event.listen(sqlalchemy.Engine, "connect", configure)
     path = tmp_path_factory.mktemp("database") / "empty.db"
@@ -307,6 +309,60 @@ def test_a_killed_search_ends_its_run_and_the_same_command_finishes_the_search(f
     shown = capsys.readouterr().out
     assert "trial 1: goes on with the run of trial 0" in shown and "best: trial 1" in shown
     assert fake.trials()[1].value == 0.9 and list(fake.trials()[1].intermediate_values) == [1, 2]
+
+
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """The address of a database of a server of its own."""
+    programs = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(":"))]
+    place = next((folder for folder in programs if (folder / "initdb").exists()), None)
+    if place is None:
+        pytest.skip("PostgreSQL is not installed")
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), dict[str, Any]()
+        if os.getuid() == 0:  # the server refuses to be root's
+            user = {"user": "postgres", "extra_groups": []}
+            shutil.chown(folder, "postgres")
+        data, log = folder / "data", folder / "log"
+        server = f"-k {folder} -c listen_addresses= -c fsync=off"
+        control = [place / "pg_ctl", "-D", data, "-w", "-l", log]
+        subprocess.run(
+            [place / "initdb", "-D", data, "-A", "trust", "-U", "search"], check=True, stdout=subprocess.DEVNULL, **user
+        )
+        subprocess.run([*control, "-o", server, "start"], check=True, stdout=subprocess.DEVNULL, **user)
+        yield f"postgresql://search@/postgres?host={folder}"
+        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, **user)
+
+
+def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(fake: Fake, postgresql: str) -> None:
+    fake.plan({"*": {"means": [0.1, 0.3, 0.2], "pause": 0.3}})
+    script = "import sys; from sweeps import search; search.HEARTBEAT = {'heartbeat_interval': 1, 'grace_period': 3}; "
+    script += f"search.COMMAND, search.POLL_SECONDS = {search.COMMAND!r}, 0.05; sys.exit(search.main(sys.argv[1:]))"
+
+    def worker(name: str) -> subprocess.Popen[str]:
+        own = ["--trials", "9", "--storage", postgresql, "--out", str(fake.folder / name), "--", *fake.fixed]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, "-c", script, *own], cwd=ROOT, **pipes)
+
+    workers = {name: worker(name) for name in "abc"}
+    while not list(fake.folder.glob("b/trial-*/metrics.jsonl")) and workers["b"].poll() is None:
+        time.sleep(0.02)
+    workers["b"].kill()
+    workers["b"].communicate()
+    workers["b"] = worker("b")
+    shown = {name: process.communicate(timeout=240)[0] for name, process in workers.items()}
+    assert all(process.returncode == 0 for process in workers.values()), shown
+    study = optuna.load_study(study_name="search", storage=postgresql)
+    assert [trial.user_attrs.get("defaults", False) for trial in study.trials].count(True) == 1
+    lost = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    kept = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    assert len(lost) == 1 and len(kept) + 1 == len(study.trials), "nothing is left running"
+    assert 9 <= len(kept) <= 11, "the two others may have begun one more"
+    repeated = [trial for trial in kept if trial.system_attrs.get("failed_trial") == lost[0].number]
+    assert [trial.params for trial in repeated] == [lost[0].params]
+    means = [json.loads(path.read_text())["dev"]["mean"] for path in fake.folder.glob("?/trial-*/results.json")]
+    assert len(means) == len([trial for trial in kept if trial.state.name == "COMPLETE"])
+    assert study.best_value == max(means) == 0.3
 
 
 @pytest.mark.parametrize(
