@@ -44,11 +44,13 @@ OPTIONS = {
     "test": "score a checkpoint and write its predictions",
     "soup": "average checkpoints, score the mean and write its predictions",
     "predict": "predict new texts",
+    "export": "write a checkpoint as ONNX files for a phone, and prove them on the dev rows",
 }
 PREDICT_FLAGS = {
     *("option", "checkpoint", "task", "input", "output", "names"),
     *("eval_batch_size", "max_length", "device", "threads", "amp"),
 }
+EXPORT_FLAGS = {"option", "checkpoint", "out", "data", "max_length", "threads", "max_loss", "vocabulary"}
 OWN_FLAGS = {"out", "resume", "config", "name", "task_file"}  # of a run, which another one does not take from it
 RESUME_FLAGS = {"resume", "device", "threads"}
 
@@ -113,6 +115,14 @@ class Config:
         metavar="FILE",
     )
     names: bool = parameter(False, "predict: the name of the class too, behind another tab")
+    max_loss: float = parameter(
+        0.005, "export: of a task's dev score that model.int8.onnx may lose, and model.small.onnx twice", ">= 0"
+    )
+    vocabulary: str = parameter(
+        "full",
+        "export: word pieces of the tokenizer: full; data: those of the training texts, and single letters",
+        choices=("full", "data"),
+    )
 
     scheduler: str = parameter("pal", "how tasks are sampled: {}", metavar="NAME")
     draws_per_step: int = parameter(
@@ -421,7 +431,9 @@ def parse(arguments: Sequence[str]) -> Config:
             raise FlagError(*(f"--config {path}: {line}" for line in error.args)) from None
         given, of_run = (given, found) if is_of_run else (_over(found, given), {})
     own = add_tasks(given)
-    default = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
+    default: dict[str, Any] = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
+    if given.get("option") == "export":
+        default["data"] = ""  # the run's
     config = from_dict(_over({**default, **of_run}, given))
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
         raise FlagError(*dict.fromkeys(problems))
@@ -590,6 +602,11 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield f"--option predict: expected --task, one of {', '.join(TASKS)}"
         if config.names and config.task in TASKS and not TASKS[config.task].output.class_names:
             yield f"--names: {config.task} is a score, which has no classes"
+    elif config.option == "export":
+        others = (name for name in given if name not in EXPORT_FLAGS)
+        yield from (f"--{name}: --option export does not use it; leave it out" for name in others)
+        if not config.checkpoint:
+            yield "--option export: expected --checkpoint DIR"
     else:
         yield from _flags_in_vain(config, given)
         yield from _conflicts(config, given)
@@ -612,6 +629,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     with_treatment = "expected only with a gradient treatment (--pcgrad, --gradvac, --treatment)"
     needs: list[tuple[bool, str, Sequence[str]]] = [
         (False, "expected only with --option predict", ("task", "input", "output", "names")),
+        (False, "expected only with --option export", ("max_loss", "vocabulary")),
         (config.is_treated, with_treatment, ("granularity", "gradient_scale")),
         (config.average == "ema", "expected only with --average ema", ("ema_decay",)),
         (config.treatment in METHODS, "expected only with a method of torchjd", ("treatment_arguments",)),

@@ -166,7 +166,7 @@ class Tokenizer:
                 f"{folder}: the tokenizer has token ids up to {last}, expected less than the model's vocab_size "
                 f"{num_embeddings}"
             )
-        self._around = {num_texts: self._special_around(num_texts) for num_texts in (1, 2)}
+        self.special_tokens = {num_texts: self._special_around(num_texts) for num_texts in (1, 2)}
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def _special_around(self, num_texts: int) -> list[list[int]]:
@@ -198,6 +198,10 @@ class Tokenizer:
         """Of BERT's special tokens. Raises CheckpointError if one is not there."""
         return {name: self._special(name) for name in ROBERTAS}
 
+    def save(self, path: Path) -> None:
+        """Writes it as tokenizer.json, which neither pads nor truncates."""
+        path.write_text(self._tokenizer.to_str(), "utf-8")
+
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids."""
         content = f"{self.max_length} {self.is_siamese} {self._tokenizer.to_str()}"
@@ -211,7 +215,7 @@ class Tokenizer:
 
     def _num_special(self, num_texts: int) -> int:
         """Special tokens of a sequence."""
-        return sum(map(len, self._around[num_texts]))
+        return sum(map(len, self.special_tokens[num_texts]))
 
     def _encodings(self, texts: list[str]) -> list[Any]:
         try:
@@ -240,7 +244,7 @@ class Tokenizer:
             else:
                 sequences = [truncate(row, self.max_length - self._num_special(num_texts))]
             for sequence in sequences:
-                first, *behind = self._around[len(sequence)]
+                first, *behind = self.special_tokens[len(sequence)]
                 ids.extend(first)
                 for part, special in zip(sequence, behind, strict=True):
                     ids.extend(part)

@@ -162,7 +162,7 @@ class LstmHead(nn.Module):
         for lstm, is_backwards in ((self.forwards, False), (self.backwards, True)):
             block, is_token = ops.padded(hidden_states, read.packing, is_backwards)  # (S, L, D), (S, L)
             states, _ = lstm(block)  # (S, L, D) -> (S, L, E)
-            ends.append(states[torch.arange(len(states), device=states.device), is_token.sum(1) - 1])  # (S, E)
+            ends.append(states[torch.arange(states.shape[0], device=states.device), is_token.sum(1) - 1])  # (S, E)
         last = torch.cat(ends, 1)  # (S, 2 E)
         assert read.pooled is not None
         features = torch.cat([read.pooled, pair_features(last) if read.is_split else last], 1)  # (B, F + 2 E or 8 E)
@@ -210,11 +210,11 @@ class RoutingHead(nn.Module):
         states = torch.stack(list(read.hidden_states), 1)  # (N, layers + 1, D)
         normalized = nn.functional.layer_norm(states, states.shape[-1:]).flatten(1) * self.norm_weight + self.norm_bias
         block, is_token = ops.padded(normalized, read.packing)  # (B, L, (layers + 1) D), (B, L)
-        capsules = block.view(len(block), -1, states.shape[-1])  # (B, L (layers + 1), D)
-        is_real: Tensor | None = is_token.repeat_interleave(states.shape[1], 1)  # (B, L) -> (B, L (layers + 1))
+        capsules = block.unflatten(2, states.shape[1:]).flatten(1, 2)  # (B, L (layers + 1), D)
+        is_real: Tensor | None = is_token[..., None].expand(-1, -1, states.shape[1]).flatten(1)  # (B, L (layers + 1))
         for routing in self.routings:
             capsules, is_real = routing(capsules, is_real), None  # (B, 64, D) twice, (B, K or 2, 1)
-        logits = capsules.squeeze(-1)  # (B, K or 2, 1) -> (B, K or 2)
+        logits: Tensor = capsules.squeeze(-1)  # (B, K or 2, 1) -> (B, K or 2)
         return logits[:, :1] - logits[:, 1:] if self.is_single else logits  # (B, K)
 
 

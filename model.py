@@ -224,7 +224,8 @@ class MultitaskBert(nn.Module):
         states = self.encoder.states(batch.tokens, masks, self.adapter(task), perturbation, first_only, top)
         kept = deque(states, maxlen=None if Reads.LAYERS in reads else 1)  # (N, D) or (S, D) each
         packing = batch.tokens.packing
-        assert len(packing) == len(batch) * (2 if is_split else 1), "rows that were tokenized for other --pairs"
+        num_sequences = batch.labels.shape[0] * (2 if is_split else 1)  # a symbol in an exported graph
+        assert packing.num_rows == num_sequences, "rows that were tokenized for other --pairs"
         pooled = self._pool(kept[-1], batch.tokens, first_only) if Reads.POOLED in reads else None  # (S, D)
         pooled = pair_features(pooled) if pooled is not None and is_split else pooled  # (2 B, D) -> (B, F = 4 D)
         if reads == Reads.POOLED:

@@ -21,13 +21,17 @@ from console import Console
 from datasets import DataError, OutputError
 from engine import TrainingError
 from evaluation import Precision
+from export import ExportError, export
 from messages import ensure_output, machine_failure, print_error, resume_command
 from prediction import PredictionError, predict_lines
 from predictor import Predictor, load
 from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare, resolve_device
 from run_record import RunError
 
-USER_ERRORS = (FlagError, DataError, OutputError, CheckpointError, RunError, TrainingError, PredictionError)
+USER_ERRORS = (
+    *(FlagError, DataError, OutputError, CheckpointError, RunError),
+    *(TrainingError, PredictionError, ExportError),
+)
 
 
 def predict(config: Config) -> int:
@@ -48,6 +52,10 @@ def execute(config: Config, console: Console) -> int:
     """Runs to the end or to a stop; returns the exit status."""
     if config.option == "predict":
         return predict(config)
+    if config.option == "export":
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return export(config, console)
     stop = StopSignals()
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)

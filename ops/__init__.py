@@ -26,7 +26,7 @@ from ops.gramian import gramian, is_exact, weighted_sum
 from ops.graphs import Replayed
 from ops.kernels import speed_report
 from ops.linear import Linear, linear
-from ops.packed import PackedTokens, Packing, TokenStore
+from ops.packed import PackedTokens, Packing, Padded, TokenStore
 from ops.pooling import padded, row_means
 from ops.residual_norm import layer_norm, linear_residual_norm
 from ops.task_gradients import TaskBounds, gradients_by_task
@@ -39,6 +39,7 @@ __all__ = [
     "Moments",
     "PackedTokens",
     "Packing",
+    "Padded",
     "Reading",
     "Replayed",
     "TaskBounds",

@@ -13,7 +13,7 @@ from ops import kernels
 from ops.dispatch import triton_kernels
 from ops.dropout import DropoutBits, DropoutMasks
 from ops.linear import rows_multiple
-from ops.packed import Packing
+from ops.packed import Packing, Padded
 
 
 def attention(
@@ -29,6 +29,10 @@ def attention(
     prob: of dropping an attention probability. reach: so many tokens to each side are seen; None for the whole row.
     What the tokens that belong to no row get is finite, and means nothing.
     """
+    if isinstance(packing, Padded):
+        query, key, value = (part.unflatten(0, packing.is_real.shape) for part in qkv.chunk(3, -1))  # (B, L, D) each
+        is_seen = _seen(packing.is_real, reach)
+        return _block_attention(query, key, value, is_seen, num_heads).flatten(0, 1)  # (B, L, D) -> (N, D)
     is_local = reach is not None and reach < packing.longest_row - 1
     if not is_local and kernels.can_run(qkv):
         return _Attention.apply(qkv, None, packing, num_heads, _bits(packing, num_heads, prob, masks, False))  # type: ignore[no-any-return]
@@ -45,6 +49,10 @@ def first_token_attention(
     query: Tensor, key_value: Tensor, packing: Packing, num_heads: int, prob: float, masks: DropoutMasks | None
 ) -> Tensor:
     """The same for the first token of each row alone: query (B, D), key_value (N, 2 D) -> (B, D)."""
+    if isinstance(packing, Padded):
+        key, value = (part.unflatten(0, packing.is_real.shape) for part in key_value.chunk(2, -1))  # (B, L, D) each
+        is_seen = _seen(packing.is_real, None)
+        return _block_attention(query[:, None], key, value, is_seen, num_heads)[:, 0]  # (B, 1, D) -> (B, D)
     if kernels.can_run(query, key_value):
         bits = _bits(packing, num_heads, prob, masks, True)
         return _Attention.apply(query, key_value, packing, num_heads, bits)  # type: ignore[no-any-return]
@@ -77,21 +85,39 @@ def _by_groups(
     contexts, first = [], 0
     for group in packing.groups:
         q = query[group.rows][:, None] if first_only else query[group.tokens]  # (b, L or 1, D)
-        q, k, v = (
-            part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (q, key[group.tokens], value[group.tokens])
-        )  # (b, H, L or 1, E), (b, H, L, E), (b, H, L, E)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
-        is_seen = group.is_real[:, None, None]  # (b, 1, 1, L)
-        if reach is not None:
-            place = torch.arange(k.shape[2], device=k.device)
-            is_near = (place - place[:, None]).abs() <= reach  # (L, L)
-            is_seen = is_seen & (is_near | ~group.is_real[:, None, :, None])  # (b, 1, L, L); no query sees nothing
-        probs = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-        if mask is not None:
-            probs = probs * mask[first : first + probs.numel()].view(probs.shape)
-            first += probs.numel()
-        contexts.append((probs @ v).transpose(1, 2).flatten(2))  # (b, H, L or 1, E) -> (b, L or 1, D)
+        size = num_heads * q.shape[:2].numel() * group.tokens.shape[1]  # b H (L or 1) L
+        part = None if mask is None else mask[first : first + size]
+        is_seen = _seen(group.is_real, reach)
+        contexts.append(_block_attention(q, key[group.tokens], value[group.tokens], is_seen, num_heads, part))
+        first += size
     return contexts
+
+
+def _seen(is_real: Tensor, reach: int | None) -> Tensor:
+    """Which keys a query sees: (b, 1, 1, L), of a reach (b, 1, L, L), from which places are within their row (b, L)."""
+    is_seen = is_real[:, None, None]  # (b, 1, 1, L)
+    if reach is None:
+        return is_seen
+    place = torch.arange(is_real.shape[1], device=is_real.device)
+    is_near = (place - place[:, None]).abs() <= reach  # (L, L)
+    return is_seen & (is_near | ~is_real[:, None, :, None])  # (b, 1, L, L); no query sees nothing
+
+
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_seen: Tensor, num_heads: int, mask: Tensor | None = None
+) -> Tensor:
+    """Context (b, L or 1, D) of a block of padded rows: query (b, L or 1, D), key, value (b, L, D); is_seen of `_seen`.
+
+    mask: of dropout, for all probabilities one behind the other.
+    """
+    heads = num_heads, query.shape[-1] // num_heads
+    q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (query, key, value))  # (b, H, L or 1, E), ...
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (b, H, L or 1, L)
+    probs = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+    if mask is not None:
+        probs = probs * mask.view(probs.shape)
+    context: Tensor = probs @ v  # (b, H, L or 1, E)
+    return context.transpose(1, 2).flatten(2)  # (b, L or 1, D)
 
 
 def rotated(qkv: Tensor, packing: Packing, num_heads: int, theta: float) -> Tensor:
@@ -101,10 +127,11 @@ def rotated(qkv: Tensor, packing: Packing, num_heads: int, theta: float) -> Tens
     """
     size = qkv.shape[1] // 3 // num_heads  # E
     speeds = theta ** (-torch.arange(0, size, 2, device=qkv.device, dtype=torch.float32) / size)  # (E / 2,)
-    angles = packing.positions(len(qkv))[:, None] * speeds  # (N, E / 2)
+    angles = packing.positions(qkv.shape[0])[:, None] * speeds  # (N, E / 2)
     cos, sin = (of[:, None].to(qkv.dtype) for of in (angles.cos(), angles.sin()))  # (N, 1, E / 2)
-    points, values = qkv.split([2 * num_heads * size, num_heads * size], 1)
-    x, y = points.view(len(qkv), 2 * num_heads, 2, -1).unbind(2)  # (N, 2 H, E / 2) each
+    num_turned = 2 * num_heads * size
+    points, values = qkv[:, :num_turned].unflatten(1, (2 * num_heads, 2, -1)), qkv[:, num_turned:]
+    x, y = points[:, :, 0], points[:, :, 1]  # (N, 2 H, E / 2) each
     turned = torch.stack([x * cos - y * sin, y * cos + x * sin], 2)  # (N, 2 H, 2, E / 2)
     return torch.cat([turned.flatten(1), values], 1)
 

@@ -54,10 +54,11 @@ class BuildError(Exception):
 
 
 def can_run(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these: float32 on the CPU, no autocast, and compiled."""
+    """Whether the kernels can work on these: float32 on the CPU, no autocast, no export, and compiled."""
     return (
         all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
         and build().library is not None
     )
 

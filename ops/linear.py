@@ -58,7 +58,8 @@ def _onednn_is_faster() -> bool:
 def uses_onednn(inputs: Tensor) -> bool:
     """Whether these inputs are multiplied by oneDNN."""
     return (
-        inputs.dtype == torch.float32
+        not torch.compiler.is_exporting()
+        and inputs.dtype == torch.float32
         and inputs.device.type == "cpu"
         and inputs.dim() == 2
         and len(inputs) > 0

@@ -42,8 +42,12 @@ class Packing:
         """Rows of these lengths, on the CPU."""
         return cls(torch.tensor(lengths).cumsum(0), max(lengths))
 
+    @property
+    def num_rows(self) -> int:
+        return self.ends.shape[0]
+
     def __len__(self) -> int:
-        return len(self.ends)
+        return self.num_rows
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -58,6 +62,11 @@ class Packing:
     def longest_row(self) -> int:
         """No row has more tokens: those of the longest, on a GPU, whose host does not know it, `longest`."""
         return int(self.lengths.max()) if self.ends.device.type == "cpu" else self.longest
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(B,) each row's first token, and how many it has, on the device."""
+        lengths = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+        return self.ends - lengths, lengths
 
     def positions(self, num_places: int) -> Tensor:
         """(N,) each token's place in its row, from 0."""
@@ -95,6 +104,32 @@ class Packing:
         """Attention scores of all groups' blocks and heads; first_only: of the first queries alone."""
         longest = [(len(rows), int(self.lengths[rows].max())) for rows in self.groups_of_rows]
         return sum(b * num_heads * length * (1 if first_only else length) for b, length in longest)
+
+
+class Padded(Packing):
+    """B rows of L places each, place behind place: (B L) tokens. What an exported model reads: no shape in its graph
+    depends on the lengths of the rows.
+
+    is_real: (B, L) whether the place is within its row.
+    """
+
+    def __init__(self, is_real: Tensor) -> None:
+        self.is_real = is_real
+
+    @property
+    def num_rows(self) -> int:
+        return self.is_real.shape[0]
+
+    @property
+    def longest_row(self) -> int:
+        return self.is_real.shape[1]
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        num_rows, longest = self.is_real.shape
+        return torch.arange(num_rows) * longest, self.is_real.sum(1)
+
+    def positions(self, num_places: int) -> Tensor:
+        return torch.arange(self.is_real.shape[1]).expand(*self.is_real.shape).flatten()  # (B L,)
 
 
 def group_by_length(lengths: np.ndarray) -> Iterator[np.ndarray]:

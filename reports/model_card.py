@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ a checkpoint for `transformers.AutoModel`; the heads need the program:
     from predictor import load
 
     load("DIR").predict({task!r}, [{text}])"""
+FLATTERED = "The model it began as was tuned on pairs that include Quora duplicates: the paraphrase score flatters it."
 LIMITS = "Scores are of the dev files, by which the epoch was chosen: expect a little less of other texts of the kind."
 
 
-def model_card(run: FinishedRun, name: str) -> str:
-    """The card as markdown behind the head that hubs read. name: of the model on the hub."""
+def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[Section] = ()) -> str:
+    """The card as markdown behind the head that hubs read. name: of the model on the hub. more: before the settings."""
     from huggingface_hub import EvalResult, ModelCardData
 
     from checkpoints import EMBEDDED_MODEL  # which imports torch
@@ -49,10 +50,30 @@ def model_card(run: FinishedRun, name: str) -> str:
     first = TASKS[run.tasks[0]]
     text = '"a text"' if len(first.text_columns) == 1 else '("a text", "another")'
     columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
-    scores = Section("Tasks and scores", [Table(columns, rows), LIMITS, *run.remarks])
-    parts = [f"# {name.split('/')[-1]}", ABOUT.format(task=first.name, text=text)]
+    scores = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run)])
+    parts = [f"# {name.split('/')[-1]}", about.format(task=first.name, text=text)]
     settings = Section("Settings", [", ".join(_settings(run))])
-    return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join([*parts, to_text([scores, settings], is_markdown=True)])
+    return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(
+        [*parts, to_text([scores, *more, settings], is_markdown=True)]
+    )
+
+
+def _caveats(run: FinishedRun) -> Iterator[str]:
+    """What the scores do not say by themselves."""
+    from checkpoints import EMBEDDED_MODEL
+
+    yield LIMITS
+    if run.config.get("model") == EMBEDDED_MODEL and "para" in run.tasks:
+        yield FLATTERED
+    yield from run.remarks
+
+
+def _data(run: FinishedRun) -> str:
+    """How many rows it was trained on and compared with."""
+    files = run.config["data_files"]
+    keys = {f"{task} {split}": TASKS[task].file_key(split) for split in ("train", "dev") for task in run.tasks}
+    counts = {name: files.get(key, {}).get("rows") for name, key in keys.items()}
+    return "Rows of data: " + ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
 
 def _settings(run: FinishedRun) -> Iterator[str]:

@@ -1,0 +1,146 @@
+"""`--option export`: the model of a run as files for a phone, with the proof of what they give.
+
+The folder is written beside its place and renamed: whatever goes wrong, nothing half-written has its name.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import TOKENIZER_FILES, checkpoint_folder
+from config import Config
+from console import Console
+from datasets import TokenizedRows, Tokenizer, data_folder, read_examples, tokenize
+from evaluation import Precision, predict_all
+from onnx_graph import answer, one_task, write_graph
+from onnx_proof import PROGRAM, ProofError, compare, measure_memory, measure_times, prove, write_within
+from predictor import Predictor, load
+from run_record import CONFIG, RESULTS, read_json, write_json
+from tasks import TASKS
+from vocabulary import VocabularyError, kept_pieces, without_others
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+FLOAT, BATCH_SIZE = "model.onnx", 32
+SMALLER = {
+    "model.int8.onnx": (8, 1),
+    "model.small.onnx": (4, 2),
+}  # bits in their tables, how many --max_loss it may lose
+
+Texts = Callable[[Tokenizer], Mapping[str, TokenizedRows]]  # the rows of a split, by a tokenizer
+
+
+class ExportError(ValueError):
+    """There can be no export; the message is one line for the user."""
+
+
+def export(config: Config, console: Console) -> int:
+    """Writes the folder and shows what is in it. Returns the exit status."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ExportError(
+            f"--option export: {', '.join(missing)} not installed: pip install -r requirements-export.txt"
+        )
+    from reports.export_report import draw, show, write_card
+
+    target = Path(config.out or Path(config.checkpoint) / "export")
+    if os.path.lexists(target):
+        raise ExportError(f"--out {target}: exists already, expected a new directory")
+    predictor = load(config.checkpoint, "cpu", max_length=config.max_length)
+    texts = {split: _texts(config, predictor, split) for split in ("train", "dev")}
+    beside = target.with_name(target.name + ".tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        report, failures = write_files(beside, config, predictor, texts, console.say)
+        write_json(beside / "report.json", report)
+        draw(report, beside / "report.png")
+        if (Path(config.checkpoint) / RESULTS).is_file():
+            write_card(beside, Path(config.checkpoint), report)
+        os.rename(beside, target)
+    except VocabularyError as error:
+        raise ExportError(str(error)) from None
+    except OSError as error:
+        raise ExportError(f"--out {target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    console.say(show(report))
+    console.say(f"the files are in {target}")
+    if failures:
+        raise ExportError(*(f"{line}; it was left out" for line in failures))
+    return 0
+
+
+def _texts(config: Config, predictor: Predictor, split: str) -> Texts:
+    """The rows of the run's data, or of `--data`."""
+    record = Path(config.checkpoint) / CONFIG
+    folder = data_folder(config.data or (read_json(record).get("data") if record.is_file() else None) or "sample")
+    files = {task: read_examples(TASKS[task].path(split, folder), TASKS[task], True) for task in predictor.tasks}
+    cpu = torch.device("cpu")
+    return lambda tokenizer: {
+        task: tokenize(TASKS[task], file.examples, tokenizer, cpu) for task, file in files.items()
+    }
+
+
+def write_files(
+    folder: Path, config: Config, predictor: Predictor, texts: Mapping[str, Texts], say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes models, tokenizer and labels into an empty folder, and proves the models.
+
+    Returns what was found, and a line for each smaller form that loses too much, which is not there.
+    """
+    source, tokenizer, model = checkpoint_folder(Path(config.checkpoint)), predictor.tokenizer, predictor.model
+    rows = texts["dev"](tokenizer)
+    logits = predict_all(model, rows, BATCH_SIZE, Precision(torch.device("cpu")))
+    program = {task: answer(TASKS[task].output, of).numpy() for task, of in logits.items()}
+    report: dict[str, Any] = {PROGRAM: compare(program, program, rows)}
+    failures: list[str] = []
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    tokenizer.save(folder / "tokenizer.json")
+    if config.vocabulary == "data":
+        kept = kept_pieces(folder, [of.tokens.ids for of in texts["train"](tokenizer).values()])
+        model = without_others(model, folder, kept)
+    tokenizer = Tokenizer(folder, tokenizer.max_length, tokenizer.is_siamese)  # raises for one that is not whole
+    rows = texts["dev"](tokenizer)
+    labels = {task: describe(task, predictor) for task in predictor.tasks}
+    what = {"max_length": tokenizer.max_length, "special_tokens": tokenizer.special_tokens, "tasks": labels}
+    write_json(folder / "labels.json", what)
+
+    write_graph(model, folder / FLOAT)
+    report[FLOAT] = prove(folder / FLOAT, BATCH_SIZE, program, rows)
+    for name, (bits, factor) in SMALLER.items():
+        paths = folder / FLOAT, folder / name
+        try:
+            report[name] = write_within(config.max_loss * factor, *paths, bits, report[FLOAT], program, rows, say)
+        except ProofError as error:
+            (folder / name).unlink()
+            failures.append(str(error))
+    for name, times in measure_times(predictor, [folder / name for name in report if name != PROGRAM]).items():
+        report[name]["milliseconds"] = times
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for name in (of for of in report if of != PROGRAM):
+            alone = [one_task(folder / name, Path(place) / f"{task}.onnx", task) for task in predictor.tasks]
+            report[name]["memory"] = measure_memory([folder / name])
+            size = sum(path.stat().st_size for path in alone)
+            report[name]["separate"] = {"bytes": size, "memory": measure_memory(alone)}
+    return report, failures
+
+
+def describe(task: str, predictor: Predictor) -> dict[str, Any]:
+    """What labels.json says of a task: its texts, and what its output is."""
+    output, is_split = TASKS[task].output, predictor.model.layout.is_split(task)
+    kind = "score" if output.num_classes is None else "probability" if output.num_outputs == 1 else "probabilities"
+    return {
+        "title": TASKS[task].title,
+        "texts": list(TASKS[task].text_columns),
+        "two_sequences": is_split,
+        "output": kind,
+        "classes": list(output.class_names),
+        "scale": output.scale,
+    }

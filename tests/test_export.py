@@ -1,0 +1,269 @@
+"""Exports: the graph gives the program's answers, its smaller forms come close, and nothing is left half-written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import multitask_classifier
+from bert import BertConfig, empty_bert, initialize
+from datasets import TokenizedRows, Tokenizer, TokenRows
+from evaluation import Precision, predict_logits
+from heads import LstmHead, MlpHead, RoutingHead
+from helpers import (
+    LINEAR,
+    SPECIALS,
+    STD,
+    WORDS,
+    Capture,
+    Patch,
+    generator,
+    shaken,
+    tiny_config,
+    tiny_model,
+    write_vocabulary,
+)
+from model import Layout, MultitaskBert
+from modernbert import ModernBertConfig
+from ops import Packing, Padded, attention, first_token_attention, row_means
+from pal import ProjectedAttention
+from parameters import Choice
+from roberta import RobertaConfig
+from tasks import TASKS
+
+onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
+pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
+pytest.importorskip("onnxscript", reason="requirements-export.txt is not installed")
+
+import onnx_proof  # noqa: E402
+from onnx_answers import answers, feed, open_session  # noqa: E402
+from onnx_graph import SHARES, answer, pack_tables, quantized_blocks, write_graph  # noqa: E402
+from vocabulary import kept_pieces, without_others  # noqa: E402
+
+MLP = Choice("mlp", MlpHead.Parameters(layers=1))
+PAL = Choice("pal", ProjectedAttention.Parameters(size=8, heads=2))
+
+
+def random_rows(task: str, is_split: bool, num_rows: int = 7) -> TokenRows:
+    """Rows of different lengths, of one text or of two."""
+    draw = np.random.default_rng(3)
+    firsts = draw.integers(2, 9, num_rows)
+    seconds = draw.integers(2, 9, num_rows) if len(TASKS[task].text_columns) == 2 else np.zeros(num_rows, int)
+    lengths = firsts + seconds
+    return TokenRows(draw.integers(5, 100, lengths.sum()), lengths, firsts, is_split)
+
+
+LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(size=8)), Choice("routing", RoutingHead.Parameters(capsules=4))
+SIZES: dict[str, Any] = {name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size")}
+SIZES |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 66}
+BERT = tiny_config()
+ROBERTA = RobertaConfig(**SIZES, num_hidden_layers=2, pad_token_id=1)
+MODERN = ModernBertConfig(**SIZES, num_hidden_layers=3, global_attn_every_n_layers=2, local_attention=6)
+MODELS: dict[str, tuple[BertConfig, Layout]] = {
+    name: (config, Layout(dict.fromkeys(TASKS, head), *more))
+    for name, config, head, *more in (
+        ("shared pass", BERT, LINEAR, None, 0, "pooler", "cross"),
+        ("adapters, own layers", BERT, MLP, PAL, 1, "mean", "cross"),
+        ("siamese, first token", BERT, LINEAR, None, 0, "cls", "siamese"),
+        ("LSTM", BERT, LSTM, None, 0, "pooler", "cross"),
+        ("routing", BERT, ROUTING, None, 0, "mean", "cross"),
+        ("RoBERTa", ROBERTA, LINEAR, None, 0, "mean", "cross"),
+        ("ModernBERT", MODERN, LINEAR, None, 0, "mean", "cross"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_gives_the_programs_answers(name: str, tmp_path: Path, capsys: Capture) -> None:
+    config, layout = MODELS[name]
+    encoder = empty_bert(config)
+    initialize(encoder, STD, generator(0))
+    model = MultitaskBert(encoder, layout, generator(2))
+    initialize(model.heads, STD, generator(3))
+    shaken(model)
+    for parameter in model.heads["sts"].parameters():
+        parameter.data += 2.5 * (parameter.shape == (1,))  # its bias: not all scores are at an end of the scale
+    write_graph(model, tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx")
+    for task in TASKS:
+        tokens = random_rows(task, model.layout.is_split(task))
+        rows = TokenizedRows(TASKS[task], [""] * 7, np.zeros(7, np.float32), tokens, torch.device("cpu"))
+        logits = predict_logits(model, task, rows, 4, Precision(torch.device("cpu")))
+        expected = answer(TASKS[task].output, logits).numpy()
+        assert logits.std(0).max() > 1e-3
+        for batch_size in (1, 3):
+            np.testing.assert_allclose(answers(session, task, tokens, batch_size), expected, atol=1e-4)
+
+
+def test_padded_rows_give_what_packed_rows_give() -> None:
+    lengths, draw = [3, 5, 1], torch.Generator().manual_seed(0)
+    is_real = torch.arange(5) < torch.tensor(lengths)[:, None]
+    qkv = torch.randn(15, 24, generator=draw)
+    padded, packed, real = Padded(is_real), Packing.of(lengths), is_real.flatten()
+    context = attention(qkv[real], packed, 2, 0.0, None)
+    torch.testing.assert_close(attention(qkv, padded, 2, 0.0, None)[real], context)
+    firsts = first_token_attention(qkv[[0, 5, 10], :8], qkv[:, 8:], padded, 2, 0.0, None)
+    torch.testing.assert_close(firsts, context[[0, 3, 8]])
+    torch.testing.assert_close(row_means(qkv, padded), row_means(qkv[real], packed))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_table_gives_its_rows_multiplied_out(bits: int, tmp_path: Path, monkeypatch: Patch) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    monkeypatch.setattr("onnx_graph.LARGE_TABLE", 0)
+    table = np.random.default_rng(0).normal(size=(200, 128)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["table", "ids"], ["rows"])],
+        "lookup",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", 128])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    pack_tables(graph, bits)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(made, tmp_path / "lookup.onnx")
+    ids = np.array([0, 199, 7, 7])
+    found = open_session(tmp_path / "lookup.onnx").run(None, {"ids": ids})[0]
+    block = {8: 128, 4: 64}[bits]
+    whole, scales = quantized_blocks(table, bits, block)
+    expected = (whole.reshape(200, -1, block) * scales).reshape(200, 128)
+    np.testing.assert_allclose(found, expected[ids], rtol=1e-6)
+    assert np.abs(found - table[ids]).mean() < np.abs(table).max() / {8: 127, 4: 7}[bits] / 2
+    assert sum(len(tensor.raw_data) for tensor in graph.initializer) < table.nbytes * (bits + 1.3) / 32
+
+
+def test_in_eight_bits_the_largest_number_of_a_block_becomes_the_largest_whole_number() -> None:
+    whole, scales = quantized_blocks(np.array([[1.0, -4.0, 0.0, 0.0]], np.float32), 8, 2)
+    assert whole.tolist() == [[32, -127, 0, 0]] and scales.ravel().tolist() == pytest.approx([4 / 127, 0.0])
+
+
+def test_in_four_bits_no_other_scale_of_those_tried_gives_smaller_errors() -> None:
+    table = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    whole, scales = quantized_blocks(table, 4, 16)
+    errors = np.square(whole.reshape(50, 4, 16) * scales - table.reshape(50, 4, 16)).sum(-1)
+    for share in SHARES:
+        step = share * np.abs(table.reshape(50, 4, 16)).max(-1, keepdims=True) / 7
+        naive = np.clip(np.round(table.reshape(50, 4, 16) / step), -7, 7) * step
+        assert (errors <= np.square(naive - table.reshape(50, 4, 16)).sum(-1) * 1.0001).all()
+    assert abs(whole).max() == 7 and errors.sum() < 0.9 * np.square(naive - table.reshape(50, 4, 16)).sum()
+
+
+def test_sequences_of_a_split_row_are_neighbours() -> None:
+    given = feed(TokenRows(np.array([2, 9, 3, 2, 8, 8, 3]), np.array([7]), np.array([3]), True), [0])
+    assert given["input_ids"].tolist() == [[2, 9, 3, 0], [2, 8, 8, 3]]
+    assert given["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]] and not given["token_type_ids"].any()
+
+
+def found(loss: float) -> dict[str, Any]:
+    return {"dev": {"sst": {"accuracy": 0.9 - loss}}}
+
+
+def fake_forms(monkeypatch: Patch, losses: dict[str, float]) -> None:
+    """Forms whose SST accuracy is 0.9 less the loss of each layer that is not in float."""
+    layers: list[str] = []
+    monkeypatch.setattr("onnx_proof.layers_of", lambda path: {layer: [f"{layer}.weight"] for layer in losses})
+
+    def write(source: Path, target: Path, bits: int, in_float: list[str]) -> None:
+        layers[:] = [layer for layer in losses if f"{layer}.weight" not in in_float]
+
+    monkeypatch.setattr("onnx_proof.write_smaller", write)
+    monkeypatch.setattr("onnx_proof._by_movement", lambda *given: sorted(losses, key=lambda layer: -losses[layer]))
+    monkeypatch.setattr("onnx_proof.prove", lambda *given: found(sum(losses[layer] for layer in layers)))
+
+
+def written_within(max_loss: float, told: list[str]) -> dict[str, Any]:
+    return onnx_proof.write_within(max_loss, Path("a"), Path("small.onnx"), 8, found(0.0), {}, {}, told.append)
+
+
+def test_the_costliest_layers_stay_in_float_until_the_loss_is_small_enough(monkeypatch: Patch) -> None:
+    fake_forms(monkeypatch, {"a": 0.002, "b": 0.02, "c": 0.001, "d": 0.01})
+    told: list[str] = []
+    best = written_within(0.005, told)
+    assert best["in_float"] == ["b", "d"] and best["largest_loss"] == pytest.approx(0.003)
+    assert told == [
+        "small.onnx: b stays in float: largest loss 0.0130",
+        "small.onnx: d stays in float: largest loss 0.0030",
+    ]
+    assert written_within(0.05, told)["in_float"] == [] and len(told) == 2
+
+
+def test_a_loss_that_no_layer_mends_is_refused(monkeypatch: Patch) -> None:
+    fake_forms(monkeypatch, {"a": 0.0, "b": 0.0, "c": 0.02})
+    assert written_within(0.001, [])["in_float"] == ["c"]
+    fake_forms(monkeypatch, {"a": 0.0})
+    monkeypatch.setattr("onnx_proof.prove", lambda *given: found(0.03))
+    with pytest.raises(onnx_proof.ProofError, match=r"loses 0\.0300 of its dev score, also with all layers in float"):
+        written_within(0.005, [])
+
+
+def test_a_smaller_vocabulary_has_the_pieces_of_the_texts_and_spells_all_other_words(tmp_path: Path) -> None:
+    letters = ["b", "z", "é", "##a", "##b", "##z", "北", "##北"]
+    folder = write_vocabulary(tmp_path, [*WORDS, *letters])
+    whole = Tokenizer(folder, 32)
+    whole.save(folder / "tokenizer.json")
+    texts = [("a fine film",), ("the plot",)]
+    kept = kept_pieces(folder, [whole.encode(texts).ids])
+    model = tiny_model(vocab_size=whole.vocab_size)
+    smaller, rest = without_others(model, folder, kept), Tokenizer(folder, 32)
+    weights = [of.encoder.word_embeddings.weight for of in (model, smaller)]
+    ids = [of.encode(texts).ids for of in (whole, rest)]
+    assert ids[0].tolist() != ids[1].tolist() and torch.equal(weights[0][ids[0]], weights[1][ids[1]])
+    pieces = (folder / "vocab.txt").read_text("utf-8").split()
+    words = [word for word in WORDS if word in ["a", "fine", "film", "the", "plot"] or len(word) == 1]
+    assert pieces == [*SPECIALS, *words, *letters[:-2]]
+    spelled = rest.encode([("zab 北",)]).ids.tolist()
+    assert [pieces[place] for place in spelled] == ["[CLS]", "z", "##a", "##b", "[UNK]", "[SEP]"]
+
+
+@pytest.fixture(scope="module")
+def exported(treated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes of a run."""
+    out = tmp_path_factory.mktemp("exported") / "export"
+    assert multitask_classifier.main(f"--option export --checkpoint {treated_run} --out {out}".split()) == 0
+    return out
+
+
+def test_the_command_writes_and_proves_three_files(exported: Path, treated_run: Path) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    assert list(report) == ["program", "model.onnx", "model.int8.onnx", "model.small.onnx"]
+    results = json.loads((treated_run / "results.json").read_text())
+    assert report["program"]["dev"]["mean"] == pytest.approx(results["dev"]["mean"])
+    assert max(report["model.onnx"]["largest_difference"].values()) < 1e-4
+    assert 0 < max(report["model.int8.onnx"]["largest_difference"].values()) < 0.3
+    texts = [("a fine film",), ("not good",)]
+    ids = [Tokenizer(folder, 64).encode(texts).ids.tolist() for folder in (exported, treated_run / "best")]
+    assert ids[0] == ids[1]
+    labels = json.loads((exported / "labels.json").read_text())
+    assert {task: of["output"] for task, of in labels["tasks"].items()} == {
+        "sst": "probabilities",
+        "para": "probability",
+        "sts": "score",
+    }
+
+
+@pytest.mark.parametrize("kind", ["existing", "missing", "full disk"])
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
+    kind: str, treated_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    out, run, words = tmp_path / "export", treated_run, ""
+    if kind == "existing":
+        out.mkdir()
+        words = f"error: --out {out}: exists already, expected a new directory\n"
+    elif kind == "missing":
+        monkeypatch.setattr("export.PACKAGES", ("onnx", "no_such_package"))
+        words = "error: --option export: no_such_package not installed: pip install -r requirements-export.txt\n"
+    else:
+
+        def full_disk(*arguments: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("export.write_graph", full_disk)
+        words = f"error: --out {out}: cannot be written (No space left on device)\n"
+    assert multitask_classifier.main(f"--option export --checkpoint {run} --out {out}".split()) == 2
+    assert capsys.readouterr().err == words
+    assert [path.name for path in tmp_path.iterdir()] == (["export"] if kind == "existing" else [])
+    assert not list(out.glob("*"))
