@@ -57,9 +57,10 @@ def print_error(error: BaseException) -> None:
         print(f"error: {whole if len(whole) <= LINE_WIDTH else cut}", file=sys.stderr)
 
 
-def ensure_output() -> None:
-    """A closed standard output takes what it is given, and its number is no other file's."""
-    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+def ensure_output(is_shown: bool = True) -> None:
+    """A standard output that is closed or not to be shown takes what it is given, and its number is no other file's."""
+    if not (is_shown and sys.stdout):
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def discard_output() -> None:
