@@ -99,9 +99,9 @@ class StopSignals:
         return 128 + (self.number or signal.SIGINT)
 
     def restore(self) -> None:
-        """Gives the signals back to those who had them."""
+        """Gives the signals back to those who had them. (torchrun sends one to all whose neighbour has ended.)"""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.processes.size == 1 else signal.SIG_IGN)
 
     def check(self) -> None:
         """Raises Stopped if the run was told to stop: in all processes, wherever the signal went."""

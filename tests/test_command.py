@@ -488,7 +488,7 @@ POINTS = {
 def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int, log: str) -> None:
     """Runs in a process of its own: the command, which signals itself before call `number` of a point, from 1."""
     torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     owner, _, name = POINTS[point].replace(":", ".", 1).rpartition(".")

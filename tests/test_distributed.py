@@ -4,7 +4,8 @@ They are forked from the server of test_command.py and find in their environment
 """
 
 import os
-import socket
+import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,32 +17,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_command import runs, server
+from test_command import Runs, assert_same_run, main_with_signal, read, run, runs, server
 from test_wiring import PAL, make_run
 from torch import Tensor
+from torch.distributed import TCPStore
 
 import engine
+import run as running
 from distributed import ALONE, VARIABLES, ProcessGroup
 from engine import Trainer
 from evaluation import Precision, predict_logits
 from flat_parameters import FlatParameters
-from helpers import Patch
+from helpers import Capture, Patch
 
 __all__ = ["runs"]  # a fixture
 NUM_STEPS = 5
 SIZES = (2, 4)
 CPU = torch.device("cpu")
+STORES: list[TCPStore] = []  # they end with their objects
 
 
 # ------------------------------------------------------------------------------------------------- the processes
 
 
 def start(size: int, log: Path, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
-    """A group of processes that call a function each, with its rank before the arguments."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    group = [server().Process(target=enter, args=(rank, size, port, log, function, args)) for rank in range(size)]
+    """A group of processes that call a function each, with its rank before the arguments. Its store is in this one, as
+    it is in torchrun's."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    STORES.append(store)
+    of_all = size, store.port, log, function, args
+    group = [server().Process(target=enter, args=(rank, *of_all)) for rank in range(size)]
     for process in group:
         process.start()
     return group
@@ -50,7 +55,7 @@ def start(size: int, log: Path, function: Callable[..., Any], *args: Any) -> lis
 def enter(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     values = (rank, size, rank, "127.0.0.1", port)
-    os.environ.update(zip(VARIABLES, map(str, values), strict=True))
+    os.environ.update(zip(VARIABLES, map(str, values), strict=True), TORCHELASTIC_USE_AGENT_STORE="True")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -321,3 +326,83 @@ def test_a_step_sends_as_much_as_it_must(several: list[dict[str, Any]]) -> None:
 def test_processes_agree(several: list[dict[str, Any]]) -> None:
     greatest, texts, tellers = zip(*(found["told"] for found in several), strict=True)
     assert set(greatest) == {10 + len(several) - 1} and set(texts) == {"of 0"} and sum(tellers) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def command(rank: int, arguments: list[str], who: int, point: str, number: int, what: int, log: Path) -> None:
+    """The command without pictures, in which process `who` signals itself before call `number` of a point."""
+    running.Run.draw_plots = lambda run, results: None  # type: ignore[method-assign]
+    main_with_signal(arguments, point, number if rank == who else 0, what, str(log))
+
+
+def run_in_three(
+    arguments: list[str], log: Path, who: int = 0, point: str = "step", number: int = 0, what: int = 0
+) -> tuple[list[int | None], list[str]]:
+    """How its processes ended, and what they have said."""
+    group = start(3, log, command, arguments, who, point, number, what, log)
+    return statuses(group, log), log.read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of three processes. Not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    found, said = run_in_three(runs.arguments(out, FLAGS), out.with_name("log"))
+    assert found == [0, 0, 0] and sum(line.startswith("mean  ") for line in said) == 1, said
+    return out
+
+
+FLAGS = "--pcgrad --bregman --average ema --save_every 2"
+
+
+def test_a_run_of_several_processes_leaves_one_directory_like_any_other(whole: Path, runs: Runs) -> None:
+    of_one = runs.whole(FLAGS)
+    assert {path.name for path in whole.iterdir()} == {path.name for path in of_one.iterdir()}
+    settings = [read(out / "config.json") for out in (whole, of_one)]
+    assert [values["processes"] for values in settings] == [3, 1] and settings[0].keys() == settings[1].keys()
+
+
+@pytest.mark.parametrize(("who", "point", "number"), [(2, "step", 9), (0, "rename", 9), (1, "evaluation", 8)])
+def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_on(
+    who: int, point: str, number: int, runs: Runs, whole: Path, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    found, said = run_in_three(runs.arguments(out, FLAGS), log, who, point, number, signal.SIGKILL)
+    assert found == [-signal.SIGKILL if rank == who else 1 for rank in range(3)], said
+    assert [line for line in said if line.startswith("error:")] == [
+        "error: another process of this run has ended or cannot be reached; to go on: "
+        f"python multitask_classifier.py --resume={out}"
+    ]
+    assert run_in_three(["--resume", str(out)], log)[0] == [0, 0, 0]
+    assert_same_run(out, whole)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(
+    runs: Runs, whole: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    found, said = run_in_three(runs.arguments(out, FLAGS), log, 1, "step", 10, signal.SIGTERM)
+    assert found == [128 + signal.SIGTERM] * 3
+    assert said[-1] == f"stopped; to go on: python multitask_classifier.py --resume={out}"
+    assert sum(line.startswith("stopped") for line in said) == 1
+    assert read(out / "last" / "trainer.json")["progress"]["step"] == 4  # of fine-tuning, behind six others
+    shutil.copytree(out, tmp_path / "alone")
+    assert run_in_three(["--resume", str(out)], log)[0] == [0, 0, 0]
+    assert_same_run(out, whole)
+    run(["--resume", str(tmp_path / "alone")])
+    assert "begun with 3 processes, going on with 1: the same rows" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_the_flags_is_said_once(runs: Runs, whole: Path, tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["--epochs", "-1"], "error: --epochs -1: expected"),
+        (runs.arguments(whole), f"error: --out {whole}: exists already"),
+        (["--option", "predict", "--checkpoint", str(whole), "--task", "sst"], "error: --option predict: 3 processes"),
+    ):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        found, said = run_in_three(arguments, log)
+        assert 2 in found and 0 not in found, said
+        assert len(said) == 1 and said[0].startswith(expected), said
