@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 ALIGNMENT = 16  # numbers: no part of a vector begins where a GPU reads it slowly
 
 
@@ -28,9 +28,12 @@ class LostProcess(ConnectionError):
 class ProcessGroup:
     """Processes of which every one calls the same methods in the same order."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
-        """rank: this process's number of `size`, local_rank that on its machine. store: what all can write to."""
-        self.rank, self.size, self.local_rank, self._store = rank, size, local_rank, store
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1, store: Any = None
+    ) -> None:
+        """local_rank, local_size: rank and size among those of this machine. store: what all can write to."""
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
+        self._store = store
         self._pending: Callable[[], object] | None = None
         self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -45,7 +48,7 @@ class ProcessGroup:
             store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        return cls(rank, size, int(os.environ["LOCAL_RANK"]), store)
+        return cls(rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), store)
 
     @cached_property
     def _collectives(self) -> Any:
@@ -63,7 +66,7 @@ class ProcessGroup:
         if self.size == 1 or name == "cpu":
             return torch.device(name)
         if self.local_rank >= (count := torch.cuda.device_count()):
-            raise ValueError(f"process {self.local_rank + 1} of this machine has no GPU, expected at most {count}")
+            raise ValueError(f"{self.local_size} processes on this machine, expected as many as it has GPUs ({count})")
         torch.cuda.set_device(self.local_rank)
         return torch.device(name, self.local_rank)
 

@@ -34,9 +34,10 @@ def _quoted(word: str) -> str:
     return "$'" + "".join(c if c.isalnum() else code for c, code in zip(word, hexes, strict=True)) + "'"
 
 
-def resume_command(path: object) -> str:
-    """The command that goes on with a run."""
-    return command(*COMMAND, f"--resume={path}")
+def resume_command(path: object, num_processes: int = 1) -> str:
+    """The command that goes on with a run, with so many processes on a machine."""
+    torchrun = ("torchrun", f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
+    return command(*(COMMAND if num_processes == 1 else (*torchrun, COMMAND[-1])), f"--resume={path}")
 
 
 def machine_failure(error: BaseException) -> str:

@@ -71,11 +71,11 @@ def execute(config: Config, console: Console, processes: ProcessGroup) -> int:
         return 0
     except Stopped:
         assert run is not None
-        console.say(f"stopped; to go on: {resume_command(run.directory.path)}")
+        console.say(f"stopped; to go on: {resume_command(run.directory.path, processes.local_size)}")
         return stop.status
     except Exception as error:
         if run is not None and machine_failure(error):
-            error.add_note(f"; to go on: {resume_command(run.directory.path)}")
+            error.add_note(f"; to go on: {resume_command(run.directory.path, processes.local_size)}")
         raise
     finally:
         stop.restore()

@@ -630,7 +630,11 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
     except ValueError as error:
         raise FlagError(str(error)) from None
     tokenizer = Tokenizer(folder, config.max_length, layout.is_siamese)
+    if not processes.is_first:
+        processes.greatest(0)  # the first has filled the token cache
     data = load_data(config, tokenizer, device)
+    if processes.is_first:
+        processes.greatest(0)
     try:
         loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
     except ValueError as error:  # an adapter that does not fit, or a checkpoint: one line

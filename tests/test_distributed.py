@@ -54,7 +54,7 @@ def start(size: int, log: Path, function: Callable[..., Any], *args: Any) -> lis
 
 def enter(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    values = (rank, size, rank, "127.0.0.1", port)
+    values = (rank, size, rank, size, "127.0.0.1", port)
     os.environ.update(zip(VARIABLES, map(str, values), strict=True), TORCHELASTIC_USE_AGENT_STORE="True")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -373,7 +373,7 @@ def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_o
     assert found == [-signal.SIGKILL if rank == who else 1 for rank in range(3)], said
     assert [line for line in said if line.startswith("error:")] == [
         "error: another process of this run has ended or cannot be reached; to go on: "
-        f"python multitask_classifier.py --resume={out}"
+        f"torchrun --nproc_per_node=3 multitask_classifier.py --resume={out}"
     ]
     assert run_in_three(["--resume", str(out)], log)[0] == [0, 0, 0]
     assert_same_run(out, whole)
@@ -385,7 +385,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     out, log = tmp_path / "run", tmp_path / "log"
     found, said = run_in_three(runs.arguments(out, FLAGS), log, 1, "step", 10, signal.SIGTERM)
     assert found == [128 + signal.SIGTERM] * 3
-    assert said[-1] == f"stopped; to go on: python multitask_classifier.py --resume={out}"
+    assert said[-1] == f"stopped; to go on: torchrun --nproc_per_node=3 multitask_classifier.py --resume={out}"
     assert sum(line.startswith("stopped") for line in said) == 1
     assert read(out / "last" / "trainer.json")["progress"]["step"] == 4  # of fine-tuning, behind six others
     shutil.copytree(out, tmp_path / "alone")
