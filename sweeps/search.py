@@ -345,11 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SearchError, FlagError, CheckpointError, RunError, OSError) as error:
         print_error(error)
         return 2
-    except (
-        SQLAlchemyError,
-        StorageInternalError,
-        UnboundLocalError,
-    ) as error:  # the last is Optuna's, at a trial's end
+    except (StorageInternalError, UnboundLocalError) as error:  # the second is Optuna's, at the end of a trial
         problem = f"has failed ({first_cause(error)}); the same command goes on"
         print_error(SearchError(f"--storage {own.storage or out}: {problem}"))
         return 2

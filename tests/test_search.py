@@ -317,18 +317,22 @@ def test_a_worker_whose_trial_was_taken_for_lost_goes_on_with_the_next(
     assert "the trial was taken for lost and is repeated\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("table", ["trials", "trial_intermediate_values"])
+@pytest.mark.parametrize("is_back", [False, True])
 def test_a_database_that_fails_ends_the_search_with_a_line(
-    table: str, fake: Fake, capsys: Capture, monkeypatch: Patch
+    is_back: bool, fake: Fake, capsys: Capture, monkeypatch: Patch
 ) -> None:
+    """is_back: at the end of the trial."""
+
     def fail(metrics: Path) -> dict[int, float]:
+        if is_back:
+            raise optuna.exceptions.StorageInternalError("no such table: trials")
         with sqlite3.connect(fake.out / "study.db") as database:
-            database.execute(f"alter table {table} rename to gone")
+            database.execute("alter table trials rename to gone")
         return {1: 0.5}
 
     monkeypatch.setattr(search, "dev_means", fail)
     assert fake.run(1) == 2
-    problem = f"has failed (no such table: {table}); the same command goes on"
+    problem = "has failed (no such table: trials); the same command goes on"
     assert capsys.readouterr().err == f"error: --storage {fake.out}: {problem}\n"
 
 
