@@ -26,13 +26,15 @@ choose() { # NAMES...: RUNS is all of them, or those that are asked for; makes O
             *) echo "RUNS: $name is no setting, expected some of: $*" >&2; exit 2 ;;
         esac
     done
+    [ "$JOBS" -gt 0 ] 2>/dev/null || { echo "JOBS: $JOBS, expected a number above 0" >&2; exit 2; }
     mkdir -p "$OUT" && failures=$(mktemp) || exit 1
     trap 'rm -f "$failures"' EXIT
     trap stop INT TERM
 }
 
 stop() { # ends the running runs, which write their checkpoints first
-    trap - INT TERM
+    trap - INT
+    trap '' TERM # Slurm sends it to every process, and slurm.sh passes it on
     kill -TERM $(jobs -rp) 2>/dev/null
     wait
     echo "stopped; the same command goes on from here"
@@ -89,12 +91,17 @@ run_once() {
     local how=$1 name=$2 folder=$OUT/$2 flags status child
     shift 2
     exec 9>"$folder.lock" # held by the run too, as long as it lives
-    [ "$how" = wait ] && flock 9
-    if ! flock -n 9; then
-        echo "$name: another sweep has it"
-        return
+    [ "$how" = wait ] && flock 9 2>/dev/null
+    flock -n 9 2>/dev/null
+    case $? in
+        0) ;;
+        1) echo "$name: another sweep has it"; return ;;
+        *) fail "$name: $folder.lock cannot be locked, expected OUT on a file system with locks (flock)"; return ;;
+    esac
+    if [ $# -eq 0 ]; then
+        [ -s "$folder.flags" ] || return # killed before it began
+        eval "set -- $(cat "$folder.flags")"
     fi
-    [ $# -gt 0 ] || eval "set -- $(cat "$folder.flags")"
     flags=$(printf '%q ' "$@")
     if [ -e "$folder" ] && [ -e "$folder.flags" ] && [ "$flags" != "$(cat "$folder.flags")" ]; then
         fail "$name: was made with other flags ($(cat "$folder.flags")), expected another OUT"

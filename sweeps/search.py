@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
@@ -41,6 +43,7 @@ POLL_SECONDS = 0.5
 RANDOM_TRIALS = 10  # before the sampler goes by what it has seen
 TRIALS_BEFORE_PRUNING = 5
 FIRST_PRUNED_EPOCH = 2
+TAKEN_OVER = "Cannot tell a FAIL trial."  # what Optuna says at the end of a trial that another worker took for lost
 START_SECONDS = 2.0  # in which workers that begin at once make the database's tables and the first trial
 HEARTBEAT: Any = {"heartbeat_interval": 10, "grace_period": 60}  # seconds; a machine silent for longer lost its trial
 
@@ -182,7 +185,12 @@ class Search:
             # A sampler for each trial: one that began again with its seed would draw the first trials once more.
             number = random.Random(f"{seed} {len(self.study.trials)}").getrandbits(32)
             self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=number)
-            self.study.optimize(self.run_trial, 1, catch=(subprocess.CalledProcessError,), callbacks=show)
+            try:
+                self.study.optimize(self.run_trial, 1, catch=(subprocess.CalledProcessError,), callbacks=show)
+            except ValueError as error:
+                if str(error) != TAKEN_OVER:
+                    raise
+                print("its worker had been silent: the trial was taken for lost and is repeated", flush=True)
 
     def has_defaults(self) -> bool:
         """Whether a trial of the default flags is there, or will be."""
@@ -296,13 +304,18 @@ def open_study(own: argparse.Namespace, space: Space, out: Path) -> tuple[optuna
 
 
 def make_storage(url: str) -> RDBStorage:
-    """The database at the address, its tables made if need be."""
-    retry = RetryHeartbeatStaleTrialCallback()
+    """The database at the address, its tables made if need be; its restart between two statements is not noticed."""
+    retry, engine = RetryHeartbeatStaleTrialCallback(), {"pool_pre_ping": True}
     try:
-        return RDBStorage(url, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
+        return RDBStorage(url, engine, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
     except (IntegrityError, ProgrammingError):  # another worker has been making them
         time.sleep(START_SECONDS)
-        return RDBStorage(url, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
+        return RDBStorage(url, engine, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
+
+
+def first_cause(error: BaseException) -> str:
+    """The first line of the error that all others came from."""
+    return first_cause(error.__context__) if error.__context__ else str(error).split("\n")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -319,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("fixed", metavar="FLAGS", nargs="*", help="flags of multitask_classifier.py for every trial")
     own = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.excepthook = lambda _: None  # the heartbeat's thread: where the database fails it, it fails the search
     out = Path(own.out).resolve()
     try:
         space = Space.under(own.fixed)
@@ -330,6 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (SearchError, FlagError, CheckpointError, RunError, OSError) as error:
         print_error(error)
+        return 2
+    except (StorageInternalError, UnboundLocalError) as error:  # the second is Optuna's, at the end of a trial
+        problem = f"has failed ({first_cause(error)}); the same command goes on"
+        print_error(SearchError(f"--storage {own.storage or out}: {problem}"))
         return 2
     except KeyboardInterrupt:
         print(f"stopped; to go on: {shlex.join(['python', 'sweeps/search.py', *arguments])}")

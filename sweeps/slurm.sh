@@ -24,5 +24,6 @@ while # a signal ends the waiting, not the sweep, which lets its runs write thei
     status=$?
     kill -0 "$sweep" 2>/dev/null
 do :; done
-[ -z "$is_late" ] || scontrol requeue "$SLURM_JOB_ID"
+# Not by SLURM_JOB_ID, which one of the tasks shares with the whole array.
+[ -z "$is_late" ] || scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 exit "$status"

@@ -426,7 +426,7 @@ KEEPS = ["--eval_every 0", "--save_every 1", "--eval_batch_size 3", "--tensorboa
 # Where, not how.
 NOT_TRIED = (
     "option model data out resume checkpoint checkpoints soup task input output names cache device cuda_graphs wordnet "
-    "name format task_file config log"
+    "name format task_file config log max_loss vocabulary"
 )
 
 

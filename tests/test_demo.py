@@ -164,13 +164,13 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
     assert multitask_classifier.main(arguments) == 0
     assert multitask_classifier.main(["--option", "export", "--checkpoint", str(run), "--max_loss", "1"]) == 0
     try:
-        page = build(run / "export", "model.int8.onnx")
+        page = build(run / "export", "model.onnx")
     except ReportError as error:
         pytest.skip(str(error))
     draw = np.random.default_rng(0)
     rows = [tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20)]
     first, second = on_page(page, [{"answer": row} for row in rows], tmp_path / "profile", again=True)
-    session = open_session(run / "export" / "model.int8.onnx")
+    session = open_session(run / "export" / "model.onnx")
     for found in (first, second):
         assert "ms for all answers" in found["shown"] and "SST-5 sentiment" in found["shown"]
         for row, of_row in zip(rows, found["found"], strict=True):

@@ -3,6 +3,7 @@
 Trials are a script that behaves as a run does and takes milliseconds.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -12,8 +13,9 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    """A search takes over SIGTERM; pytest gets it back."""
+def _handlers(monkeypatch: Patch) -> Iterator[None]:
+    """A search takes over SIGTERM and what threads raise; pytest gets them back."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -291,6 +294,48 @@ def test_a_trial_of_another_machine_is_repeated_only_if_that_has_fallen_silent(f
     assert trials[3].params["batch_size"] == trials[1].params["batch_size"]
 
 
+def test_a_worker_whose_trial_was_taken_for_lost_goes_on_with_the_next(
+    fake: Fake, capsys: Capture, monkeypatch: Patch
+) -> None:
+    """The other worker, which repeats the trial, is this one again."""
+    fake.plan({1: {"means": [0.2, 0.9], "pause": 0.5}})
+    storage, taken = f"sqlite:///{fake.folder}/shared.db", list[int]()
+
+    def take_over(metrics: Path) -> dict[int, float]:
+        if metrics.parent.name == "trial-1" and not taken:
+            study = optuna.load_study(study_name="search", storage=storage)
+            taken.append(study.trials[1].number)
+            study.tell(1, state=optuna.trial.TrialState.FAIL)
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(study, study.trials[1])
+        return dev_means(metrics)
+
+    monkeypatch.setattr(search, "dev_means", take_over)
+    assert fake.run(3, "--storage", storage) == 0
+    assert fake.states("shared.db") == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    trials = fake.trials("shared.db")
+    assert trials[2].params == trials[1].params and trials[2].value == 0.9
+    assert "the trial was taken for lost and is repeated\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_database_that_fails_ends_the_search_with_a_line(
+    is_back: bool, fake: Fake, capsys: Capture, monkeypatch: Patch
+) -> None:
+    """is_back: at the end of the trial."""
+
+    def fail(metrics: Path) -> dict[int, float]:
+        if is_back:
+            raise optuna.exceptions.StorageInternalError("no such table: trials")
+        with sqlite3.connect(fake.out / "study.db") as database:
+            database.execute("alter table trials rename to gone")
+        return {1: 0.5}
+
+    monkeypatch.setattr(search, "dev_means", fail)
+    assert fake.run(1) == 2
+    problem = "has failed (no such table: trials); the same command goes on"
+    assert capsys.readouterr().err == f"error: --storage {fake.out}: {problem}\n"
+
+
 def test_a_killed_search_ends_its_run_and_the_same_command_finishes_the_search(fake: Fake, capsys: Capture) -> None:
     fake.plan({0: {"means": [0.2, 0.9], "pause": 60}})
     arguments = ["--trials", "1", "--out", str(fake.out), "--", *fake.fixed]
@@ -312,8 +357,8 @@ def test_a_killed_search_ends_its_run_and_the_same_command_finishes_the_search(f
 
 
 @pytest.fixture
-def postgresql() -> Iterator[str]:
-    """The address of a database of a server of its own."""
+def postgresql() -> Iterator[tuple[str, Callable[[], object]]]:
+    """The address of a database of a server of its own, and what restarts that."""
     programs = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.environ["PATH"].split(":"))]
     place = next((folder for folder in programs if (folder / "initdb").exists()), None)
     if place is None:
@@ -327,21 +372,23 @@ def postgresql() -> Iterator[str]:
         data, log = folder / "data", folder / "log"
         server = f"-k {folder} -c listen_addresses= -c fsync=off"
         control = [place / "pg_ctl", "-D", data, "-w", "-l", log]
-        subprocess.run(
-            [place / "initdb", "-D", data, "-A", "trust", "-U", "search"], check=True, stdout=subprocess.DEVNULL, **user
-        )
-        subprocess.run([*control, "-o", server, "start"], check=True, stdout=subprocess.DEVNULL, **user)
-        yield f"postgresql://search@/postgres?host={folder}"
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, **user)
+        run = functools.partial(subprocess.run, check=True, stdout=subprocess.DEVNULL, **user)
+        run([place / "initdb", "-D", data, "-A", "trust", "-U", "search"])
+        run([*control, "-o", server, "start"])
+        yield f"postgresql://search@/postgres?host={folder}", lambda: run([*control, "-o", server, "restart"])
+        run([*control, "-m", "immediate", "stop"])
 
 
-def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(fake: Fake, postgresql: str) -> None:
+def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(
+    fake: Fake, postgresql: tuple[str, Callable[[], object]]
+) -> None:
+    url, restart = postgresql
     fake.plan({"*": {"means": [0.1, 0.3, 0.2], "pause": 0.3}})
     script = "import sys; from sweeps import search; search.HEARTBEAT = {'heartbeat_interval': 1, 'grace_period': 3}; "
     script += f"search.COMMAND, search.POLL_SECONDS = {search.COMMAND!r}, 0.05; sys.exit(search.main(sys.argv[1:]))"
 
     def worker(name: str) -> subprocess.Popen[str]:
-        own = ["--trials", "9", "--storage", postgresql, "--out", str(fake.folder / name), "--", *fake.fixed]
+        own = ["--trials", "9", "--storage", url, "--out", str(fake.folder / name), "--", *fake.fixed]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen([sys.executable, "-c", script, *own], cwd=ROOT, **pipes)
 
@@ -353,11 +400,12 @@ def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(fake: Fake, p
     workers["b"] = worker("b")
     shown = {name: process.communicate(timeout=240)[0] for name, process in workers.items()}
     assert all(process.returncode == 0 for process in workers.values()), shown
-    study = optuna.load_study(study_name="search", storage=postgresql)
-    assert [trial.user_attrs.get("defaults", False) for trial in study.trials].count(True) == 1
+    study = optuna.load_study(study_name="search", storage=search.make_storage(url))
+    restart()  # which an open connection survives
     lost = [trial for trial in study.trials if trial.state.name == "FAIL"]
     kept = [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
     assert len(lost) == 1 and len(kept) + 1 == len(study.trials), "nothing is left running"
+    assert sum(trial.user_attrs.get("defaults", False) for trial in kept) == 1
     assert 9 <= len(kept) <= 11, "the two others may have begun one more"
     repeated = [trial for trial in kept if trial.system_attrs.get("failed_trial") == lost[0].number]
     assert [trial.params for trial in repeated] == [lost[0].params]

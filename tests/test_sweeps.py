@@ -32,7 +32,7 @@ class Sweep:
         self.plan.write_text("{}")
         settings = {"OUT": str(self.out), "PYTHON": str(python), "FLAGS": "--device cpu"}
         settings |= {"SEEDS": "3", "RUNS": "pcgrad", "EPOCHS": "1", "STEPS": "1", "BATCH": "4"}
-        gpus = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_ID": "7"}
+        gpus = {"CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
         self.environment = {**os.environ, **gpus, **settings}
 
     def start(self, *under: str, **settings: str) -> subprocess.Popen[str]:
@@ -103,6 +103,20 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(sweep: Swee
     assert not sweep.out.exists()
 
 
+def test_jobs_and_locks_that_make_no_sense_are_one_line(sweep: Sweep) -> None:
+    for jobs in ("0", "two"):
+        assert sweep.run(JOBS=jobs) == (2, f"JOBS: {jobs}, expected a number above 0\n")
+    folder = sweep.plan.parent / "bin"
+    folder.mkdir()
+    (folder / "flock").write_text("#!/bin/sh\necho 'flock: 9: No locks available' >&2\nexit 71\n")
+    (folder / "flock").chmod(0o755)
+    status, shown = sweep.run(RUNS="mlm", PATH=f"{folder}:{os.environ['PATH']}")
+    assert status == 1
+    reason = f"{sweep.out}/mlm-seed3.lock cannot be locked, expected OUT on a file system with locks (flock)"
+    assert shown.endswith(f"failed:\n  heads-seed3: {reason.replace('mlm', 'heads')}\n  mlm-seed3: {reason}\n")
+    assert not sweep.finished()
+
+
 def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sweep) -> None:
     status, shown = sweep.run(RUNS="", EPOCHS="4", STEPS="2")
     assert status == 0, shown
@@ -131,7 +145,9 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep: Sweep) -> None:
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # Slurm sends it to every process
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     assert "the same command goes on" in shown
@@ -207,4 +223,4 @@ def test_a_task_whose_time_is_up_lets_its_run_save_and_queues_again(sweep: Sweep
     task.send_signal(signal.SIGUSR1)
     shown, _ = task.communicate(timeout=60)
     assert task.returncode == 130 and "heads-seed3: exit status 143, stopped" in shown
-    assert (folder / "called").read_text() == "requeue 7\n"
+    assert (folder / "called").read_text() == "requeue 7_3\n", "7 is the whole array"
