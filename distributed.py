@@ -131,7 +131,7 @@ class ProcessGroup:
 
     def add(self, numbers: Tensor) -> Tensor:
         """Their sums over all processes, in place; for few numbers."""
-        if self.size > 1:
+        if self.size > 1 and numbers.numel():
             with _reaching_others():
                 self._collectives.all_reduce(numbers)
         return numbers

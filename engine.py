@@ -242,7 +242,7 @@ class Trainer:
         self.evaluating, self.processes = processes, processes if divides_steps else ALONE
         self.is_treated = methods.treatment is not None and len(trained.shared) > 0
         self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1, self.processes)
-        self.own = {task: FlatParameters(trained.own[task], 1, self.processes) for task in stage.tasks}
+        self.own = {task: FlatParameters(trained.own[task]) for task in stage.tasks}
         self.segments = [self.shared.columns(set(names)) for names in methods.segments or [list(trained.shared)]]
         self.average = WeightAverage(self._vectors(), methods.ema_decay) if methods.ema_decay else None
         self.best: dict[str, Tensor] = {}
@@ -486,8 +486,9 @@ class Trainer:
         return True
 
     def _begin_sums(self, task: str, is_last: bool) -> None:
-        """Begins to sum over processes what a task's passes have found, while the next task's are taken."""
-        self.processes.begin_sum(self.own[task].gradients[0])
+        """Sums over processes what a task's passes have found: of its own parameters, which are few, at once, of the
+        shared ones while the next task's passes are taken."""
+        self.processes.add(self.own[task].gradients)
         if self.is_treated or is_last:
             self.processes.begin_sum(self.shared.gradients[self._gradient_row(task)])
 
@@ -607,7 +608,7 @@ class Trainer:
     def _gramians(self, losses: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """On the host, (S, T, T) inner products of these of the shared gradients, NaN where any gradient or loss is not
         finite, and the losses (T,)."""
-        norm = self.processes.joint_norm(gradient_norm([of.sums for of in self.own.values()]))
+        norm = gradient_norm([of.gradients for of in self.own.values()])
         others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])  # (T + 2,)
         for dtype in (self.shared.values.dtype, torch.float64):
             found = self.processes.add(gramians_of(self.shared.sums, self.segments, dtype))  # (S, tasks, tasks)
@@ -627,15 +628,15 @@ class Trainer:
         """
         stage, scale = self.stage, self.scaler.scale
         vectors = [vector for vector in (self.shared, *(self.own[task] for task in tasks)) if len(vector)]
-        norm = self.processes.joint_norm(gradient_norm([vector.sums[0] for vector in vectors])) / scale  # ()
+        norms = [vector.processes.joint_norm(gradient_norm([vector.sums[0]])) for vector in vectors]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / scale  # ()
         is_bad = torch.full_like(self._halted, True) if is_overflow else ~norm.isfinite()
         self._halted |= ~losses.isfinite().all() if self.scaler.is_enabled else is_bad | ~losses.isfinite().all()
         is_skipped = (self._halted | is_bad).to(torch.float32)
         factor = clip_factor(norm, stage.max_grad_norm) / scale
         moved = [vector.moved_by(vector.sums[0]) for vector in vectors]
         adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
-        for vector in vectors:
-            vector.spread()
+        self.shared.spread()
         if self.average:
             self.average.after_step(is_skipped)
         numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])  # (T + 3,)

@@ -148,9 +148,8 @@ def project_before_reducing(trainer: Trainer, patch: Patch) -> None:
     group, shared = trainer.processes, trainer.shared
     trainer.shared = FlatParameters(dict(zip(shared.names, shared._parameters, strict=True)), len(shared.gradients))
     trainer.segments = [trainer.shared.columns(set(shared.names))]
-    own = {of.gradients.data_ptr() for of in trainer.own.values()}
-    begin, add, combine = group.begin_sum, group.add, engine.combine
-    patch.setattr(group, "begin_sum", lambda vector: begin(vector) if vector.data_ptr() in own else None)
+    add, combine = group.add, engine.combine
+    patch.setattr(group, "begin_sum", lambda vector: None)
     patch.setattr(group, "add", lambda numbers: numbers if numbers.dim() == 3 else add(numbers))
     patch.setattr(engine, "combine", lambda gradients, *how: (combine(gradients, *how), add(gradients[0])))
 
@@ -163,8 +162,8 @@ def draw_the_same_rows(trainer: Trainer, patch: Patch) -> None:
 
 def leave_heads_unreduced(trainer: Trainer, patch: Patch) -> None:
     """The gradients of heads stay those of each process's rows."""
-    begin, shared = trainer.processes.begin_sum, {row.data_ptr() for row in trainer.shared.gradients}
-    patch.setattr(trainer.processes, "begin_sum", lambda vector: begin(vector) if vector.data_ptr() in shared else None)
+    add, heads = trainer.processes.add, {own.gradients.data_ptr() for own in trainer.own.values()}
+    patch.setattr(trainer.processes, "add", lambda numbers: numbers if numbers.data_ptr() in heads else add(numbers))
 
 
 WRONG = {
