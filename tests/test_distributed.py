@@ -322,6 +322,19 @@ def test_a_step_sends_as_much_as_it_must(several: list[dict[str, Any]]) -> None:
     assert of_step / of_all_reduces < 1.02 * (3 + 1) / (2 * 3)
 
 
+def test_rows_are_divided_evenly_task_after_task() -> None:
+    counts, before, size = (5, 1, 1, 6), 0, 4
+    shares: list[list[int]] = [[] for _ in range(size)]
+    for count in counts:
+        parts = [ProcessGroup(rank, size).share(np.arange(count), before) for rank in range(size)]
+        assert sorted(np.concatenate(parts)) == [*range(count)]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        for share, part in zip(shares, parts, strict=True):
+            share.extend(part)
+        before += count
+    assert sorted(map(len, shares)) == [3, 3, 3, 4]
+
+
 def test_processes_agree(several: list[dict[str, Any]]) -> None:
     greatest, texts, tellers = zip(*(found["told"] for found in several), strict=True)
     assert set(greatest) == {10 + len(several) - 1} and set(texts) == {"of 0"} and sum(tellers) == 1
@@ -353,7 +366,7 @@ def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-FLAGS = "--pcgrad --bregman --average ema --save_every 2"
+FLAGS = "--mlm_epochs 1 --pcgrad --bregman --average ema --save_every 2"
 
 
 def test_a_run_of_several_processes_leaves_one_directory_like_any_other(whole: Path, runs: Runs) -> None:
@@ -363,7 +376,7 @@ def test_a_run_of_several_processes_leaves_one_directory_like_any_other(whole: P
     assert [values["processes"] for values in settings] == [3, 1] and settings[0].keys() == settings[1].keys()
 
 
-@pytest.mark.parametrize(("who", "point", "number"), [(2, "step", 9), (0, "rename", 9), (1, "evaluation", 8)])
+@pytest.mark.parametrize(("who", "point", "number"), [(2, "step", 12), (0, "rename", 9), (1, "evaluation", 8)])
 def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_on(
     who: int, point: str, number: int, runs: Runs, whole: Path, tmp_path: Path
 ) -> None:
@@ -382,11 +395,11 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     runs: Runs, whole: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
-    found, said = run_in_three(runs.arguments(out, FLAGS), log, 1, "step", 10, signal.SIGTERM)
+    found, said = run_in_three(runs.arguments(out, FLAGS), log, 1, "step", 13, signal.SIGTERM)
     assert found == [128 + signal.SIGTERM] * 3
     assert said[-1] == f"stopped; to go on: torchrun --nproc_per_node=3 multitask_classifier.py --resume={out}"
     assert sum(line.startswith("stopped") for line in said) == 1
-    assert read(out / "last" / "trainer.json")["progress"]["step"] == 4  # of fine-tuning, behind six others
+    assert read(out / "last" / "trainer.json")["progress"]["step"] == 4  # of fine-tuning, behind nine others
     shutil.copytree(out, tmp_path / "alone")
     assert run_in_three(["--resume", str(out)], log)[0] == [0, 0, 0]
     assert_same_run(out, whole)
