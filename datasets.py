@@ -22,7 +22,7 @@ from torch import Tensor
 from bert import CheckpointError
 from distributed import ALONE, ProcessGroup
 from eda import EdaConfig, EdaError, WordNet, augment_rows
-from messages import shown
+from messages import counted, shown
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
 from run_record import read_file
@@ -133,7 +133,7 @@ def _example(
     path: Path, line: int, cells: Sequence[str], num_columns: int, columns: dict[str, int], task: Task
 ) -> Example:
     if len(cells) != num_columns:
-        raise DataError(f"{path}:{line}: {len(cells)} columns, expected {num_columns} as in the header")
+        raise DataError(f"{path}:{line}: {counted(len(cells), 'column')}, expected {num_columns} as in the header")
     label = float("nan")
     if task.label_column in columns:
         cell = cells[columns[task.label_column]].strip()

@@ -145,7 +145,7 @@ class ProcessGroup:
         dist, parts = self._collectives, vector.view(self.size, -1)  # (processes, P / processes)
         with _reaching_others():
             if vector.device.type == "cuda":
-                self._pending = dist.reduce_scatter_single(parts[self.rank], vector, async_op=True).wait
+                self._pending = _single("reduce_scatter")(parts[self.rank], vector, async_op=True).wait
                 return
             if (key := (len(vector), vector.dtype)) not in self._buffers:
                 self._buffers[key] = torch.empty_like(parts)
@@ -178,7 +178,7 @@ class ProcessGroup:
         dist, parts = self._collectives, vector.view(self.size, -1)  # (processes, P / processes)
         with _reaching_others():
             if vector.device.type == "cuda":
-                dist.all_gather_single(vector, parts[self.rank])
+                _single("all_gather")(vector, parts[self.rank])
             else:  # gloo's own all_gather takes eight times as long
                 for sending in [dist.broadcast(part, rank, async_op=True) for rank, part in enumerate(parts)]:
                     sending.wait()
@@ -187,6 +187,15 @@ class ProcessGroup:
     def joint_norm(self, norm: Tensor) -> Tensor:
         """Euclidean norm, (), of what each process has a part of this norm of."""
         return norm if self.size == 1 else self.add(norm.square()).sqrt()
+
+
+def _single(name: str) -> Callable[..., Any]:
+    """A collective on one tensor by its name of torch 2.13, or by its older one."""
+    import torch.distributed as dist
+
+    older = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}
+    found: Callable[..., Any] = getattr(dist, f"{name}_single", None) or getattr(dist, older[name])
+    return found
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from datasets import Batch, BetweenBatches, OutputError, Rows, RowStream, Tokeni
 from distributed import ALONE, ProcessGroup
 from evaluation import Precision, evaluate, mean_score
 from flat_parameters import FlatParameters, WeightAverage, clip_factor, gradient_norm
-from messages import shown
+from messages import counted, shown
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
@@ -443,7 +443,7 @@ class Trainer:
             how = "without CUDA graphs"
             if not self._replays:
                 progress.micro_batch = -(-progress.micro_batch // 2)
-                how = f"with at most {progress.micro_batch} rows a forward pass, and the same rows a step"
+                how = f"with at most {counted(progress.micro_batch, 'row')} a forward pass, and the same rows a step"
             progress.replays = False
             self._launch_only()
             if torch.cuda.is_available():

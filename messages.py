@@ -22,6 +22,11 @@ def shown(value: object) -> str:
     return printable(text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}...")
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of what the noun names."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
+
+
 def command(*words: object) -> str:
     """A command line for bash, whatever is in its words."""
     return " ".join(map(_quoted, map(str, words)))

@@ -57,7 +57,7 @@ from evaluation import (
     write_predictions,
 )
 from heads import PooledHead
-from messages import machine_failure, shown
+from messages import counted, machine_failure, shown
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
@@ -112,9 +112,14 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number, self._first = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT or time.monotonic() - self._first > 1:
+        elif self._is_another(number):
             os.write(2, b"stopped at once\n")  # an exception could come up anywhere, such as in C code
             os._exit(128 + number)
+
+    def _is_another(self, number: int) -> bool:
+        """Whether a signal behind the first is meant as one more. (Of a Ctrl-C torchrun sends a second one itself.)"""
+        lasted = time.monotonic() - self._first
+        return lasted > 1 or (number == signal.SIGINT and self.processes.size == 1)
 
 
 # ---------------------------------------------------------------------------------------------- flags to objects
@@ -387,9 +392,10 @@ class Run:
 
     @property
     def records_passes(self) -> bool:
-        """Whether passes on a GPU may be CUDA graphs. (Of heads that read hidden states nobody has tried it.)"""
+        """Whether passes on a GPU may be CUDA graphs. (Of heads that read hidden states, and of
+        several processes, nobody has tried it.)"""
         is_simple = self.model.encoder.can_be_recorded and all(map(self.model.has_features, self.config.tasks))
-        return self.config.cuda_graphs and is_simple
+        return self.config.cuda_graphs and is_simple and self.processes.size == 1
 
     def make_mlm_trainer(self, stage: Stage) -> Trainer:
         folder, device = self.tokenizer_folder, self.precision.device
@@ -651,7 +657,8 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
         data.notes.append(f"{resumed.last}: there is no checkpoint yet, the run begins once more")
     if resumed is not None and (number := begun.get("processes", 1)) != processes.size:
         data.notes.append(
-            f"begun with {number} processes, going on with {processes.size}: the same rows, but sums in another order"
+            f"begun with {counted(number, 'process')}, going on with {processes.size}: the same rows, but sums in "
+            "another order"
         )
     record["stages"] = [asdict(stage) for stage in plan_stages(config, data)]
     path = Path(config.out)
@@ -672,7 +679,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     config, encoder, counts = run.config, run.model.encoder.config, parameter_counts(run.model)
     is_cpu = config.device == "cpu"
     precision = "float32" if config.amp == "off" else config.amp
-    threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if is_cpu else ""
     threads = f", {run.processes.size} processes{threads}" if run.processes.size > 1 else threads
     speed = speed_report(config.device)
     is_slow = is_cpu and config.amp == "off" and speed != "compiled"
@@ -699,7 +706,8 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         note = ", encoder frozen" if stage.is_frozen else ""
         note = ", its head is dropped afterwards" if stage.name == MLM else note
         lines.append(
-            f"{stage.name:<11} {stage.epochs} epochs of {stage.steps_per_epoch} steps of {stage.rows_per_step} rows"
+            f"{stage.name:<11} {counted(stage.epochs, 'epoch')} of {counted(stage.steps_per_epoch, 'step')} of "
+            f"{counted(stage.rows_per_step, 'row')}"
             f"{passes}{draws}, learning rate {stage.lr:g}{note}"
         )
     if run.stages:
