@@ -237,7 +237,8 @@ def test_a_wrong_settings_file_is_one_line(text: str, expected: str, tmp_path: P
 
 def test_a_wrong_flag_on_the_command_line_is_not_the_files(tmp_path: Path) -> None:
     line = written(tmp_path / "run.toml", "epochs = -1")
-    assert problems(f"{line} --epochs -2 --lr -1") == ["--epochs -2: expected 1 or more", "--lr -1.0: expected 0 or more"]
+    expected = ["--epochs -2: expected 1 or more", "--lr -1.0: expected 0 or more"]
+    assert problems(f"{line} --epochs -2 --lr -1") == expected
 
 
 def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path) -> None:
