@@ -374,7 +374,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    shown = "print what makes a shell complete the flags of multitask-bert: bash, zsh, fish or tcsh"
+    shown = "print what makes a shell complete the flags of multitask-bert, such as bash or zsh"
     parser.add_argument("--print_completion", metavar="SHELL", action=_Completion, help=shown)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(GROUPS.values())}
     title = ""
