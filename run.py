@@ -550,7 +550,7 @@ class Run:
         self.tracking.finish(results["dev"])
         self.metrics.close()
         num_rows_of = {task: len(rows) for task, rows in self.data.dev.items()}
-        gap = "\n" if self.stages else ""  # below the lines of training
+        gap = "\n" if self.stages or self.soup else ""  # below the lines of the work
         self.console.say(gap + format_table(dev, num_rows_of, guess_scores(dev, confusion)) + "\n")
         for line in remarks(dev, confusion, self.metrics.records()):
             self.console.say(line)

@@ -74,7 +74,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors.torch import save_file
 
     try:
+        path.touch()  # with the mode of new files here, where safetensors makes one for its owner alone
+        mode = path.stat().st_mode
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
 

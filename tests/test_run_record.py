@@ -265,6 +265,16 @@ def test_the_trainer_s_state_comes_back_bit_identical(tmp_path: Path) -> None:
     assert contents(run.last).keys() == {"trainer.safetensors", "trainer.json"}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_tensors_can_be_read_by_whom_other_files_can(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_state(tmp_path, {"moment": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", "config.json.tmp"]])
 def test_a_run_killed_before_it_had_settings_begins_once_more(left: list[str], tmp_path: Path) -> None:
     for name in left:
