@@ -8,6 +8,7 @@ Shape letters: P numbers of a vector, R rows.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -49,6 +50,11 @@ class ProcessGroup:
             backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         return cls(rank, size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), store)
+
+    def leave(self) -> None:
+        """Ends the group, in all processes at the same place: from here on they have nothing to compute together."""
+        if self.size > 1:
+            self._collectives.destroy_process_group()
 
     @cached_property
     def _collectives(self) -> Any:
@@ -96,8 +102,8 @@ class ProcessGroup:
             return True
         try:
             return int(self._store.add("told", 1)) == 1
-        except RuntimeError:  # it went with its process
-            return True
+        except RuntimeError:  # it went with its process; then one on each machine tells
+            return self.local_rank == self.local_size - 1
 
     # --------------------------------------------------------------------------------------------------- rows
 
@@ -205,8 +211,9 @@ def _reaching_others() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
-        raise LostProcess("another process of this run has ended or cannot be reached") from None
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip().split("\n")[-1])  # without its place in torch's source
+        raise LostProcess(f"another process of this run has ended or cannot be reached ({reason})") from None
 
 
 ALONE = ProcessGroup()

@@ -39,10 +39,12 @@ def _quoted(word: str) -> str:
     return "$'" + "".join(c if c.isalnum() else code for c, code in zip(word, hexes, strict=True)) + "'"
 
 
-def resume_command(path: object, num_processes: int = 1) -> str:
-    """The command that goes on with a run, with so many processes on a machine."""
-    torchrun = ("torchrun", f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
-    return command(*(COMMAND if num_processes == 1 else (*torchrun, COMMAND[-1])), f"--resume={path}")
+def resume_command(path: object, num_processes: int = 1, num_machines: int = 1) -> str:
+    """The command that goes on with a run, with so many processes on each of so many machines."""
+    machines = (f"--nnodes={num_machines}",) if num_machines > 1 else ()
+    how = (*machines, f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
+    is_one = num_processes == num_machines == 1
+    return command(*(COMMAND if is_one else ("torchrun", *how, COMMAND[-1])), f"--resume={path}")
 
 
 def machine_failure(error: BaseException) -> str:

@@ -59,7 +59,7 @@ def execute(config: Config, console: Console, processes: ProcessGroup) -> int:
         if config.threads:
             torch.set_num_threads(config.threads)
         return export(config, console)
-    stop = StopSignals(processes)
+    stop, how = StopSignals(processes), (processes.local_size, processes.size // processes.local_size)
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
@@ -71,11 +71,12 @@ def execute(config: Config, console: Console, processes: ProcessGroup) -> int:
         return 0
     except Stopped:
         assert run is not None
-        console.say(f"stopped; to go on: {resume_command(run.directory.path, processes.local_size)}")
+        console.say(f"stopped; to go on: {resume_command(run.directory.path, *how)}")
+        processes.leave()
         return stop.status
     except Exception as error:
         if run is not None and machine_failure(error):
-            error.add_note(f"; to go on: {resume_command(run.directory.path, processes.local_size)}")
+            error.add_note(f"; to go on: {resume_command(run.directory.path, *how)}")
         raise
     finally:
         stop.restore()

@@ -1,6 +1,7 @@
 """One run: its stages, what is shown of them and what is saved."""
 
 import itertools
+import json
 import os
 import platform
 import resource
@@ -522,6 +523,7 @@ class Run:
         with self.console.bar("predictions", num_rows, unit="row"):
             how = size, self.precision, self.between, self.processes
             logits, test_logits = (predict_all(self.model, of, *how) for of in (self.data.dev, self.data.test))
+        self.processes.leave()
         if not self.processes.is_first:
             return
         dev = metrics_of(logits, self.data.dev, lambda line: None)  # what there is to say stands below the table
@@ -647,6 +649,7 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
         raise FlagError(str(error)) from None
     record = {**config.to_dict(), **environment(config.device), "processes": processes.size}
     record |= {"data_files": data.files, "layout": layout.to_dict()}
+    check_same({**config.to_dict(), "data_files": data.files}, processes)
     if resumed is not None and begun["data_files"] != data.files:
         names = {**data.files, **begun["data_files"]}
         changed = [name for name in names if begun["data_files"].get(name) != data.files.get(name)]
@@ -667,6 +670,15 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
     run.first_stage()
     run.start_lines = start_block(run, loaded.new_parts)
     return run
+
+
+def check_same(settings: dict[str, Any], processes: ProcessGroup) -> None:
+    """Raises RunError if this process has other settings than the first, such as those of a machine with other data."""
+    of_first = json.loads(processes.of_first(json.dumps(settings)))
+    if names := [name for name in settings if name != "threads" and settings[name] != of_first.get(name)]:
+        found = f"process {processes.rank} has other {shown(', '.join(names))} than process 0"
+        raise RunError(f"{found}, expected the same flags and data files on all machines")
+    processes.greatest(0)  # nothing is written before all have come as far
 
 
 def run_of(path: Path) -> Path:

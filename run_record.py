@@ -37,7 +37,8 @@ GAP = (None, NUMBER)  # null stands for NaN
 
 
 RECORD_KEYS = frozenset(  # of config.json beside the flags
-    {"versions", "machine", "processor", "gpu", "commit", "compiled", "data_files", "layout", "stages", CHECKSUM}
+    {"versions", "machine", "processor", "gpu", "commit", "compiled", "processes"}
+    | {"data_files", "layout", "stages", CHECKSUM}
 )
 
 

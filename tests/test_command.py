@@ -25,7 +25,7 @@ import engine
 import multitask_classifier
 import run as running
 import token_cache
-from config import TABLES, Config
+from config import TABLES, Config, parse
 from heads import MlpHead
 from helpers import ROOT, Capture, Patch, cases, run_python, write_data
 from parameters import flags_of, parameters_type
@@ -385,6 +385,13 @@ def test_what_is_odd_about_the_data_is_told(runs: Runs, out: Path, tmp_path: Pat
     shown = " ".join(shown.split())  # a long line of the start is broken
     assert "warning: 3 of 11 dev rows of sts stand in its training file too" in shown
     assert shown.count("training file too") == 1
+
+
+def test_another_run_takes_all_settings_of_a_run(runs: Runs) -> None:
+    path = runs.whole() / "config.json"
+    found = parse(["--config", str(path), "--seed", "7"]).to_dict()
+    expected = {**read(path), "seed": 7, "config": str(path), "out": ""}
+    assert found == {name: expected[name] for name in found}
 
 
 def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -24,7 +24,7 @@ from helpers import ROOT, write_checkpoint, write_data
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
 FLAGS = "--pcgrad --bregman --average ema --epochs 12 --pretrain_epochs 2 --steps_per_epoch 12 --batch_size 4"
 FLAGS += " --eval_batch_size 1 --device cpu --cache off --no-tensorboard --threads 1 --save_every 6"
-LINE = "error: another process of this run has ended or cannot be reached; to go on: "
+LINE = "error: another process of this run has ended or cannot be reached ("
 
 
 def last_record(run: Path) -> dict[str, object]:
