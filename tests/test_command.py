@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import os
 import pkgutil
 import re
@@ -11,7 +10,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import run as running
 import token_cache
 from config import TABLES, Config
 from heads import MlpHead
-from helpers import ROOT, Capture, Patch, cases, run_python, write_data
+from helpers import Capture, Patch, cases, forked, run_forked, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
 from run_record import CHECKSUMS, settings_checksum, write_checksums
@@ -84,8 +82,7 @@ class Runs:
     def signalled(self, arguments: Sequence[str], point: str, number: int, what: int) -> tuple[int, str]:
         """Runs the command in a process until it signals itself; returns exit status and output."""
         log = self.factory.mktemp("signalled") / "log"
-        process = server().Process(target=main_with_signal, args=(list(arguments), point, number, what, str(log)))
-        process.start()
+        process = forked(log, main_with_signal, list(arguments), point, number, what)
         process.join(300)
         assert process.exitcode is not None, "the process hangs"
         return process.exitcode, log.read_text()
@@ -247,7 +244,7 @@ except SystemExit:
     pass
 print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
 """
-    assert run_python("-c", script).splitlines()[-1] == "False"
+    assert run_forked(script).splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(
@@ -485,12 +482,8 @@ POINTS = {
 }
 
 
-def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int, log: str) -> None:
+def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int) -> int:
     """Runs in a process of its own: the command, which signals itself before call `number` of a point, from 1."""
-    torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     owner, _, name = POINTS[point].replace(":", ".", 1).rpartition(".")
     place = pkgutil.resolve_name(owner)
     original = getattr(place, name)
@@ -505,18 +498,7 @@ def main_with_signal(arguments: Sequence[str], point: str, number: int, what: in
         return original(*args, **kwargs)
 
     setattr(place, name, counted)
-    sys.exit(multitask_classifier.main(arguments))
-
-
-@functools.cache
-def server() -> multiprocessing.context.ForkServerContext:
-    """Processes forked from a server that has imported everything: fresh, and cheap."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_command", "sklearn.metrics", "scipy.stats"])
-    with pytest.MonkeyPatch.context() as patch:  # the server does not hear of sys.path otherwise
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        forkserver.ensure_running()
-    return context
+    return multitask_classifier.main(arguments)
 
 
 METHODS = {
