@@ -422,7 +422,8 @@ def _with_underscores(argument: str) -> str:
 def parse(arguments: Sequence[str]) -> Config:
     """The settings of a command line. Raises FlagError with all problems, one a line."""
     given, of_run = _given(arguments), dict[str, Any]()
-    if path := given.get("config"):
+    on_line, path = set(given), given.get("config", "")
+    if path:
         values = read_settings(Path(path))
         is_of_run = "layout" in values
         try:
@@ -436,7 +437,8 @@ def parse(arguments: Sequence[str]) -> Config:
         default["data"] = ""  # the run's
     config = from_dict(_over({**default, **of_run}, given))
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
-        raise FlagError(*dict.fromkeys(problems))
+        of_file = {p: path and p.split()[0].strip("-:") not in on_line for p in problems}
+        raise FlagError(*(f"--config {path}: {p}" if is_there else p for p, is_there in of_file.items()))
     return config
 
 

@@ -15,13 +15,14 @@ class Console:
     """Lines, and a bar for what is running, one below the other where a part of it has its own; the first then
     waits. Without a terminal there are lines only."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_bars: bool = True) -> None:
+        self.has_bars = has_bars
         self._bars: list[tqdm] = []
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0, unit: str = "step") -> Iterator[None]:
         """A bar for what is done within it."""
-        shown_on_a_terminal: Any = {"disable": None, "dynamic_ncols": True, "leave": False}
+        shown_on_a_terminal: Any = {"disable": None if self.has_bars else True, "dynamic_ncols": True, "leave": False}
         with tqdm(total=total, initial=done, desc=title, unit=unit, **shown_on_a_terminal) as bar:
             self._bars.append(bar)
             started = time.time()

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bert import CheckpointError
+from distributed import ALONE, ProcessGroup
 from eda import EdaConfig, EdaError, WordNet, augment_rows
-from messages import shown
+from messages import counted, shown
 from ops import PackedTokens, TokenStore, to_device
 from parameters import parameter
 from run_record import read_file
@@ -132,7 +133,7 @@ def _example(
     path: Path, line: int, cells: Sequence[str], num_columns: int, columns: dict[str, int], task: Task
 ) -> Example:
     if len(cells) != num_columns:
-        raise DataError(f"{path}:{line}: {len(cells)} columns, expected {num_columns} as in the header")
+        raise DataError(f"{path}:{line}: {counted(len(cells), 'column')}, expected {num_columns} as in the header")
     label = float("nan")
     if task.label_column in columns:
         cell = cells[columns[task.label_column]].strip()
@@ -516,26 +517,39 @@ def no_stop() -> None:
 
 @torch.no_grad()
 def by_batches(
-    compute: Callable[[np.ndarray], Tensor], rows: Rows, batch_size: int, between: BetweenBatches = no_stop
+    compute: Callable[[np.ndarray], Tensor],
+    rows: Rows,
+    batch_size: int,
+    between: BetweenBatches = no_stop,
+    processes: ProcessGroup = ALONE,
 ) -> Tensor:
     """(R, ...) float32 results in the order of the rows, computed on batches of rows of similar length.
 
-    compute: from row numbers (B,) to results (B, ...). Out of memory, it goes on with batches of half the rows.
+    compute: from row numbers (B,) to results (B, ...). Out of memory, it goes on with batches of half the rows. Each
+    process computes a part of them, and calls `between` as often as the others.
     Raises OutputError if a result is not finite.
     """
+    most = batch_size
+
+    def in_batches(order: np.ndarray) -> Tensor:
+        nonlocal most
+        parts = []
+        for first in range(0, len(order), batch_size):
+            between()
+            batch = order[first : first + batch_size]
+            while len(batch):
+                try:
+                    parts.append(compute(batch[:most]).float())
+                    batch = batch[most:]
+                except torch.OutOfMemoryError:
+                    if most == 1:
+                        text = "the device is out of memory with one row a forward pass (--eval_batch_size)"
+                        raise DataError(text) from None
+                    most = -(-most // 2)
+        return torch.cat(parts)
+
     order = rows.by_length()
-    parts, start = [], 0
-    while start < len(order):
-        between()
-        batch = order[start : start + batch_size]
-        try:
-            parts.append(compute(batch).float())
-            start += len(batch)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise DataError("the device is out of memory with one row a forward pass (--eval_batch_size)") from None
-            batch_size = -(-batch_size // 2)
-    result = torch.cat(parts)
+    result = processes.compute_rows(in_batches, order)
     if num_bad := int((~result.isfinite()).reshape(len(result), -1).any(1).sum()):
         raise OutputError(f"the model's outputs are not finite for {num_bad} of {len(result)} rows")
     inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(result.device)

@@ -5,6 +5,7 @@ _passes            which rows go through the model together: those of a task, or
                    (on a GPU also with one: `_bounds` then tells the tasks' rows apart, see ops/task_gradients.py)
 _forward_backward  forward, loss (+ regularizers), backward: each parameter's `grad` is its part of the task's row of
                    the shared gradients (FlatParameters.point_to), and what the backward pass finds is added to it
+                   (of several processes each takes a part of every task's rows, and the gradients are summed over them)
 _treat             Gram matrix -> treatment -> weighted sum, in the first row
 _move              clip once -> AdamW -> average of weights
 _record            what is logged, when the device has come that far
@@ -28,9 +29,10 @@ from torch import Tensor
 
 import ops
 from datasets import Batch, BetweenBatches, OutputError, Rows, RowStream, TokenizedRows, no_stop
+from distributed import ALONE, ProcessGroup
 from evaluation import Precision, evaluate, mean_score
 from flat_parameters import FlatParameters, WeightAverage, clip_factor, gradient_norm
-from messages import shown
+from messages import counted, shown
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
 from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
@@ -230,12 +232,16 @@ class Trainer:
         methods: Methods,
         precision: Precision,
         cuda_graphs: bool = False,
+        processes: ProcessGroup = ALONE,
+        divides_steps: bool = True,
     ) -> None:
         """trained: the parameters that move; they become views into this trainer's vectors. cuda_graphs: passes on a
-        GPU are recorded and replayed."""
+        GPU are recorded and replayed. processes: that divide the rows of an evaluation, and those of a step where that
+        is worth it; else each of them takes all of its rows."""
         self.stage, self.model, self.data, self.methods, self.precision = stage, model, data, methods, precision
+        self.evaluating, self.processes = processes, processes if divides_steps else ALONE
         self.is_treated = methods.treatment is not None and len(trained.shared) > 0
-        self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1)
+        self.shared = FlatParameters(trained.shared, len(stage.tasks) if self.is_treated else 1, self.processes)
         self.own = {task: FlatParameters(trained.own[task]) for task in stage.tasks}
         self.segments = [self.shared.columns(set(names)) for names in methods.segments or [list(trained.shared)]]
         self.average = WeightAverage(self._vectors(), methods.ema_decay) if methods.ema_decay else None
@@ -324,7 +330,7 @@ class Trainer:
         with self.averaged():
             try:
                 size, warn = stage.eval_batch_size, notes.append
-                metrics = evaluate(self.model, self.data.dev, size, self.precision, warn, between)
+                metrics = evaluate(self.model, self.data.dev, size, self.precision, warn, between, self.evaluating)
             except OutputError as error:
                 raise TrainingError(f"{stage.name} epoch {epoch}: {error}") from None
         seconds = time.perf_counter() - started
@@ -437,7 +443,7 @@ class Trainer:
             how = "without CUDA graphs"
             if not self._replays:
                 progress.micro_batch = -(-progress.micro_batch // 2)
-                how = f"with at most {progress.micro_batch} rows a forward pass, and the same rows a step"
+                how = f"with at most {counted(progress.micro_batch, 'row')} a forward pass, and the same rows a step"
             progress.replays = False
             self._launch_only()
             if torch.cuda.is_available():
@@ -451,33 +457,63 @@ class Trainer:
 
     def _backward(self, passes: Sequence[Pass], tasks: list[str], lr: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each task's gradient, of its mean loss times its weight; returns those losses (T,). A step of a single pass
-        and without a treatment is taken whole: then the second is what `_move` returns."""
-        if len(passes) == 1 and not self.is_treated and not self.methods.regularizers:
+        and without a treatment is taken whole: then the second is what `_move` returns. Raises OutOfMemoryError in all
+        processes if one has no memory."""
+        is_simple = len(passes) == 1 and not self.is_treated and not self.methods.regularizers
+        if is_simple and self.processes.size == 1:
             numbers = self._take_whole(*self._prepared(passes[0]), lr)  # (T + 3,)
             return numbers[: len(tasks)], numbers
         self._forget_gradients()
         losses = torch.zeros(len(tasks), device=self.precision.device)  # (T,)
-        for part in passes:
-            places = slice(tasks.index(part.tasks[0]), tasks.index(part.tasks[-1]) + 1)
-            losses[places] += self._take_pass(*self._prepared(part))
-        return losses, None
+        fits = True
+        for group in self._groups(tasks):
+            places = slice(tasks.index(group[0]), tasks.index(group[-1]) + 1)
+            fits = fits and self._take([part for part in passes if part.tasks == group], losses[places])
+            for task in group:
+                self._begin_sums(task, is_last=task == tasks[-1])
+        self.processes.finish_sums()
+        if self.processes.greatest(int(not fits)):
+            raise torch.OutOfMemoryError
+        return self.processes.add(losses), None
+
+    def _take(self, passes: Sequence[Pass], losses: Tensor) -> bool:
+        """Adds the losses of these passes to (T,); returns whether there was memory for them."""
+        try:
+            for part in passes:
+                losses += self._take_pass(*self._prepared(part))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _begin_sums(self, task: str, is_last: bool) -> None:
+        """Sums over processes what a task's passes have found: of its own parameters, which are few, at once, of the
+        shared ones while the next task's passes are taken."""
+        self.processes.add(self.own[task].gradients)
+        if self.is_treated or is_last:
+            self.processes.begin_sum(self.shared.gradients[self._gradient_row(task)])
 
     def _forget_gradients(self) -> None:
         for vector in self._vectors().values():
             vector.gradients.zero_()
 
+    def _groups(self, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+        """Which tasks' rows go through the model together."""
+        return [tuple(tasks)] if self._joined else [(task,) for task in tasks]
+
     def _passes(self, rows: Mapping[str, np.ndarray], weights: Mapping[str, float], step: int) -> Iterator[Pass]:
-        """The forward passes of a step: of all tasks' rows together or of each task's, so many rows at a time as go."""
-        tasks = tuple(rows)
-        starts = self._joined[1] if self._joined else dict.fromkeys(tasks, 0)
-        for group in [tasks] if self._joined else [(task,) for task in tasks]:
+        """This process's forward passes of a step: of all tasks' rows together or of each task's, so many rows at a
+        time as go."""
+        starts, num_before = self._joined[1] if self._joined else dict.fromkeys(rows, 0), 0
+        for group in self._groups(list(rows)):
             numbers = np.concatenate([rows[task] + starts[task] for task in group])  # (B,)
             of_task = np.repeat(range(len(group)), [len(rows[task]) for task in group])  # (B,)
             factors = np.array([[weights[task] / len(rows[task])] for task in group])  # (T, 1)
             factors = np.where(of_task == np.arange(len(group))[:, None], factors, 0)  # (T, B)
-            for first in range(0, len(numbers), self.progress.micro_batch):
-                part = slice(first, first + self.progress.micro_batch)
-                seed = self._seed("dropout", step, "+".join(group), first)
+            places = self.processes.share(np.arange(len(numbers)), num_before)
+            num_before += len(numbers)
+            for first in range(0, len(places), self.progress.micro_batch):
+                part = places[first : first + self.progress.micro_batch]
+                seed = self._seed("dropout", step, "+".join(group), int(part[0]))
                 yield Pass(group, numbers[part], factors[:, part], seed)
 
     def _rows_of(self, tasks: Sequence[str]) -> Rows:
@@ -512,7 +548,7 @@ class Trainer:
         none = torch.zeros_like(counts[tasks[0]])
         num_rows = torch.stack([counts.get(task, none) for task in self.stage.tasks])  # of all tasks, (tasks,)
         tokens = batch.tokens
-        return TaskBounds.of(num_rows, tokens.packing.ends, len(tokens.input_ids), len(self.shared))
+        return TaskBounds.of(num_rows, tokens.packing.ends, len(tokens.input_ids), self.shared.gradients.shape[1])
 
     def _forward_backward(self, tasks: Sequence[str], batch: Batch, weights: Tensor) -> Tensor:
         """Each task's weighted loss (T,), after its backward pass. weights: (T, B)."""
@@ -557,9 +593,9 @@ class Trainer:
         coefficients = self.methods.treatment.coefficients(
             gramians, places, generator, losses / draw_weights, 1 + step // self.stage.steps_per_epoch
         )  # (S, T, T)
-        combined = torch.zeros(len(gramians), len(self.shared.gradients), dtype=torch.float64)  # (S, tasks)
+        combined = torch.zeros(len(gramians), len(self.shared.sums), dtype=torch.float64)  # (S, tasks)
         combined[:, places] = coefficients.sum(1) * factors  # (S, T); nothing of a task that is not in the step
-        combine(self.shared.gradients, combined, self.segments)  # (tasks, P) -> the first (P,)
+        combine(self.shared.sums, combined, self.segments)  # (tasks, P) -> the first (P,)
         between = cosines(gramians.sum(0))  # (T, T)
         kept = (coefficients * gramians).sum(2).sum(0)  # (T,): each segment's Gram matrix under its own coefficients
         removed = removed_shares(gramians.sum(0).diagonal(), kept)  # (T,)
@@ -575,7 +611,7 @@ class Trainer:
         norm = gradient_norm([of.gradients for of in self.own.values()])
         others = torch.cat([losses.double(), torch.stack([norm, self.scaler.scale.double()])])  # (T + 2,)
         for dtype in (self.shared.values.dtype, torch.float64):
-            found = gramians_of(self.shared.gradients, self.segments, dtype)  # (S, tasks, tasks)
+            found = self.processes.add(gramians_of(self.shared.sums, self.segments, dtype))  # (S, tasks, tasks)
             numbers = Reading(torch.cat([found.flatten(), others])).wait()
             gramians = numbers[: found.numel()].view(found.shape)[:, places][:, :, places]  # (S, T, T)
             if ops.is_exact(gramians):
@@ -592,13 +628,15 @@ class Trainer:
         """
         stage, scale = self.stage, self.scaler.scale
         vectors = [vector for vector in (self.shared, *(self.own[task] for task in tasks)) if len(vector)]
-        norm = gradient_norm([vector.gradients[0] for vector in vectors]) / scale  # ()
+        norms = [vector.processes.joint_norm(gradient_norm([vector.sums[0]])) for vector in vectors]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / scale  # ()
         is_bad = torch.full_like(self._halted, True) if is_overflow else ~norm.isfinite()
         self._halted |= ~losses.isfinite().all() if self.scaler.is_enabled else is_bad | ~losses.isfinite().all()
         is_skipped = (self._halted | is_bad).to(torch.float32)
         factor = clip_factor(norm, stage.max_grad_norm) / scale
-        moved = [vector.moved_by(vector.gradients[0]) for vector in vectors]
+        moved = [vector.moved_by(vector.sums[0]) for vector in vectors]
         adamw_step(moved, lr, stage.weight_decay, factor, is_skipped)
+        self.shared.spread()
         if self.average:
             self.average.after_step(is_skipped)
         numbers = torch.cat([losses.double(), torch.stack([norm, is_skipped.double(), scale.double()])])  # (T + 3,)
@@ -618,17 +656,18 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint besides the model's: moments, averages, best parameters."""
-        groups = {f"optimizer.{name}": vector.state() for name, vector in self._vectors().items()}
-        groups["scaler"] = {"scale": self.scaler.scale, "steps": self.scaler.steps}
         return {
-            **{f"{group}.{name}": value for group, state in groups.items() for name, value in state.items()},
-            **self._averages(),
-            **{f"best.{name}": value for name, value in self.best.items()},
+            **{f"optimizer.{n}.{k}": value for n, of in self._vectors().items() for k, value in of.state().items()},
+            **self._in_place(),
         }
 
-    def _averages(self) -> dict[str, Tensor]:
-        """What the methods change in place from step to step."""
-        states = {f"regularizer.{i}": regularizer.state for i, regularizer in enumerate(self.methods.regularizers)}
+    def _in_place(self) -> dict[str, Tensor]:
+        """All of them but the moments: what every process holds whole, and changes in place from step to step."""
+        states: dict[str, Mapping[str, Tensor]] = {
+            "scaler": {"scale": self.scaler.scale, "steps": self.scaler.steps},
+            **{f"regularizer.{i}": regularizer.state for i, regularizer in enumerate(self.methods.regularizers)},
+            "best": self.best,
+        }
         if self.methods.treatment is not None:
             states["treatment"] = self.methods.treatment.state
         if self.average:
@@ -649,7 +688,9 @@ class Trainer:
                 raise ValueError(f"the tensor {shown(name)} is missing, of another shape or type, or not known")
         if not self.progress.replays:
             self._launch_only()
-        for name, value in mine.items():
+        for name, vector in self._vectors().items():
+            vector.load_state({key: tensors[f"optimizer.{name}.{key}"] for key in vars(vector.moments)})
+        for name, value in self._in_place().items():
             value.copy_(tensors[name])
 
 

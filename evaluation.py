@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from datasets import BetweenBatches, FeatureRows, Rows, TokenizedRows, by_batches, no_stop
+from distributed import ALONE, ProcessGroup
 from model import MultitaskBert, TaskModel
 from remarks import GUESS, GUESS_IN_WORDS
 from run_record import DevRows, write_atomically
@@ -45,7 +46,12 @@ class Precision:
 
 
 def _of_all_rows(
-    forward: Callable[[Any], Tensor], rows: Rows, batch_size: int, precision: Precision, between: BetweenBatches
+    forward: Callable[[Any], Tensor],
+    rows: Rows,
+    batch_size: int,
+    precision: Precision,
+    between: BetweenBatches,
+    processes: ProcessGroup,
 ) -> Tensor:
     """What a forward pass of batches gives for each row of a data set, in its order."""
 
@@ -53,14 +59,20 @@ def _of_all_rows(
         with precision.autocast():
             return forward(rows.batch(index))
 
-    return by_batches(compute, rows, batch_size, between)
+    return by_batches(compute, rows, batch_size, between, processes)
 
 
 def predict_logits(
-    model: TaskModel, task: str, rows: Rows, batch_size: int, precision: Precision, between: BetweenBatches = no_stop
+    model: TaskModel,
+    task: str,
+    rows: Rows,
+    batch_size: int,
+    precision: Precision,
+    between: BetweenBatches = no_stop,
+    processes: ProcessGroup = ALONE,
 ) -> Tensor:
     """(R, K) logits of all rows of a data set, in its order, on the CPU."""
-    return _of_all_rows(partial(model, task), rows, batch_size, precision, between).cpu()
+    return _of_all_rows(partial(model, task), rows, batch_size, precision, between, processes).cpu()
 
 
 def compute_features(
@@ -70,16 +82,24 @@ def compute_features(
     batch_size: int,
     precision: Precision,
     between: BetweenBatches = no_stop,
+    processes: ProcessGroup = ALONE,
 ) -> FeatureRows:
     """The pooled features of all rows, from the encoder as it is and without dropout: a frozen encoder's, for good."""
-    return FeatureRows(_of_all_rows(partial(model.pooled, task), rows, batch_size, precision, between), rows.labels)
+    pooled = partial(model.pooled, task)
+    return FeatureRows(_of_all_rows(pooled, rows, batch_size, precision, between, processes), rows.labels)
 
 
 def predict_all(
-    model: TaskModel, data: Mapping[str, Rows], batch_size: int, precision: Precision, between: BetweenBatches = no_stop
+    model: TaskModel,
+    data: Mapping[str, Rows],
+    batch_size: int,
+    precision: Precision,
+    between: BetweenBatches = no_stop,
+    processes: ProcessGroup = ALONE,
 ) -> dict[str, Tensor]:
     """Of each task the logits (R, K) of its rows, as `predict_logits` gives them."""
-    return {task: predict_logits(model, task, rows, batch_size, precision, between) for task, rows in data.items()}
+    how = batch_size, precision, between, processes
+    return {task: predict_logits(model, task, rows, *how) for task, rows in data.items()}
 
 
 def metrics_of(logits: Mapping[str, Tensor], dev_rows: Mapping[str, Rows], warn: Warn) -> dict[str, dict[str, float]]:
@@ -100,9 +120,10 @@ def evaluate(
     precision: Precision,
     warn: Warn,
     between: BetweenBatches = no_stop,
+    processes: ProcessGroup = ALONE,
 ) -> dict[str, dict[str, float]]:
     """Metrics of each task on its dev rows."""
-    return metrics_of(predict_all(model, dev_rows, batch_size, precision, between), dev_rows, warn)
+    return metrics_of(predict_all(model, dev_rows, batch_size, precision, between, processes), dev_rows, warn)
 
 
 def mean_score(metrics: Mapping[str, Mapping[str, float]]) -> float:

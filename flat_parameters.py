@@ -2,7 +2,7 @@
 
 Every parameter becomes a view into one vector, and its `grad` a view into another, so that autograd accumulates
 straight into it and the optimizer is one pass over memory. For gradient treatments there is a gradient vector for each
-task.
+task. Of several processes each moves a part of the vectors.
 
 Shape letters: P parameters, T tasks.
 """
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distributed import ALONE, ProcessGroup
 from ops import Moments, Vector
 
 PIECE = 2**14
@@ -21,23 +22,32 @@ PIECE = 2**14
 class FlatParameters:
     """Some parameters in one vector: first the matrices, which weight decay applies to, then biases and LayerNorms.
 
-    values: (P,). gradients: (num_gradients, P), in which `point_to` chooses what backward passes accumulate into.
+    values: (P,). gradients: (num_gradients, P), in which `point_to` chooses what backward passes accumulate into, and
+    behind them zeros until they can be divided. part: which of the numbers this process moves; its moments are of these
+    alone. sums: (num_gradients, part) of the gradients, behind `processes.finish_sums` of all processes.
     """
 
     @torch.no_grad()
-    def __init__(self, parameters: Mapping[str, nn.Parameter], num_gradients: int = 1) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], num_gradients: int = 1, processes: ProcessGroup = ALONE
+    ) -> None:
         matrices = [name for name, parameter in parameters.items() if parameter.dim() > 1]
         self.names = [*matrices, *(name for name in parameters if name not in set(matrices))]
         self._parameters = [parameters[name] for name in self.names]
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self.num_decayed = sum(self._sizes[: len(matrices)])
         flat = [parameter.detach().flatten() for parameter in self._parameters]
-        self.values = torch.cat(flat) if flat else torch.empty(0)
-        self.gradients = self.values.new_zeros(num_gradients, len(self.values))
-        self.moments = Moments.zeros_like(self.values)
+        of_all = torch.cat(flat) if flat else torch.empty(0)
+        self.processes, size = processes, processes.padded(len(of_all))
+        self._padded = torch.cat([of_all, of_all.new_zeros(size - len(of_all))]) if size > len(of_all) else of_all
+        self.values = self._padded[: len(of_all)]
+        self.gradients = of_all.new_zeros(num_gradients, size)
+        self.part = processes.part(size)
+        self.sums = self.gradients[:, self.part]
+        self.moments = Moments.zeros_like(self._padded[self.part])
         for parameter, value in zip(self._parameters, self._views(self.values), strict=True):
             parameter.data = value
-        self._gradient_views = [self._views(gradient) for gradient in self.gradients]
+        self._gradient_views = [self._views(gradient[: len(self)]) for gradient in self.gradients]
         self.point_to(0)
 
     def __len__(self) -> int:
@@ -54,7 +64,7 @@ class FlatParameters:
             parameter.grad = view
 
     def columns(self, names: Collection[str]) -> list[slice]:
-        """Where the parameters of these names stand in the vectors: as few ranges as there are."""
+        """Where the parameters of these names stand in `sums`: as few ranges as there are."""
         ranges: list[list[int]] = []
         first = 0
         for name, size in zip(self.names, self._sizes, strict=True):
@@ -63,15 +73,39 @@ class FlatParameters:
             elif name in names:
                 ranges.append([first, first + size])
             first += size
-        return [slice(*bounds) for bounds in ranges]
+        bounds = [(self._place(first), self._place(end)) for first, end in ranges]
+        return [slice(first, end) for first, end in bounds if first < end]
+
+    def _place(self, column: int) -> int:
+        """Where in this process's part a column stands, or which end of it is nearer."""
+        first, end = int(self.part.start), int(self.part.stop)
+        return min(max(column, first), end) - first
 
     def moved_by(self, gradient: Tensor) -> Vector:
-        """What an AdamW step along gradient, (P,), moves."""
-        return Vector(self.values, gradient, self.moments, self.num_decayed)
+        """What an AdamW step along gradient, (part,), moves."""
+        return Vector(self._padded[self.part], gradient, self.moments, self._place(self.num_decayed))
+
+    def spread(self) -> None:
+        """Gives all processes the values that each has moved."""
+        self.processes.gather(self._padded)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, for a checkpoint; they themselves, not copies."""
-        return dict(vars(self.moments))
+        """The moments, for a checkpoint: of one process they themselves, not copies."""
+        return {name: self._whole(value) for name, value in vars(self.moments).items()}
+
+    def _whole(self, part: Tensor) -> Tensor:
+        if self.processes.size == 1 or part.dim() == 0:
+            return part
+        whole = part.new_empty(len(self._padded))
+        whole[self.part] = part
+        return self.processes.gather(whole)[: len(self)]
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up the moments of a checkpoint."""
+        self.moments.step.copy_(state["step"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            of_part = state[name][self.part]
+            getattr(self.moments, name)[: len(of_part)].copy_(of_part)
 
 
 class WeightAverage:

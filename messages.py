@@ -22,6 +22,11 @@ def shown(value: object) -> str:
     return printable(text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}...")
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of what the noun names."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
+
+
 def command(*words: object) -> str:
     """A command line for bash, whatever is in its words."""
     return " ".join(map(_quoted, map(str, words)))
@@ -34,9 +39,10 @@ def _quoted(word: str) -> str:
     return "$'" + "".join(c if c.isalnum() else code for c, code in zip(word, hexes, strict=True)) + "'"
 
 
-def resume_command(path: object) -> str:
-    """The command that goes on with a run."""
-    return command(*COMMAND, f"--resume={path}")
+def resume_command(path: object, num_processes: int = 1) -> str:
+    """The command that goes on with a run, with so many processes on a machine."""
+    torchrun = ("torchrun", f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
+    return command(*(COMMAND if num_processes == 1 else (*torchrun, COMMAND[-1])), f"--resume={path}")
 
 
 def machine_failure(error: BaseException) -> str:
@@ -57,9 +63,10 @@ def print_error(error: BaseException) -> None:
         print(f"error: {whole if len(whole) <= LINE_WIDTH else cut}", file=sys.stderr)
 
 
-def ensure_output() -> None:
-    """A closed standard output takes what it is given, and its number is no other file's."""
-    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+def ensure_output(is_shown: bool = True) -> None:
+    """A standard output that is closed or not to be shown takes what it is given, and its number is no other file's."""
+    if not (is_shown and sys.stdout):
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 def discard_output() -> None:

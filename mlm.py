@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bert import BertConfig, Encoder, Uninitialized, initialize
 from checkpoints import load_masked_head
 from datasets import Batch, TokenizedRows, Tokenizer
+from distributed import ALONE, ProcessGroup
 from engine import Methods, Stage, StageData, Trainer
 from evaluation import Precision
 from model import MultitaskBert, Trained
@@ -117,6 +118,7 @@ def masked_trainer(
     tokenizer: Tokenizer,
     train: Mapping[str, TokenizedRows],
     precision: Precision,
+    processes: ProcessGroup = ALONE,
 ) -> Trainer:
     """Trains the encoder and the head on the texts of all tasks' training rows."""
     rows = reduce(TokenizedRows.followed_by, (of.by_sequence() for of in train.values()))
@@ -126,4 +128,4 @@ def masked_trainer(
     setting = Setting(stage.tasks, (len(rows),), stage.epochs, 1, every_task=False)
     methods = Methods(RandomScheduler(NoParameters(), setting), losses=lambda task, losses, labels: losses)
     masked = MaskedLanguageModel(model.encoder, head, tokenizer)
-    return Trainer(stage, masked, trained, StageData({MLM: rows}, {}), methods, precision)
+    return Trainer(stage, masked, trained, StageData({MLM: rows}, {}), methods, precision, processes=processes)

@@ -19,6 +19,7 @@ from bert import CheckpointError
 from config import Config, FlagError, parse
 from console import Console
 from datasets import DataError, OutputError
+from distributed import ALONE, ProcessGroup
 from engine import TrainingError
 from evaluation import Precision
 from export import ExportError, export
@@ -48,31 +49,33 @@ def predict(config: Config) -> int:
     return predict_lines(make_predictor, config.task, config.input, config.output, config.names)
 
 
-def execute(config: Config, console: Console) -> int:
+def execute(config: Config, console: Console, processes: ProcessGroup) -> int:
     """Runs to the end or to a stop; returns the exit status."""
+    if config.option in ("predict", "export") and processes.size > 1:
+        raise FlagError(f"--option {config.option}: {processes.size} processes, expected one, without torchrun")
     if config.option == "predict":
         return predict(config)
     if config.option == "export":
         if config.threads:
             torch.set_num_threads(config.threads)
         return export(config, console)
-    stop = StopSignals()
+    stop = StopSignals(processes)
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     run: Run | None = None
     try:
-        run = prepare(config, console, stop)
+        run = prepare(config, console, stop, processes)
         run.train()
         run.finish()
         return 0
     except Stopped:
         assert run is not None
-        console.say(f"stopped; to go on: {resume_command(run.directory.path)}")
+        console.say(f"stopped; to go on: {resume_command(run.directory.path, processes.local_size)}")
         return stop.status
     except Exception as error:
         if run is not None and machine_failure(error):
-            error.add_note(f"; to go on: {resume_command(run.directory.path)}")
+            error.add_note(f"; to go on: {resume_command(run.directory.path, processes.local_size)}")
         raise
     finally:
         stop.restore()
@@ -83,18 +86,22 @@ def execute(config: Config, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 for a run that failed, 2 for bad input, 128 + signal when stopped."""
-    ensure_output()
-    console = Console()
+    processes = ALONE
     try:
-        return execute(parse(sys.argv[1:] if arguments is None else arguments), console)
+        processes = ProcessGroup.join()
+        ensure_output(processes.is_first)
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        return execute(config, Console(processes.is_first), processes)
     except KeyboardInterrupt:
-        print("stopped at once", file=sys.stderr)
+        if processes.is_first_to_tell():
+            print("stopped at once", file=sys.stderr)
         return 130
     except Exception as error:
         is_input = isinstance(error, USER_ERRORS)
         if not is_input and not machine_failure(error):
             raise
-        print_error(error)
+        if processes.is_first_to_tell():
+            print_error(error)
         return 2 if is_input and not isinstance(error, TrainingError) else 1
 
 

@@ -177,7 +177,8 @@ def gramians_of(gradients: Tensor, segments: Sequence[Sequence[slice]], dtype: t
 
     dtype: in which products are summed, see ops.gramian.
     """
-    parts_of = [[ops.gramian(gradients[:, part], dtype) for part in parts] for parts in segments]
+    none = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=gradients.device)
+    parts_of = [[none, *(ops.gramian(gradients[:, part], dtype) for part in parts)] for parts in segments]
     return torch.stack([torch.stack(parts).sum(0) for parts in parts_of])
 
 

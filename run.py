@@ -8,7 +8,7 @@ import signal
 import subprocess
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +41,7 @@ from datasets import (
     read_examples,
     tasks_in,
 )
+from distributed import ALONE, ProcessGroup
 from engine import Event, Methods, Stage, StageData, Trainer, TrainingError, mean_conflicts
 from evaluation import (
     Precision,
@@ -56,7 +57,7 @@ from evaluation import (
     write_predictions,
 )
 from heads import PooledHead
-from messages import machine_failure, shown
+from messages import counted, machine_failure, shown
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
@@ -86,7 +87,8 @@ class StopSignals:
     (Not a SIGTERM right behind the first signal: those who stop a group of processes often send two.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: ProcessGroup = ALONE) -> None:
+        self.processes = processes
         self.number: signal.Signals | None = None
         self._first = 0.0
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -97,27 +99,33 @@ class StopSignals:
         return 128 + (self.number or signal.SIGINT)
 
     def restore(self) -> None:
-        """Gives the signals back to those who had them."""
+        """Gives the signals back to those who had them. (torchrun sends one to all whose neighbour has ended.)"""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.processes.size == 1 else signal.SIG_IGN)
 
     def check(self) -> None:
-        """Raises Stopped if the run was told to stop."""
-        if self.number is not None:
+        """Raises Stopped if the run was told to stop: in all processes, wherever the signal went."""
+        if number := self.processes.greatest(self.number or 0):
+            self.number = signal.Signals(number)
             raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number, self._first = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT or time.monotonic() - self._first > 1:
+        elif self._is_another(number):
             os.write(2, b"stopped at once\n")  # an exception could come up anywhere, such as in C code
             os._exit(128 + number)
+
+    def _is_another(self, number: int) -> bool:
+        """Whether a signal behind the first is meant as one more. (Of a Ctrl-C torchrun sends a second one itself.)"""
+        lasted = time.monotonic() - self._first
+        return lasted > 1 or (number == signal.SIGINT and self.processes.size == 1)
 
 
 # ---------------------------------------------------------------------------------------------- flags to objects
 
 
-def resolve(config: Config) -> tuple[Config, Path]:
+def resolve(config: Config, processes: ProcessGroup = ALONE) -> tuple[Config, Path]:
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     start = config.checkpoint or next(iter(config.checkpoints), "")
     folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
@@ -128,7 +136,7 @@ def resolve(config: Config) -> tuple[Config, Path]:
     settled = replace(
         config,
         device=resolve_device(config.device),
-        out=str(Path(out)),
+        out=processes.of_first(str(Path(out))),
         model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         task_file=tuple(str(Path(name).resolve()) for name in config.task_file),
@@ -284,12 +292,15 @@ class Run:
         console: Console,
         stop: StopSignals,
         saved: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {}),
+        processes: ProcessGroup = ALONE,
     ) -> None:
-        """saved: what `read_state` gives of a run that is resumed."""
+        """saved: what `read_state` gives of a run that is resumed. processes: that train together; the first alone
+        writes and shows."""
         self.config, self.model, self.data, self.directory = config, model, data, directory
+        self.processes = processes
         self.tensors, self.saved = saved
         self.tokenizer_folder, self.console, self.stop = tokenizer_folder, console, stop
-        self.precision = Precision(torch.device(config.device), AMP[config.amp])
+        self.precision = Precision(processes.device(config.device), AMP[config.amp])
         self.stages = plan_stages(config, data)
         self.seconds: dict[str, float] = {}
         self.best_epochs: dict[str, int] = {}
@@ -307,9 +318,10 @@ class Run:
             wrapped: Any = {"subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
             self.console.say(textwrap.fill(line, 99, **wrapped))
         state, first = self.saved, self.first_stage()
-        self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
-        config, num_records = self.config, len(self.metrics.records())
-        self.tracking = Tracking(config.log, self.directory.path, config.to_dict(), num_records, self.console.say)
+        if self.processes.is_first:
+            self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)
+            config, num_records = self.config, len(self.metrics.records())
+            self.tracking = Tracking(config.log, self.directory.path, config.to_dict(), num_records, self.console.say)
         for name in ("seconds", "best_epochs", "conflicts"):
             getattr(self, name).update(state.get(name, {}))
         if self.config.option == "soup":
@@ -343,7 +355,7 @@ class Run:
         def scores() -> dict[str, dict[str, float]]:
             with self.console.bar("soup", sum(map(len, data.values())), unit="row"):
                 size, say = config.eval_batch_size, self.console.say
-                return evaluate(self.model, data, size, self.precision, say, self.between)
+                return evaluate(self.model, data, size, self.precision, say, self.between, self.processes)
 
         self.soup = cook(self.model, config.checkpoints, config.soup == "greedy", scores, self.console.say)
         self.save_best()
@@ -352,7 +364,7 @@ class Run:
     def between(self) -> None:
         """Called between the batches of an evaluation."""
         self.stop.check()
-        self.console.advance(self.config.eval_batch_size)
+        self.console.advance(self.config.eval_batch_size * self.processes.size)
 
     def load_trainer(self, trainer: Trainer, tensors: dict[str, Any], progress: dict[str, Any]) -> None:
         try:
@@ -367,6 +379,7 @@ class Run:
             return self.make_mlm_trainer(stage)
         rows: list[dict[str, Rows]] = [{t: of[t] for t in stage.tasks} for of in (self.data.train, self.data.dev)]
         stage_model: TaskModel = model
+        on_features = stage.is_frozen and any(map(model.has_features, stage.tasks))
         if stage.is_frozen:
             rows = [{t: self.features(stage, t, of[t]) for t in stage.tasks} for of in (self.data.train, self.data.dev)]
             stage_model = FrozenEncoder(model)
@@ -374,13 +387,15 @@ class Run:
         trained = trained_parameters(self.config, stage, model)
         trained.freeze_others(model)
         methods = make_methods(self.config, stage, model, data)
-        return Trainer(stage, stage_model, trained, data, methods, self.precision, self.records_passes)
+        how = self.precision, self.records_passes, self.processes, not on_features
+        return Trainer(stage, stage_model, trained, data, methods, *how)
 
     @property
     def records_passes(self) -> bool:
-        """Whether passes on a GPU may be CUDA graphs. (Of heads that read hidden states nobody has tried it.)"""
+        """Whether passes on a GPU may be CUDA graphs. (Of heads that read hidden states, and of
+        several processes, nobody has tried it.)"""
         is_simple = self.model.encoder.can_be_recorded and all(map(self.model.has_features, self.config.tasks))
-        return self.config.cuda_graphs and is_simple
+        return self.config.cuda_graphs and is_simple and self.processes.size == 1
 
     def make_mlm_trainer(self, stage: Stage) -> Trainer:
         folder, device = self.tokenizer_folder, self.precision.device
@@ -389,7 +404,8 @@ class Run:
             self.console.say(f"{stage.name}: transform and output bias are new, the checkpoint has none")
         self.masked_head = head.to(device)
         tokenizer = Tokenizer(folder, self.config.max_length)
-        return masked_trainer(stage, self.model, self.masked_head, tokenizer, self.data.train, self.precision)
+        how = self.precision, self.processes
+        return masked_trainer(stage, self.model, self.masked_head, tokenizer, self.data.train, *how)
 
     def features(self, stage: Stage, task: str, rows: TokenizedRows) -> Rows:
         """Features of the frozen encoder, computed when they are first needed, and in units of the training rows'
@@ -409,7 +425,7 @@ class Run:
             name, size = rows.task.name, self.config.eval_batch_size
             started = time.perf_counter()
             with self.console.bar(f"features of the frozen encoder, {name}", len(rows), unit="row"):
-                found = compute_features(self.model, name, rows, size, self.precision, self.between)
+                found = compute_features(self.model, name, rows, size, self.precision, self.between, self.processes)
             self.known_features[id(rows)] = found
             key = f"{stage.name}_features"
             self.seconds[key] = round(self.seconds.get(key, 0) + time.perf_counter() - started, 3)
@@ -428,7 +444,9 @@ class Run:
                     if event.is_epoch or (save_every and event.record and event.record["step"] % save_every == 0):
                         self.save(number, trainer)
                     self.stop.check()
-            except (Stopped, TrainingError, BrokenPipeError):
+            except (Stopped, TrainingError, BrokenPipeError) as error:
+                if isinstance(error, BrokenPipeError) and self.processes.size > 1:
+                    raise  # the others are in the next step
                 try:
                     for event in trainer.settle():
                         self.show(stage, event)
@@ -451,7 +469,7 @@ class Run:
         """Logs and prints what has just been done."""
         for note in event.notes:
             self.console.say(note)
-        if event.record is None:
+        if event.record is None or not self.processes.is_first:
             return
         self.metrics.write(event.record)
         self.tracking.write(event.record)
@@ -467,10 +485,17 @@ class Run:
         self.console.say(f"{of}: dev {format_scores(scores)}{mark}")
 
     def save_best(self) -> None:
-        replace_folder(self.directory.best, lambda folder: save_checkpoint(self.model, self.tokenizer_folder, folder))
+        self.replace(self.directory.best, lambda folder: save_checkpoint(self.model, self.tokenizer_folder, folder))
+
+    def replace(self, folder: Path, write: Callable[[Path], None]) -> None:
+        """Writes a folder of the run; the other processes wait until it is there."""
+        if self.processes.is_first:
+            replace_folder(folder, write)
+        self.processes.greatest(0)
 
     def save(self, number: int, trainer: Trainer | None) -> None:
         """Writes `last/`: the model, and where stage `number` stands; without a trainer, that it has not begun."""
+        tensors = trainer.state_tensors() if trainer else {}
 
         def write(folder: Path) -> None:
             save_checkpoint(self.model, self.tokenizer_folder, folder, self.masked_head)
@@ -482,9 +507,9 @@ class Run:
                 "best_epochs": self.best_epochs,
                 "conflicts": self.conflicts,
             }
-            write_state(folder, trainer.state_tensors() if trainer else {}, state)
+            write_state(folder, tensors, state)
 
-        replace_folder(self.directory.last, write)
+        self.replace(self.directory.last, write)
 
     def finish(self) -> None:
         """Scores of the best checkpoint, prediction files, results, and the table."""
@@ -495,8 +520,10 @@ class Run:
         started = time.perf_counter()
         num_rows = sum(len(rows) for of in (self.data.dev, self.data.test) for rows in of.values())
         with self.console.bar("predictions", num_rows, unit="row"):
-            logits = predict_all(self.model, self.data.dev, size, self.precision, self.between)
-            test_logits = predict_all(self.model, self.data.test, size, self.precision, self.between)
+            how = size, self.precision, self.between, self.processes
+            logits, test_logits = (predict_all(self.model, of, *how) for of in (self.data.dev, self.data.test))
+        if not self.processes.is_first:
+            return
         dev = metrics_of(logits, self.data.dev, lambda line: None)  # what there is to say stands below the table
         confusion = confusion_matrices(logits, self.data.dev)
         folder.mkdir(exist_ok=True)
@@ -579,9 +606,13 @@ def resident_memory_mb(name: str) -> float:
 # -------------------------------------------------------------------------------------------------------- start
 
 
-def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
+def prepare(config: Config, console: Console, stop: StopSignals, processes: ProcessGroup = ALONE) -> Run:
     """A new run, or the one to resume, with everything loaded."""
-    resumed = RunDirectory.existing(run_of(Path(config.resume))) if config.resume else None
+    resumed = None
+    if config.resume:
+        path = run_of(Path(config.resume))
+        resumed = RunDirectory.existing(path) if processes.is_first else RunDirectory(path)
+        processes.greatest(0)  # nobody reads before it is whole
     saved: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {})
     if resumed is not None:
         flags = config
@@ -592,22 +623,30 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    config, folder = resolve(config)
-    if resumed is None:
+    config, folder = resolve(config, processes)
+    if resumed is None and processes.is_first:
         RunDirectory.check_new(Path(config.out))
     if config.checkpoints:
         check_ingredients(config.checkpoints, config.tasks)
     if saved[1]:
         folder = Path(config.out) / "last"
     layout = model_layout(config, folder)
-    device = torch.device(config.device)
+    try:
+        device = processes.device(config.device)
+    except ValueError as error:
+        raise FlagError(str(error)) from None
     tokenizer = Tokenizer(folder, config.max_length, layout.is_siamese)
+    if not processes.is_first:
+        processes.greatest(0)  # the first has filled the token cache
     data = load_data(config, tokenizer, device)
+    if processes.is_first:
+        processes.greatest(0)
     try:
         loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
     except ValueError as error:  # an adapter that does not fit, or a checkpoint: one line
         raise FlagError(str(error)) from None
-    record = {**config.to_dict(), **environment(config.device), "data_files": data.files, "layout": layout.to_dict()}
+    record = {**config.to_dict(), **environment(config.device), "processes": processes.size}
+    record |= {"data_files": data.files, "layout": layout.to_dict()}
     if resumed is not None and begun["data_files"] != data.files:
         names = {**data.files, **begun["data_files"]}
         changed = [name for name in names if begun["data_files"].get(name) != data.files.get(name)]
@@ -616,9 +655,15 @@ def prepare(config: Config, console: Console, stop: StopSignals) -> Run:
         )
     if resumed is not None and not saved[1]:
         data.notes.append(f"{resumed.last}: there is no checkpoint yet, the run begins once more")
-    stages = [asdict(stage) for stage in plan_stages(config, data)]
-    directory = resumed or RunDirectory.create(Path(config.out), {**record, "stages": stages})
-    run = Run(config, loaded.model.to(device), folder, data, directory, console, stop, saved)
+    if resumed is not None and (number := begun.get("processes", 1)) != processes.size:
+        data.notes.append(
+            f"begun with {counted(number, 'process')}, going on with {processes.size}: the same rows, but sums in "
+            "another order"
+        )
+    record["stages"] = [asdict(stage) for stage in plan_stages(config, data)]
+    path = Path(config.out)
+    directory = resumed or (RunDirectory.create(path, record) if processes.is_first else RunDirectory(path))
+    run = Run(config, loaded.model.to(device), folder, data, directory, console, stop, saved, processes)
     run.first_stage()
     run.start_lines = start_block(run, loaded.new_parts)
     return run
@@ -634,7 +679,8 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     config, encoder, counts = run.config, run.model.encoder.config, parameter_counts(run.model)
     is_cpu = config.device == "cpu"
     precision = "float32" if config.amp == "off" else config.amp
-    threads = f", {torch.get_num_threads()} threads" if is_cpu else ""
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if is_cpu else ""
+    threads = f", {run.processes.size} processes{threads}" if run.processes.size > 1 else threads
     speed = speed_report(config.device)
     is_slow = is_cpu and config.amp == "off" and speed != "compiled"
     source = config.checkpoint or config.model
@@ -660,7 +706,8 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         note = ", encoder frozen" if stage.is_frozen else ""
         note = ", its head is dropped afterwards" if stage.name == MLM else note
         lines.append(
-            f"{stage.name:<11} {stage.epochs} epochs of {stage.steps_per_epoch} steps of {stage.rows_per_step} rows"
+            f"{stage.name:<11} {counted(stage.epochs, 'epoch')} of {counted(stage.steps_per_epoch, 'step')} of "
+            f"{counted(stage.rows_per_step, 'row')}"
             f"{passes}{draws}, learning rate {stage.lr:g}{note}"
         )
     if run.stages:

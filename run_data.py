@@ -19,7 +19,7 @@ from datasets import (
     read_examples,
     tokenize,
 )
-from messages import command
+from messages import command, counted
 from seeding import derive_seed
 from tasks import SPLITS, TASKS, Task
 from token_cache import TokenCache, TokenFile, Warn, tokenize_file
@@ -78,7 +78,7 @@ def _skipped_note(path: Path, skipped: Sequence[int]) -> list[str]:
         return []
     lines = ", ".join(f"{path}:{line}" for line in skipped[:NUM_NAMED])
     more = f" and {len(skipped) - NUM_NAMED} more" if len(skipped) > NUM_NAMED else ""
-    return [f"skipped {len(skipped)} rows without a label: {lines}{more}"]
+    return [f"skipped {counted(len(skipped), 'row')} without a label: {lines}{more}"]
 
 
 def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) -> list[str]:

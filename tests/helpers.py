@@ -178,16 +178,16 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def forked(log: Path, main: Callable[..., int], *arguments: Any) -> multiprocessing.context.ForkServerProcess:
+def forked(log: Path, main: Callable[..., int | None], *arguments: Any) -> multiprocessing.context.ForkServerProcess:
     """A process that calls a function of a module; what it prints goes to a file, what it returns is its status."""
     process = server().Process(target=_main_into, args=(str(log), main, *arguments))
     process.start()
     return process
 
 
-def _main_into(log: str, main: Callable[..., int], *arguments: Any) -> None:
+def _main_into(log: str, main: Callable[..., int | None], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.exit(main(*arguments))

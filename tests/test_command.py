@@ -376,7 +376,7 @@ def test_what_is_odd_about_the_data_is_told(runs: Runs, out: Path, tmp_path: Pat
     runs.run(out, f"--data {folder} --option pretrain")
     shown = " ".join(capsys.readouterr().out.split())
     assert not (out / "predictions" / "para-test-output.csv").exists() and "no test file of para" in shown
-    assert f"skipped 1 rows without a label: {path}:5" in " ".join(shown.split())
+    assert f"skipped 1 row without a label: {path}:5" in " ".join(shown.split())
     files = read(out / "config.json")["data_files"]
     assert files["quora-train.csv"] | {"sha256": ""} == {"rows": 25, "skipped": [5], "sha256": ""}
     shown = " ".join(shown.split())  # a long line of the start is broken

@@ -215,7 +215,7 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
         without = line.replace("--pcgrad", "") if flag in ("--gradvac", "--treatment UPGrad", "--no-pcgrad") else line
         assert replace(settings(f"{file} {flag}"), config="") == settings(f"{without} {flag}"), flag
     (found,) = problems(f"{file} --no-rdrop")  # the file's parameter does nothing then
-    assert found == "--rdrop_alpha: expected only with --rdrop"
+    assert found == f"{file}: --rdrop_alpha: expected only with --rdrop"
 
 
 @pytest.mark.parametrize(
@@ -226,12 +226,19 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
         ('epochs = "two"', "--epochs: invalid int value: 'two'"),
         ("epochs = 2.5", "--epochs: invalid int value: '2.5'"),
         ("pcgrad = 3", "--pcgrad: ignored explicit argument '3'"),
+        ("epochs = -1", "--epochs -1: expected 1 or more"),
         ("lr = 1\nlr = 2", "not readable as TOML (Cannot overwrite a value (at end of document))"),
     ],
 )
 def test_a_wrong_settings_file_is_one_line(text: str, expected: str, tmp_path: Path) -> None:
     line = written(tmp_path / "run.toml", text)
-    assert [found.replace(f"{line}: ", "") for found in problems(line)] == [expected]
+    assert [found.removeprefix(f"{line}: ") for found in problems(line)] == [expected] != problems(line)
+
+
+def test_a_wrong_flag_on_the_command_line_is_not_the_files(tmp_path: Path) -> None:
+    line = written(tmp_path / "run.toml", "epochs = -1")
+    expected = ["--epochs -2: expected 1 or more", "--lr -1.0: expected 0 or more"]
+    assert problems(f"{line} --epochs -2 --lr -1") == expected
 
 
 def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path) -> None:

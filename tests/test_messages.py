@@ -9,7 +9,7 @@ import torch
 from config import FlagError
 from console import Console
 from helpers import Capture
-from messages import LINE_WIDTH, command, machine_failure, print_error, printable, resume_command, shown
+from messages import LINE_WIDTH, command, counted, machine_failure, print_error, printable, resume_command, shown
 
 WORDS = [
     "plain",
@@ -32,6 +32,11 @@ def test_a_command_gives_its_words_to_bash_as_they_are() -> None:
     found = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
     assert found.decode("utf-8", "surrogateescape").split("\0")[:-1] == WORDS
     assert resume_command("runs/a b") == "python multitask_classifier.py '--resume=runs/a b'"
+
+
+def test_one_is_not_told_as_many() -> None:
+    told = [counted(number, noun) for number, noun in ((1, "row"), (0, "row"), (2, "epoch"), (1, "process"))]
+    assert [*told, counted(3, "process")] == ["1 row", "0 rows", "2 epochs", "1 process", "3 processes"]
 
 
 def test_a_value_is_shown_to_60_characters_with_its_control_characters_escaped() -> None:

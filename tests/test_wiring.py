@@ -50,11 +50,11 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def make_run(arguments: str, dropout: float = 0.0) -> Run:
+def make_run(arguments: str, dropout: float = 0.0, width: int = 16) -> Run:
     """A run of these flags on a tiny model and data sets of unequal sizes, as run.prepare would make it."""
     tuning = "" if "--option" in arguments else "--epochs 3 --lr 0.003"
     config = flags.parse(f"{BASE} {tuning} {arguments}".split())
-    sizes = {"hidden_size": 16, "intermediate_size": 24}
+    sizes = {"hidden_size": width, "intermediate_size": width * 3 // 2}
     rates: Any = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     adapter = config.choice("adapter", config.adapter) if config.adapter else None
     head = config.choice("head", config.head[0] if config.head else "linear")
