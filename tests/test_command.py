@@ -9,7 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,8 @@ DRAW_PLOTS = running.Run.draw_plots
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """Without pictures, which take longer to draw than these runs take; test_plots.py has those of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "draw_plots", lambda run, results: None)
-        yield Runs(tiny, data, tmp_path_factory)
+def runs(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny, data, tmp_path_factory)
 
 
 @pytest.fixture
