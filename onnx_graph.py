@@ -97,7 +97,6 @@ def write_graph(model: MultitaskBert, path: Path) -> None:
             dynamic_shapes=(shape, shape, shape),
             dynamo=True,
             verbose=False,
-            optimize=False,  # which is done below, further
         )
         assert program is not None
         any_size = 1 << 62  # parts of matrices become matrices
