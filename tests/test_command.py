@@ -25,7 +25,7 @@ import run as running
 import token_cache
 from config import TABLES, Config
 from heads import MlpHead
-from helpers import Capture, Patch, cases, forked, run_forked, write_data
+from helpers import ROOT, Capture, Patch, cases, forked, run_forked, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
 from run_record import CHECKSUMS, settings_checksum, write_checksums
@@ -232,11 +232,13 @@ def test_a_run_says_and_records_what_it_lacks(runs: Runs, tmp_path: Path, monkey
 
 
 def test_the_program_rounds_numbers_that_are_not_normal_to_zero() -> None:
-    script = """
+    """In all threads."""
+    script = f"""
 import runpy, sys, torch
+torch.set_num_threads(2)
 sys.argv = ["multitask_classifier.py", "--help"]
 try:
-    runpy.run_path("multitask_classifier.py", run_name="__main__")
+    runpy.run_path({str(ROOT / "multitask_classifier.py")!r}, run_name="__main__")
 except SystemExit:
     pass
 print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
