@@ -11,7 +11,7 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,15 @@ class Plot:
     name: str
     caption: str
     figure: Figure
+    files: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def content(self, format: str) -> bytes:
-        """The figure as a file of this format: png, pdf or svg."""
-        file = io.BytesIO()
-        self.figure.savefig(file, format=format)
-        return file.getvalue()
+        """The figure as a file of this format: png, pdf or svg. It is drawn once, which takes a second."""
+        if format not in self.files:
+            file = io.BytesIO()
+            self.figure.savefig(file, format=format)
+            self.files[format] = file.getvalue()
+        return self.files[format]
 
     @property
     def source(self) -> str:

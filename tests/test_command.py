@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import os
 import pkgutil
 import re
@@ -10,8 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import run as running
 import token_cache
 from config import TABLES, Config, parse
 from heads import MlpHead
-from helpers import ROOT, Capture, Patch, cases, run_python, write_data
+from helpers import ROOT, Capture, Patch, cases, forked, run_forked, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
 from run_record import CHECKSUMS, settings_checksum, write_checksums
@@ -84,8 +82,7 @@ class Runs:
     def signalled(self, arguments: Sequence[str], point: str, number: int, what: int) -> tuple[int, str]:
         """Runs the command in a process until it signals itself; returns exit status and output."""
         log = self.factory.mktemp("signalled") / "log"
-        process = server().Process(target=main_with_signal, args=(list(arguments), point, number, what, str(log)))
-        process.start()
+        process = forked(log, main_with_signal, list(arguments), point, number, what)
         process.join(300)
         assert process.exitcode is not None, "the process hangs"
         return process.exitcode, log.read_text()
@@ -99,11 +96,8 @@ DRAW_PLOTS = running.Run.draw_plots
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """Without pictures, which take longer to draw than these runs take; test_plots.py has those of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running.Run, "draw_plots", lambda run, results: None)
-        yield Runs(tiny, data, tmp_path_factory)
+def runs(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny, data, tmp_path_factory)
 
 
 @pytest.fixture
@@ -238,16 +232,18 @@ def test_a_run_says_and_records_what_it_lacks(runs: Runs, tmp_path: Path, monkey
 
 
 def test_the_program_rounds_numbers_that_are_not_normal_to_zero() -> None:
-    script = """
+    """In all threads."""
+    script = f"""
 import runpy, sys, torch
+torch.set_num_threads(2)
 sys.argv = ["multitask_classifier.py", "--help"]
 try:
-    runpy.run_path("multitask_classifier.py", run_name="__main__")
+    runpy.run_path({str(ROOT / "multitask_classifier.py")!r}, run_name="__main__")
 except SystemExit:
     pass
 print(bool((torch.full((100_000,), 1e-38) * 0.5).any()))
 """
-    assert run_python("-c", script).splitlines()[-1] == "False"
+    assert run_forked(script).splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(
@@ -492,12 +488,8 @@ POINTS = {
 }
 
 
-def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int, log: str) -> None:
+def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int) -> int:
     """Runs in a process of its own: the command, which signals itself before call `number` of a point, from 1."""
-    torch.set_num_threads(1)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     owner, _, name = POINTS[point].replace(":", ".", 1).rpartition(".")
     place = pkgutil.resolve_name(owner)
     original = getattr(place, name)
@@ -512,18 +504,7 @@ def main_with_signal(arguments: Sequence[str], point: str, number: int, what: in
         return original(*args, **kwargs)
 
     setattr(place, name, counted)
-    sys.exit(multitask_classifier.main(arguments))
-
-
-@functools.cache
-def server() -> multiprocessing.context.ForkServerContext:
-    """Processes forked from a server that has imported everything: fresh, and cheap."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_command", "sklearn.metrics", "scipy.stats"])
-    with pytest.MonkeyPatch.context() as patch:  # the server does not hear of sys.path otherwise
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        forkserver.ensure_running()
-    return context
+    return multitask_classifier.main(arguments)
 
 
 METHODS = {

@@ -142,23 +142,29 @@ def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
 @needs_browser
 def test_the_page_makes_the_programs_token_ids_of_10000_hostile_strings(folder: Path, tmp_path: Path) -> None:
     texts = hostile_texts(10_000)
-    rows = [(text,) for text in texts[:5000]] + [(a, b) for a, b in zip(texts[5000:7500], texts[7500:], strict=True)]
-    [given] = on_page(build(folder, "model.int8.onnx"), rows, tmp_path / "profile")
+    single, pairs = [(text,) for text in texts[:5000]], list(zip(texts[5000:7500], texts[7500:], strict=True))
+    [given] = on_page(build(folder, "model.int8.onnx"), [*single, *pairs], tmp_path / "profile")
     tokenizer = Tokenizer(find_checkpoint("minilm"), 64)
-    for row, found in zip(rows, given["found"], strict=True):
-        expected = tokenizer.encode([row])
-        assert (found["ids"], found["first"]) == (expected.ids.tolist(), expected.firsts[0]), repr(row)
+    for rows, found in ((single, given["found"][:5000]), (pairs, given["found"][5000:])):
+        expected = tokenizer.encode(rows)
+        ids = np.split(expected.ids, np.cumsum(expected.lengths)[:-1])
+        for row, of_row, of_program, first in zip(rows, found, ids, expected.firsts, strict=True):
+            assert (of_row["ids"], of_row["first"]) == (of_program.tolist(), first), repr(row)
 
 
 @needs_browser
-@pytest.mark.parametrize("flags", ["", "--pairs siamese"])
+@pytest.mark.parametrize("flags", ["", "--pairs siamese --tasks sst sts"])
 def test_the_page_gives_the_graphs_answers_also_without_network(
-    flags: str, tiny: Path, data: Path, tmp_path: Path
+    flags: str, tiny: Path, data: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
+    """(The smaller forms, times and memory: test_export.py.)"""
     pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
     from onnx_answers import answers, open_session
 
-    run = tmp_path / "run"
+    monkeypatch.setattr("export.SMALLER", {})
+    monkeypatch.setattr("export.measure_memory", lambda paths: 1)
+    monkeypatch.setattr("onnx_proof.TURNS", 1)
+    run, pair_tasks = tmp_path / "run", {"sts"} if flags else {"para", "sts"}
     few = "--epochs 1 --pretrain_epochs 1 --steps_per_epoch 2 --batch_size 4 --cache off --device cpu"
     arguments = [*few.split(), *flags.split(), "--model", str(tiny), "--data", str(data), "--out", str(run)]
     assert multitask_classifier.main(arguments) == 0
@@ -174,7 +180,7 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
     for found in (first, second):
         assert "ms for all answers" in found["shown"] and "SST-5 sentiment" in found["shown"]
         for row, of_row in zip(rows, found["found"], strict=True):
-            assert of_row["answers"].keys() == ({"sst", "para", "sts"} if len(row) == 2 else {"sst"})
+            assert of_row["answers"].keys() == {"sst"} | (pair_tasks if len(row) == 2 else set())
             for task, values in of_row["answers"].items():
                 tokenizer = Tokenizer(run / "export", 512, bool(flags) and task != "sst")
                 tokens = tokenizer.encode([row[:1] if task == "sst" else row])

@@ -1,6 +1,6 @@
 """Several processes: together they compute what one does, send little, and end together.
 
-They are forked from the server of test_command.py and find in their environment what torchrun would have put there.
+They are forked by helpers.forked and find in their environment what torchrun would have put there.
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_command import Runs, assert_same_run, main_with_signal, read, run, runs, server
+from test_command import Runs, assert_same_run, main_with_signal, read, run, runs
 from test_wiring import PAL, make_run
 from torch import Tensor
 from torch.distributed import TCPStore, is_initialized
@@ -29,7 +29,7 @@ from distributed import ALONE, VARIABLES, LostProcess, ProcessGroup, _reaching_o
 from engine import Trainer
 from evaluation import Precision, predict_logits
 from flat_parameters import FlatParameters
-from helpers import Capture, Patch
+from helpers import Capture, Patch, forked
 
 __all__ = ["runs"]  # a fixture
 NUM_STEPS = 5
@@ -46,20 +46,12 @@ def start(size: int, log: Path, function: Callable[..., Any], *args: Any) -> lis
     it is in torchrun's."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     STORES.append(store)
-    of_all = size, store.port, log, function, args
-    group = [server().Process(target=enter, args=(rank, *of_all)) for rank in range(size)]
-    for process in group:
-        process.start()
-    return group
+    return [forked(log, enter, rank, size, store.port, function, args) for rank in range(size)]
 
 
-def enter(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+def enter(rank: int, size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     values = (rank, size, rank, size, "127.0.0.1", port)
     os.environ.update(zip(VARIABLES, map(str, values), strict=True), TORCHELASTIC_USE_AGENT_STORE="True")
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     function(rank, *args)
 
 
@@ -362,24 +354,20 @@ def test_what_torch_says_of_another_process_is_told() -> None:
 # ----------------------------------------------------------------------------------------------------- the command
 
 
-def command(rank: int, arguments: list[str], who: int, point: str, number: int, what: int, log: Path) -> None:
+def command(rank: int, arguments: list[str], who: int, point: str, number: int, what: int) -> None:
     """The command without pictures, in which process `who` signals itself before call `number` of a point. {rank} in
     arguments stands for the process's own."""
     running.Run.draw_plots = lambda run, results: None  # type: ignore[method-assign]
-    try:
-        arguments = [part.replace("{rank}", str(rank)) for part in arguments]
-        main_with_signal(arguments, point, number if rank == who else 0, what, str(log))
-    except SystemExit as end:
-        if end.code not in (1, 2) and is_initialized():
-            sys.exit("the group has not ended")
-        raise
+    arguments = [part.replace("{rank}", str(rank)) for part in arguments]
+    status = main_with_signal(arguments, point, number if rank == who else 0, what)
+    sys.exit("the group has not ended" if status not in (1, 2) and is_initialized() else status)
 
 
 def run_in_three(
     arguments: list[str], log: Path, who: int = 0, point: str = "step", number: int = 0, what: int = 0
 ) -> tuple[list[int | None], list[str]]:
     """How its processes ended, and what they have said."""
-    group = start(3, log, command, arguments, who, point, number, what, log)
+    group = start(3, log, command, arguments, who, point, number, what)
     return statuses(group, log), log.read_text().splitlines()
 
 

@@ -433,11 +433,8 @@ def test_an_evaluation_that_is_stopped_is_done_again_and_no_step_twice() -> None
     assert not moved(stopped.parameters(), whole.parameters())
 
 
-@pytest.mark.parametrize("stop", [4, 5, 7])
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
-    stop: int, is_frozen: bool, monkeypatch: Patch
-) -> None:
+def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(is_frozen: bool, monkeypatch: Patch) -> None:
     """After an event: a step, of four in both epochs, or the evaluation behind them, of which the first is better."""
     scores = cycle([0.7, 0.1])
     monkeypatch.setattr(engine, "evaluate", lambda *_: {"sst": {"accuracy": next(scores)}})
@@ -445,15 +442,17 @@ def test_a_stage_taken_up_from_its_state_ends_with_the_same_parameters(
     tuning = {"treatment": "gradvac", "draws": 5, "scheduler": "pal", "regularizers": ["smart", "bregman"]}
     tuning |= {"adapters": True, "ema_decay": 0.9}
     options |= {"is_frozen": True, "scheduler": "random"} if is_frozen else {**tuning, "copied": 1}
-    whole, first, second = (make(**options) for _ in range(3))
+    whole = make(**options)
     events = whole.run()
-    for _ in zip(range(stop), first.trainer.run(), strict=False):
-        pass
-    second.model.load_state_dict(first.model.state_dict())
-    second.trainer.load_state(first.state(), vars(first.trainer.progress))
-    assert len(second.run()) == len(events) - stop
-    assert not moved(second.parameters(), whole.parameters())
-    assert not moved(second.state(), whole.state())
+    for stop in (4, 5, 7):
+        first, second = make(**options), make(**options)
+        for _ in zip(range(stop), first.trainer.run(), strict=False):
+            pass
+        second.model.load_state_dict(first.model.state_dict())
+        second.trainer.load_state(first.state(), vars(first.trainer.progress))
+        assert len(second.run()) == len(events) - stop
+        assert not moved(second.parameters(), whole.parameters())
+        assert not moved(second.state(), whole.state())
 
 
 def test_the_state_of_another_stage_is_refused() -> None:

@@ -30,7 +30,8 @@ def test_the_installed_command_does_what_the_script_does(tiny: Path, tmp_path: P
         check=False,
     )
     assert done.returncode == 0 and "training" in done.stdout, done.stderr
-    assert (tmp_path / "run" / "plots" / "dev-scores.png").exists()
+    names = {"dev-scores.png", "training-loss.png", "learning-rate.png", "similarity-sts.png"}
+    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == names
 
 
 def test_every_flag_and_choice_is_completed(capsys: Capture) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import run_python
+from helpers import run_forked
 from ops import kernels
 
 needs_kernels = pytest.mark.skipif(kernels.build().library is None, reason=f"no kernels: {kernels.build().problem}")
@@ -60,7 +60,7 @@ def test_a_damaged_library_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.
         assert not kernels._is_whole(library)
     script = "import torch; from ops import kernels, attention, Packing; print(repr(kernels.build().problem))\n"
     script += "print(attention(torch.tensor([[1., 1., 4.], [1., 1., 6.]]), Packing.of([2]), 1, 0.0, None).tolist())"
-    assert run_python("-c", script) == "''\n[[5.0], [5.0]]\n"
+    assert run_forked(script, XDG_CACHE_HOME=str(tmp_path)) == "''\n[[5.0], [5.0]]\n"
     assert kernels._is_whole(library)
 
 

@@ -8,6 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from test_encoders import write_tokenizer
 
 from helpers import ROOT, cases, run_python
 
@@ -106,11 +107,20 @@ def test_libraries_that_the_name_of_datasets_would_break_stay_out(name: str) -> 
     assert not firsts & {"transformers", "sentence_transformers", "evaluate"}
 
 
-def test_importing_everything_and_making_a_step_load_nothing_heavy_and_draw_no_random_numbers() -> None:
-    """torch imports its compiler, two seconds of work, for modules on the meta device and for its own optimizers."""
+def test_importing_everything_a_step_and_loading_load_nothing_heavy_and_draw_no_random_numbers(tmp_path: Path) -> None:
+    """torch imports its compiler, two seconds of work, for modules on the meta device and for its own optimizers. The
+    embedded model is files alone: the code of its package does not run, and nobody asks for sentence_transformers."""
+    write_tokenizer(tmp_path, "modernbert")
     script = f"""
-import random, sys
+import pathlib, random, sys
 import numpy as np, torch
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "sentence_transformers":
+            raise SystemExit(f"{{name}} is asked for")
+
+sys.meta_path.insert(0, Watch())
 
 def state():
     return random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
@@ -129,7 +139,12 @@ layout = Layout({{"sst": Choice("linear")}}, Choice("pal", ProjectedAttention.Pa
 model = MultitaskBert(empty_bert(config), layout, torch.Generator())
 flat = FlatParameters(dict(model.named_parameters()))
 adamw_step([flat.moved_by(flat.gradients[0])], torch.tensor(1e-3), 0.1, torch.ones(()), torch.zeros(()))
+from checkpoints import EMBEDDED_PACKAGE, find_checkpoint, load_bert
+from datasets import Tokenizer
+load_bert(find_checkpoint("minilm"), torch.Generator())
+Tokenizer(find_checkpoint("minilm"), 64).encode([("one text",)])
+Tokenizer(pathlib.Path({str(tmp_path)!r}), 9)
 assert before == state(), "a generator was touched"
-print([name for name in {(*HEAVY, "torch._dynamo")!r} if name in sys.modules])
+print([name for name in (*{(*HEAVY, "torch._dynamo")!r}, EMBEDDED_PACKAGE) if name in sys.modules])
 """
     assert run_python("-c", script) == "[]\n"

@@ -5,6 +5,7 @@ Trials are a script that behaves as a run does and takes milliseconds.
 
 import functools
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -25,7 +26,7 @@ import sqlalchemy
 from filelock import FileLock
 
 from config import Config, parse
-from helpers import ROOT, Capture, Patch
+from helpers import ROOT, Capture, Patch, forked
 from sweeps import search
 from sweeps.search import ONLY_WITH, SPACE, CategoricalDistribution, Space, dev_means, last_line
 
@@ -336,16 +337,22 @@ def test_a_database_that_fails_ends_the_search_with_a_line(
     assert capsys.readouterr().err == f"error: --storage {fake.out}: {problem}\n"
 
 
+def search_apart(command: tuple[str, ...], arguments: list[str]) -> int:
+    """In a process of its own: a search of fake runs, by a worker that is lost after three seconds of silence."""
+    search.COMMAND, search.POLL_SECONDS = command, 0.05
+    search.HEARTBEAT = {"heartbeat_interval": 1, "grace_period": 3}
+    return search.main(arguments)
+
+
 def test_a_killed_search_ends_its_run_and_the_same_command_finishes_the_search(fake: Fake, capsys: Capture) -> None:
     fake.plan({0: {"means": [0.2, 0.9], "pause": 60}})
     arguments = ["--trials", "1", "--out", str(fake.out), "--", *fake.fixed]
-    script = f"import sys; from sweeps import search; search.COMMAND = {search.COMMAND!r}; search.main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT, stdout=subprocess.PIPE)
+    process = forked(fake.folder / "log", search_apart, search.COMMAND, arguments)
     log, deadline = fake.out / "trial-0.log", time.monotonic() + 120
-    while not (fake.out / "trial-0" / "metrics.jsonl").exists() and process.poll() is None:
+    while not (fake.out / "trial-0" / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.02)
     process.kill()
-    process.communicate()
+    process.join()
     while sys.platform == "linux" and log.read_text() != "stopped\n":
         assert time.monotonic() < deadline, "its run goes on"
         time.sleep(0.02)
@@ -384,22 +391,21 @@ def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(
 ) -> None:
     url, restart = postgresql
     fake.plan({"*": {"means": [0.1, 0.3, 0.2], "pause": 0.3}})
-    script = "import sys; from sweeps import search; search.HEARTBEAT = {'heartbeat_interval': 1, 'grace_period': 3}; "
-    script += f"search.COMMAND, search.POLL_SECONDS = {search.COMMAND!r}, 0.05; sys.exit(search.main(sys.argv[1:]))"
 
-    def worker(name: str) -> subprocess.Popen[str]:
+    def worker(name: str) -> multiprocessing.context.ForkServerProcess:
         own = ["--trials", "9", "--storage", url, "--out", str(fake.folder / name), "--", *fake.fixed]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([sys.executable, "-c", script, *own], cwd=ROOT, **pipes)
+        return forked(fake.folder / f"{name}.log", search_apart, search.COMMAND, own)
 
     workers = {name: worker(name) for name in "abc"}
-    while not list(fake.folder.glob("b/trial-*/metrics.jsonl")) and workers["b"].poll() is None:
+    while not list(fake.folder.glob("b/trial-*/metrics.jsonl")) and workers["b"].is_alive():
         time.sleep(0.02)
     workers["b"].kill()
-    workers["b"].communicate()
+    workers["b"].join()
     workers["b"] = worker("b")
-    shown = {name: process.communicate(timeout=240)[0] for name, process in workers.items()}
-    assert all(process.returncode == 0 for process in workers.values()), shown
+    for process in workers.values():
+        process.join(240)
+    shown = [path.read_text() for path in fake.folder.glob("?.log")]
+    assert all(process.exitcode == 0 for process in workers.values()), shown
     study = optuna.load_study(study_name="search", storage=search.make_storage(url))
     restart()  # which an open connection survives
     lost = [trial for trial in study.trials if trial.state.name == "FAIL"]
