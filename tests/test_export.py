@@ -201,6 +201,27 @@ def test_a_loss_that_no_layer_mends_is_refused(monkeypatch: Patch) -> None:
         written_within(0.005, [])
 
 
+def test_layers_are_ranked_by_how_far_each_alone_moves_the_answers(monkeypatch: Patch) -> None:
+    moves, small = {"a": 0.1, "b": -0.3, "c": 0.2}, list[str]()
+
+    class Session:
+        def run(self, names: list[str], given: Any) -> list[np.ndarray]:
+            return [np.full(1, 2.0 + moves[small[0]])]
+
+    def write(source: Path, target: Path, bits: int, in_float: list[str]) -> None:
+        small[:] = [layer for layer in moves if f"{layer}.weight" not in in_float]
+        assert len(small) == 1
+
+    monkeypatch.setattr("onnx_proof.write_smaller", write)
+    monkeypatch.setattr("onnx_proof.open_session", lambda path: Session())
+    layers = {layer: [f"{layer}.weight"] for layer in moves}
+    rows = TokenizedRows(
+        TASKS["sts"], [""] * 7, np.zeros(7, np.float32), random_rows("sts", False), torch.device("cpu")
+    )
+    given = Path("a"), Path("b"), layers, {"sts": np.full(7, 2.0)}, {"sts": rows}
+    assert onnx_proof._by_movement(*given) == ["b", "c", "a"]
+
+
 def test_a_smaller_vocabulary_has_the_pieces_of_the_texts_and_spells_all_other_words(tmp_path: Path) -> None:
     letters = ["b", "z", "é", "##a", "##b", "##z", "北", "##北"]
     folder = write_vocabulary(tmp_path, [*WORDS, *letters])
