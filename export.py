@@ -19,9 +19,9 @@ from console import Console
 from datasets import TokenizedRows, Tokenizer, data_folder, read_examples, tokenize
 from evaluation import Precision, predict_all
 from onnx_graph import answer, one_task, write_graph
-from onnx_proof import PROGRAM, ProofError, compare, measure_memory, measure_times, prove, write_within
+from onnx_proof import PROGRAM, ProofError, compare, losses, measure_memory, measure_times, prove, write_within
 from predictor import Predictor, load
-from run_record import CONFIG, RESULTS, read_json, write_json
+from run_record import CONFIG, read_json, write_json
 from tasks import TASKS
 from vocabulary import VocabularyError, kept_pieces, without_others
 
@@ -45,29 +45,29 @@ def export(config: Config, console: Console) -> int:
         raise ExportError(
             f"--option export: {', '.join(missing)} not installed: pip install -r requirements-export.txt"
         )
-    from reports.export_report import draw, show, write_card
+    from reports.export_report import draw, ended, show, write_card
 
     target = Path(config.out or Path(config.checkpoint) / "export")
     if os.path.lexists(target):
         raise ExportError(f"--out {target}: exists already, expected a new directory")
+    run = ended(Path(config.checkpoint))
     predictor = load(config.checkpoint, "cpu", max_length=config.max_length)
     texts = {split: _texts(config, predictor, split) for split in ("train", "dev")}
-    beside = target.with_name(target.name + ".tmp")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        report, failures = write_files(beside, config, predictor, texts, console.say)
-        write_json(beside / "report.json", report)
-        draw(report, beside / "report.png")
-        if (Path(config.checkpoint) / RESULTS).is_file():
-            write_card(beside, Path(config.checkpoint), report)
-        os.rename(beside, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as place:
+            beside = Path(place) / target.name
+            beside.mkdir()
+            report, failures = write_files(beside, config, predictor, texts, console.say)
+            write_json(beside / "report.json", report)
+            draw(report, beside / "report.png")
+            if run:
+                write_card(beside, run, report)
+            os.rename(beside, target)
     except VocabularyError as error:
         raise ExportError(str(error)) from None
     except OSError as error:
         raise ExportError(f"--out {target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     console.say(show(report))
     console.say(f"the files are in {target}")
     if failures:
@@ -114,10 +114,16 @@ def write_files(
 
     write_graph(model, folder / FLOAT)
     report[FLOAT] = prove(folder / FLOAT, BATCH_SIZE, program, rows)
+    lost, task = max((loss, task) for task, loss in losses(report[FLOAT], report[PROGRAM]).items())
+    if config.vocabulary == "data" and lost > config.max_loss:
+        raise ExportError(
+            f"--vocabulary data: {task} loses {lost:.4f} of its dev score, expected at most {config.max_loss:g} "
+            "(--max_loss): too many words of the dev rows are in no training text"
+        )
     for name, (bits, factor) in SMALLER.items():
         paths = folder / FLOAT, folder / name
         try:
-            report[name] = write_within(config.max_loss * factor, *paths, bits, report[FLOAT], program, rows, say)
+            report[name] = write_within(config.max_loss * factor, *paths, bits, report[PROGRAM], program, rows, say)
         except ProofError as error:
             (folder / name).unlink()
             failures.append(str(error))

@@ -52,7 +52,7 @@ def prove(path: Path, batch_size: int, program: Answers, dev: Rows) -> dict[str,
 
 
 def losses(found: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, float]:
-    """What a smaller form loses of the whole one's score, by task."""
+    """What a form loses of another's score, by task."""
     return {task: score_of(whole, task) - score_of(found, task) for task in whole["dev"] if task != "mean"}
 
 

@@ -10,6 +10,7 @@ from onnx_proof import LENGTHS, PROGRAM, score_of
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
 from reports.model_card import model_card
+from run_record import RESULTS
 
 CARD = "model_card.md"
 ABOUT = """One encoder with a head for each of the tasks below, as graphs for onnxruntime: token ids in, the answers of
@@ -78,7 +79,12 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def write_card(folder: Path, run: Path, report: Mapping[str, Any]) -> None:
-    """The model card. Raises RunError if the run has not ended or is damaged."""
-    card = model_card(FinishedRun.read(run), run.resolve().name, ABOUT, [export_section(report)])
+def ended(run: Path) -> FinishedRun | None:
+    """The run, if it is one that has ended. Raises RunError if it is damaged."""
+    return FinishedRun.read(run) if (run / RESULTS).is_file() else None
+
+
+def write_card(folder: Path, run: FinishedRun, report: Mapping[str, Any]) -> None:
+    """The model card."""
+    card = model_card(run, run.path.resolve().name, ABOUT, [export_section(report)])
     (folder / CARD).write_text(card, "utf-8")

@@ -1,6 +1,7 @@
 """Exports: the graph gives the program's answers, its smaller forms come close, and nothing is left half-written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ pytest.importorskip("onnxruntime", reason="requirements-export.txt is not instal
 pytest.importorskip("onnxscript", reason="requirements-export.txt is not installed")
 
 import onnx_proof  # noqa: E402
-from onnx_answers import answers, feed, open_session  # noqa: E402
+from onnx_answers import answers, feed, open_session, own_memory  # noqa: E402
 from onnx_graph import SHARES, answer, pack_tables, quantized_blocks, write_graph  # noqa: E402
 from vocabulary import kept_pieces, without_others  # noqa: E402
 
@@ -63,12 +64,25 @@ BERT, DEEP_BERT = tiny_config(num_hidden_layers=1), tiny_config()
 ROBERTA = RobertaConfig(**SIZES, num_hidden_layers=1, pad_token_id=1)
 MODERN = ModernBertConfig(**SIZES, num_hidden_layers=2, global_attn_every_n_layers=2, local_attention=6)
 MODELS: dict[str, tuple[BertConfig, Layout]] = {
+<<<<<<< HEAD
     "shared pass": (DEEP_BERT, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "pooler", "cross")),
     "adapters, own layers": (DEEP_BERT, Layout({"sst": MLP, "sts": MLP}, PAL, 1, "mean", "cross")),
     "siamese, adapters, first token": (BERT, Layout({"sst": LINEAR, "para": LINEAR}, PAL, 0, "cls", "siamese")),
     "RoBERTa, LSTM": (ROBERTA, Layout({"para": LSTM, "sts": LINEAR}, None, 0, "pooler", "cross")),
     "routing": (BERT, Layout({"sst": ROUTING, "sts": ROUTING}, None, 0, "mean", "cross")),
     "ModernBERT": (MODERN, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "mean", "cross")),
+=======
+    name: (config, Layout(dict.fromkeys(TASKS, head), *more))
+    for name, config, head, *more in (
+        ("shared pass", BERT, LINEAR, None, 0, "pooler", "cross"),
+        ("adapters, own layers", BERT, MLP, PAL, 1, "mean", "cross"),
+        ("siamese, adapters, first token", BERT, LINEAR, PAL, 0, "cls", "siamese"),
+        ("LSTM", BERT, LSTM, None, 0, "pooler", "cross"),
+        ("routing", BERT, ROUTING, None, 0, "mean", "cross"),
+        ("RoBERTa", ROBERTA, LINEAR, None, 0, "mean", "cross"),
+        ("ModernBERT", MODERN, LINEAR, None, 0, "mean", "cross"),
+    )
+>>>>>>> h-phone
 }
 
 
@@ -196,6 +210,27 @@ def test_a_loss_that_no_layer_mends_is_refused(monkeypatch: Patch) -> None:
         written_within(0.005, [])
 
 
+def test_layers_are_ranked_by_how_far_each_alone_moves_the_answers(monkeypatch: Patch) -> None:
+    moves, small = {"a": 0.1, "b": -0.3, "c": 0.2}, list[str]()
+
+    class Session:
+        def run(self, names: list[str], given: Any) -> list[np.ndarray]:
+            return [np.full(1, 2.0 + moves[small[0]])]
+
+    def write(source: Path, target: Path, bits: int, in_float: list[str]) -> None:
+        small[:] = [layer for layer in moves if f"{layer}.weight" not in in_float]
+        assert len(small) == 1
+
+    monkeypatch.setattr("onnx_proof.write_smaller", write)
+    monkeypatch.setattr("onnx_proof.open_session", lambda path: Session())
+    layers = {layer: [f"{layer}.weight"] for layer in moves}
+    rows = TokenizedRows(
+        TASKS["sts"], [""] * 7, np.zeros(7, np.float32), random_rows("sts", False), torch.device("cpu")
+    )
+    given = Path("a"), Path("b"), layers, {"sts": np.full(7, 2.0)}, {"sts": rows}
+    assert onnx_proof._by_movement(*given) == ["b", "c", "a"]
+
+
 def test_a_smaller_vocabulary_has_the_pieces_of_the_texts_and_spells_all_other_words(tmp_path: Path) -> None:
     letters = ["b", "z", "é", "##a", "##b", "##z", "北", "##北"]
     folder = write_vocabulary(tmp_path, [*WORDS, *letters])
@@ -241,25 +276,87 @@ def test_the_command_writes_and_proves_three_files(exported: Path, treated_run: 
     }
 
 
-@pytest.mark.parametrize("kind", ["existing", "missing", "full disk"])
+@pytest.mark.parametrize("kind", ["existing", "missing", "full disk", "weights", "results", "tokenizer"])
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     kind: str, treated_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    out, run, words = tmp_path / "export", treated_run, ""
+    out, run, before = tmp_path / "export", tmp_path / "run", ["export.tmp", "run"]
+    (tmp_path / "export.tmp").mkdir()  # of someone else
+    shutil.copytree(treated_run, run)
+    words = {
+        "existing": f"--out {out}: exists already, expected a new directory",
+        "missing": "--option export: no_such_package not installed: pip install -r requirements-export.txt",
+        "full disk": f"--out {out}: cannot be written (No space left on device)",
+        "weights": f"{run / 'best' / 'model.safetensors'}: ",
+        "results": f"{run / 'results.json'}: ",
+        "tokenizer": "--vocabulary data: the tokenizer has no word pieces, expected that of a BERT",
+    }
+
+    def full_disk(model: Any, path: Path) -> None:
+        path.write_bytes(b"half a graph")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("export.write_graph", full_disk)
+    flags = ""
     if kind == "existing":
         out.mkdir()
-        words = f"error: --out {out}: exists already, expected a new directory\n"
+        before = ["export", *before]
     elif kind == "missing":
         monkeypatch.setattr("export.PACKAGES", ("onnx", "no_such_package"))
-        words = "error: --option export: no_such_package not installed: pip install -r requirements-export.txt\n"
-    else:
+    elif kind == "weights":
+        (run / "best" / "model.safetensors").write_bytes(b"no tensors")
+    elif kind == "results":
+        (run / "results.json").write_text("{")
+    elif kind == "tokenizer":
+        flags = "--vocabulary data"
+        monkeypatch.setattr(Tokenizer, "save", lambda tokenizer, path: path.write_text('{"model": {"type": "BPE"}}'))
+    assert multitask_classifier.main(f"--option export --checkpoint {run} --out {out} {flags}".split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words[kind]}") and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before and not list(out.glob("*"))
 
-        def full_disk(*arguments: Any) -> None:
-            raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("export.write_graph", full_disk)
-        words = f"error: --out {out}: cannot be written (No space left on device)\n"
-    assert multitask_classifier.main(f"--option export --checkpoint {run} --out {out}".split()) == 2
-    assert capsys.readouterr().err == words
-    assert [path.name for path in tmp_path.iterdir()] == (["export"] if kind == "existing" else [])
-    assert not list(out.glob("*"))
+def test_a_form_that_loses_too_much_is_left_out_and_named(
+    exported: Path, treated_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    def write_within(max_loss: float, source: Path, target: Path, *given: Any) -> dict[str, Any]:
+        shutil.copyfile(source, target)
+        if target.name == "model.int8.onnx":
+            raise onnx_proof.ProofError(f"{target.name}: a task loses more than {max_loss}")
+        return dict(json.loads((exported / "report.json").read_text())[target.name])
+
+    monkeypatch.setattr("export.write_graph", lambda model, path: shutil.copyfile(exported / "model.onnx", path))
+    monkeypatch.setattr("export.write_within", write_within)
+    monkeypatch.setattr("export.measure_memory", lambda paths: 1)
+    monkeypatch.setattr("onnx_proof.TURNS", 1)
+    flags = f"--option export --checkpoint {treated_run} --out {tmp_path / 'out'} --max_loss 0.01"
+    assert multitask_classifier.main(flags.split()) == 2
+    assert capsys.readouterr().err == "error: model.int8.onnx: a task loses more than 0.01; it was left out\n"
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.onnx")) == ["model.onnx", "model.small.onnx"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report) == ["program", "model.onnx", "model.small.onnx"]
+
+
+def test_a_vocabulary_that_costs_too_much_is_refused(
+    exported: Path, treated_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("export.write_graph", lambda model, path: shutil.copyfile(exported / "model.onnx", path))
+    monkeypatch.setattr("export.prove", lambda *given: json.loads((exported / "report.json").read_text())["program"])
+    monkeypatch.setattr("export.losses", lambda found, whole: {"sst": 0.01, "para": 0.07, "sts": -0.1})
+    monkeypatch.setattr("export.kept_pieces", lambda *given: np.arange(10))
+    monkeypatch.setattr("export.without_others", lambda model, *given: model)
+    flags = f"--option export --checkpoint {treated_run} --out {tmp_path / 'out'} --vocabulary data"
+    assert multitask_classifier.main(flags.split()) == 2
+    assert capsys.readouterr().err == (
+        "error: --vocabulary data: para loses 0.0700 of its dev score, expected at most 0.005 (--max_loss): "
+        "too many words of the dev rows are in no training text\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured under Linux")
+def test_own_memory_is_what_is_held_and_not_what_was_freed() -> None:
+    before, blocks = own_memory(), [bytes(20_000) for _ in range(2000)]
+    held, last = own_memory(), blocks.pop()
+    blocks.clear()
+    assert 38e6 < held - before < 44e6 and own_memory() - before < 4e6 and last
