@@ -64,25 +64,12 @@ BERT, DEEP_BERT = tiny_config(num_hidden_layers=1), tiny_config()
 ROBERTA = RobertaConfig(**SIZES, num_hidden_layers=1, pad_token_id=1)
 MODERN = ModernBertConfig(**SIZES, num_hidden_layers=2, global_attn_every_n_layers=2, local_attention=6)
 MODELS: dict[str, tuple[BertConfig, Layout]] = {
-<<<<<<< HEAD
     "shared pass": (DEEP_BERT, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "pooler", "cross")),
     "adapters, own layers": (DEEP_BERT, Layout({"sst": MLP, "sts": MLP}, PAL, 1, "mean", "cross")),
     "siamese, adapters, first token": (BERT, Layout({"sst": LINEAR, "para": LINEAR}, PAL, 0, "cls", "siamese")),
     "RoBERTa, LSTM": (ROBERTA, Layout({"para": LSTM, "sts": LINEAR}, None, 0, "pooler", "cross")),
     "routing": (BERT, Layout({"sst": ROUTING, "sts": ROUTING}, None, 0, "mean", "cross")),
     "ModernBERT": (MODERN, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "mean", "cross")),
-=======
-    name: (config, Layout(dict.fromkeys(TASKS, head), *more))
-    for name, config, head, *more in (
-        ("shared pass", BERT, LINEAR, None, 0, "pooler", "cross"),
-        ("adapters, own layers", BERT, MLP, PAL, 1, "mean", "cross"),
-        ("siamese, adapters, first token", BERT, LINEAR, PAL, 0, "cls", "siamese"),
-        ("LSTM", BERT, LSTM, None, 0, "pooler", "cross"),
-        ("routing", BERT, ROUTING, None, 0, "mean", "cross"),
-        ("RoBERTa", ROBERTA, LINEAR, None, 0, "mean", "cross"),
-        ("ModernBERT", MODERN, LINEAR, None, 0, "mean", "cross"),
-    )
->>>>>>> h-phone
 }
 
 
