@@ -5,7 +5,6 @@
 Shape letters: S sequences, L places of a sequence, R rows.
 """
 
-import ctypes
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 Feed = Mapping[str, np.ndarray]
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc's: what is freed goes back
 
 
 def open_session(path: Path | str) -> Any:
@@ -72,8 +72,7 @@ def seconds(session: Any, given: Feed) -> float:
 
 
 def own_memory() -> int:
-    """Bytes of memory that this process alone holds, without code that it maps, once what was freed has gone back."""
-    ctypes.CDLL(None).malloc_trim(0)  # glibc's, which onnxruntime needs
+    """Bytes of memory that this process alone holds, without code that it maps."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 

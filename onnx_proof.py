@@ -1,5 +1,6 @@
 """What exported models are worth: their answers to the dev rows, milliseconds, bytes on disk and in memory."""
 
+import os
 import subprocess
 import sys
 import time
@@ -166,4 +167,5 @@ def measure_memory(paths: Sequence[Path]) -> int | None:
     if not Path("/proc/self/status").exists():
         return None
     command = [sys.executable, onnx_answers.__file__, *map(str, paths)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = {**os.environ, **onnx_answers.FREED_AT_ONCE}
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)

@@ -46,7 +46,7 @@ from run_record import (
 
 FORMAT = 3  # of what `last/` holds besides the model
 TENSORS, STATE = "trainer.safetensors", "trainer.json"
-FILES = {"layout": {"format": int}, "data_files": {...: {"sha256": str}}}
+FILES = {"layout": {"format": int}, "data_files": {...: {"sha256": str}}, "processes": (None, int)}
 SHAPE = {
     "stage": int,
     "metrics_size": int,

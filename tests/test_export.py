@@ -1,7 +1,10 @@
 """Exports: the graph gives the program's answers, its smaller forms come close, and nothing is left half-written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from evaluation import Precision, predict_logits
 from heads import LstmHead, MlpHead, RoutingHead
 from helpers import (
     LINEAR,
+    ROOT,
     SPECIALS,
     STD,
     WORDS,
@@ -40,7 +44,7 @@ pytest.importorskip("onnxruntime", reason="requirements-export.txt is not instal
 pytest.importorskip("onnxscript", reason="requirements-export.txt is not installed")
 
 import onnx_proof  # noqa: E402
-from onnx_answers import answers, feed, open_session, own_memory  # noqa: E402
+from onnx_answers import FREED_AT_ONCE, answers, feed, open_session  # noqa: E402
 from onnx_graph import SHARES, answer, pack_tables, quantized_blocks, write_graph  # noqa: E402
 from vocabulary import kept_pieces, without_others  # noqa: E402
 
@@ -343,7 +347,14 @@ def test_a_vocabulary_that_costs_too_much_is_refused(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured under Linux")
 def test_own_memory_is_what_is_held_and_not_what_was_freed() -> None:
-    before, blocks = own_memory(), [bytes(20_000) for _ in range(2000)]
-    held, last = own_memory(), blocks.pop()
-    blocks.clear()
-    assert 38e6 < held - before < 44e6 and own_memory() - before < 4e6 and last
+    script = """
+from onnx_answers import own_memory
+before, blocks = own_memory(), [bytearray(100_000) for _ in range(400)]
+held, last = own_memory(), blocks.pop()
+del blocks
+print(held - before, own_memory() - before)
+"""
+    environment = {**os.environ, **FREED_AT_ONCE, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    held, left = map(int, done.stdout.split())
+    assert 39e6 < held < 44e6 and 0 < left < 2e6

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_command import server
 from torch import Tensor, nn
 
 import engine
@@ -21,7 +20,7 @@ from bert import BertConfig, initialize
 from config import FlagError, make_parser, parse
 from datasets import Batch
 from heads import HEADS, LinearHead
-from helpers import Capture, Patch, write_data
+from helpers import Capture, Patch, server, write_data
 from model import MultitaskBert
 from ops import DropoutMasks, Linear, Packing
 from pal import ADAPTERS
