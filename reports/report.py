@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     endings = ", ".join(FORMATS)
     parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw several runs into a new file: {endings}")
     parser.add_argument("--format", choices=FORMATS, default="png", help="of a run's plots (default: %(default)s)")
-    parser.add_argument("--push", metavar="NAME", help="put a run's best checkpoint with a model card on the hub")
+    formats.add_argument("--push", metavar="NAME", help="put a run's best checkpoint with a model card on the hub")
     args = parser.parse_args(arguments)
     return run_command(lambda: report(args), RunError)
 
@@ -261,6 +261,8 @@ def report(args: argparse.Namespace) -> None:
     if args.html is not None:
         check_new_file("--html", args.html, (".html", ".htm"))
     if args.plot is not None:
+        if args.csv or args.push:
+            raise RunError(f"--plot {args.plot}: {'--csv' if args.csv else '--push'} draws nothing, leave one out")
         check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     runs, problems = read_runs(args.runs)
     if args.plot is not None and len(runs) == 1:

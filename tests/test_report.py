@@ -232,6 +232,7 @@ def test_what_cannot_be_used_is_named_and_left_out(files: Path, tmp_path: Path, 
         (["{run}", "--html", "{page}"], "error: --html .*page.html: exists already, expected the name of a new file"),
         (["{run}", "--html", "{run}/page.txt"], "error: --html .*page.txt: expected a file name that ends in .html"),
         (["{run}", "--html", "{absent}/page.html"], "error: --html .*page.html: no directory "),
+        (["{run}", "--plot", "new.pdf", "--csv"], "error: --plot new.pdf: --csv draws nothing, leave one out"),
         (["{run}", "--plot", "new.pdf"], "error: --plot new.pdf: expected several runs; those of one are in .*plots"),
         (["{run}", "--plot", "new.gif"], "error: --plot new.gif: expected a file name that ends in .png or .pdf or"),
     ],
@@ -241,6 +242,13 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, 
     paths = {"run": made(files, "run"), "absent": files / "absent", "files": files, "page": page}
     out, err = run(capsys, *(argument.format(**paths) for argument in arguments), status=2)
     assert out == "" and re.fullmatch(message + ".*\n", err) and page.read_text() == "precious"
+
+
+@pytest.mark.parametrize("other", ["--csv", "--markdown", "--html=new.html"])
+def test_a_run_is_pushed_or_shown(other: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["runs/a", "--push", "me/x", other])
+    assert end.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
