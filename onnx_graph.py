@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import Batch
+from heads import Reads
 from model import MultitaskBert
 from onnx_answers import INPUTS
 from ops import PackedTokens, Padded
@@ -63,8 +64,11 @@ class PaddedModel(nn.Module):
             logits = model.logits_of(layout.tasks, _batch(input_ids, attention_mask, token_type_ids, 1))
         for task in layout.tasks[len(logits) :]:
             part = 2 if layout.is_split(task) else 1
-            num_sequences = input_ids.shape[0] // part * part
-            ids, mask, types = (of[:num_sequences] for of in (input_ids, attention_mask, token_type_ids))
+            ids, mask, types = input_ids, attention_mask, token_type_ids
+            if part == 2:  # one sequence alone: an LSTM reads it twice, as onnxruntime aborts at one over no row
+                num_sequences, extra = ids.shape[0], int(Reads.LAST in layout.reads(task))
+                chosen = torch.arange((num_sequences + extra) // 2 * 2).clamp(max=num_sequences - 1)
+                ids, mask, types = ids[chosen], mask[chosen], types[chosen]
             logits.append(model(task, _batch(ids, mask, types, part)))
         return tuple(answer(TASKS[task].output, of) for task, of in zip(layout.tasks, logits, strict=True))
 

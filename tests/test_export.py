@@ -64,15 +64,13 @@ def random_rows(task: str, is_split: bool, num_rows: int = 7) -> TokenRows:
 LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(size=8)), Choice("routing", RoutingHead.Parameters(capsules=4))
 SIZES: dict[str, Any] = {name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size")}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 66}
-BERT, DEEP_BERT = tiny_config(num_hidden_layers=1), tiny_config()
+BERT = tiny_config()
 ROBERTA = RobertaConfig(**SIZES, num_hidden_layers=1, pad_token_id=1)
 MODERN = ModernBertConfig(**SIZES, num_hidden_layers=2, global_attn_every_n_layers=2, local_attention=6)
 MODELS: dict[str, tuple[BertConfig, Layout]] = {
-    "shared pass": (DEEP_BERT, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "pooler", "cross")),
-    "adapters, own layers": (DEEP_BERT, Layout({"sst": MLP, "sts": MLP}, PAL, 1, "mean", "cross")),
-    "siamese, adapters, first token": (BERT, Layout({"sst": LINEAR, "para": LINEAR}, PAL, 0, "cls", "siamese")),
-    "RoBERTa, LSTM": (ROBERTA, Layout({"para": LSTM, "sts": LINEAR}, None, 0, "pooler", "cross")),
-    "routing": (BERT, Layout({"sst": ROUTING, "sts": ROUTING}, None, 0, "mean", "cross")),
+    "shared pass": (BERT, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "pooler", "cross")),
+    "adapters, own layers, routing": (BERT, Layout({"sst": MLP, "sts": ROUTING}, PAL, 1, "mean", "cross")),
+    "RoBERTa, siamese, LSTM": (ROBERTA, Layout({"sst": LINEAR, "para": LSTM, "sts": MLP}, PAL, 0, "cls", "siamese")),
     "ModernBERT": (MODERN, Layout(dict.fromkeys(TASKS, LINEAR), None, 0, "mean", "cross")),
 }
 
