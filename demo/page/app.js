@@ -65,9 +65,10 @@ function describe(task, values) {
   return [task.classes[best], percent(shares[best]), task.classes.map((name, i) => [name, shares[i], percent(shares[i])])];
 }
 
-function show({ answers, milliseconds }) {
+function show(answers) {
   for (const [name, task] of Object.entries(labels.tasks)) {
-    const [words, confidence, rows] = answers[name] ? describe(task, answers[name]) : ["–", "needs a second sentence", []];
+    const missing = task.texts.length === 2 ? "needs a second sentence" : "needs a sentence";
+    const [words, confidence, rows] = answers[name] ? describe(task, answers[name]) : ["–", missing, []];
     const card = document.getElementById(`task-${name}`);
     card.querySelector("output").textContent = words;
     card.querySelector(".confidence").textContent = confidence;
@@ -80,7 +81,6 @@ function show({ answers, milliseconds }) {
       }),
     );
   }
-  state.textContent = `${milliseconds.toFixed(1)} ms for all answers, on this device`;
 }
 
 for (const [name, task] of Object.entries(labels.tasks)) {
@@ -94,10 +94,11 @@ let number = 0;
 async function update() {
   const mine = ++number;
   const given = texts.map((text) => text.value).filter((text) => text.trim());
-  if (!given.length) return;
   try {
-    const found = await answer(given);
-    if (mine === number) show(found);
+    const { answers, milliseconds } = given.length ? await answer(given) : { answers: {} };
+    if (mine !== number) return;
+    show(answers);
+    state.textContent = given.length ? `${milliseconds.toFixed(1)} ms for all answers, on this device` : "";
   } catch (error) {
     state.textContent = `The model cannot be used: ${error.message}`;
   }
