@@ -45,7 +45,7 @@ pytest.importorskip("onnxscript", reason="requirements-export.txt is not install
 
 import onnx_proof  # noqa: E402
 from onnx_answers import FREED_AT_ONCE, answers, feed, open_session  # noqa: E402
-from onnx_graph import SHARES, answer, pack_tables, quantized_blocks, write_graph  # noqa: E402
+from onnx_graph import SHARES, answer, pack_tables, quantized_blocks, store_in_16_bits, write_graph  # noqa: E402
 from vocabulary import kept_pieces, without_others  # noqa: E402
 
 MLP = Choice("mlp", MlpHead.Parameters(layers=1))
@@ -133,6 +133,26 @@ def test_a_packed_table_gives_its_rows_multiplied_out(bits: int, tmp_path: Path,
     np.testing.assert_allclose(found, expected[ids], rtol=1e-6)
     assert np.abs(found - table[ids]).mean() < np.abs(table).max() / {8: 127, 4: 7}[bits] / 2
     assert sum(len(tensor.raw_data) for tensor in graph.initializer) < table.nbytes * (bits + 1.3) / 32
+
+
+def test_a_matrix_that_stays_in_float_is_stored_in_16_bits(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    matrix, rows = (draw.normal(size=size).astype(np.float32) for size in ((64, 32), (5, 64)))
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["rows", "matrix"], ["found"])],
+        "product",
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("found", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(matrix, "matrix")],
+    )
+    store_in_16_bits(graph)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(made, tmp_path / "product.onnx")
+    found = open_session(tmp_path / "product.onnx").run(None, {"rows": rows})[0]
+    np.testing.assert_allclose(found, rows @ matrix.astype(np.float16).astype(np.float32), rtol=1e-4, atol=1e-4)
+    assert sum(len(tensor.raw_data) for tensor in graph.initializer) == matrix.nbytes / 2
 
 
 def test_in_eight_bits_the_largest_number_of_a_block_becomes_the_largest_whole_number() -> None:
