@@ -3,20 +3,26 @@
 import { Tokenizer } from "./tokenizer.js";
 
 const PAUSE = 250; // milliseconds without a key until there is an answer
-const read = async (name) => (await fetch(name)).json();
-const [labels, settings] = await Promise.all([read("labels.json"), read("tokenizer.json")]);
+const [labels, settings] = await Promise.all([read("labels.json", "json"), read("tokenizer.json", "json")]);
+const opened = openSession(); // begun here, so that the model is on its way while the tokenizer is made
 const tokenizer = new Tokenizer(settings);
 const texts = ["first", "second"].map((id) => document.getElementById(id));
 const state = document.getElementById("state");
 
+// A file as `kind`, such as "json".
+async function read(name, kind) {
+  const found = await fetch(name);
+  if (!found.ok) throw new Error(`${name}: ${found.status}`);
+  return found[kind]();
+}
+
 // onnxruntime and the model are the slow part; the page is there before them.
 async function openSession() {
-  const ort = await import("./ort.wasm.min.mjs");
+  const [ort, model] = await Promise.all([import("./ort.wasm.min.mjs"), read(settings.model, "arrayBuffer")]);
   ort.env.wasm.numThreads = 1;
   ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
-  return { ort, session: await ort.InferenceSession.create(settings.model) };
+  return { ort, session: await ort.InferenceSession.create(model) };
 }
-const opened = openSession();
 
 // The graph's inputs for sequences of token ids, padded to the longest.
 function feed(ort, sequences) {
