@@ -447,9 +447,10 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     parser = make_parser()
     parsed, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if unknown:
-        flags = list(parser._option_string_actions)
+        known = {name: f"; did you mean --option {name}?" for name in OPTIONS}
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
-        raise FlagError(*(f"{shown(word)}: unknown{nearest(word, flags)}" for word in wrong))
+        flags = parser._option_string_actions
+        raise FlagError(*(f"{shown(word)}: unknown{known.get(word) or nearest(word, flags)}" for word in wrong))
     return vars(parsed)
 
 

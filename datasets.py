@@ -109,7 +109,7 @@ def parse_examples(path: Path, content: bytes, task: Task, labelled: bool) -> Da
             examples.append(example)
     if not examples:
         place = " below the header" * bool(delimiter)
-        raise DataError(f"{path}: no rows{place}, expected at least one" + (" with a label" * bool(skipped)))
+        raise DataError(f"{path}: no rows{' with a label' * bool(skipped)}{place}, expected at least one")
     return DataFile(path, examples, tuple(skipped), hashlib.sha256(content).hexdigest())
 
 

@@ -170,6 +170,10 @@ def test_a_value_outside_its_limits_or_unknown_is_named_with_what_is_allowed(lin
     assert found.startswith(wrong.replace("--head other=mlp", "--head other")), found
 
 
+def test_what_is_to_run_without_its_flag_names_the_flag() -> None:
+    assert list(problems("pretrain")) == ["pretrain: unknown; did you mean --option pretrain?"]
+
+
 @pytest.mark.parametrize("case", cases("refused.txt"))
 def test_flags_that_contradict_each_other_are_refused_by_name(case: str) -> None:
     line, _, words = case.partition("|")

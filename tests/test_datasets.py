@@ -119,7 +119,7 @@ QUOTED = ": a quoted cell runs over 2 lines, expected a closing quote"
 BAD_FILES: list[tuple[str | bytes, str, Task]] = [
     ("", ": the file is empty, expected a header line and rows", SST),
     (HEADER, ": no rows below the header, expected at least one", SST),
-    (HEADER + "0\ta\tone\t\n", ": no rows below the header, expected at least one with a label", SST),
+    (HEADER + "0\ta\tone\t\n", ": no rows with a label below the header, expected at least one", SST),
     ("id,sentence,sentiment\na,one,1\n", ":1: no tab in the header 'id,sentence,sentiment', expected tab", SST),
     ("id\tsentence\na\tone\n", ":1: no column 'sentiment', found 'id', 'sentence'; expected id,", SST),
     ("id\ttext\tsentiment\na\tone\t1\n", ":1: no column 'sentence', found 'id', 'text', 'sentiment'; expected id", SST),
