@@ -296,6 +296,26 @@ def test_a_checkpoint_with_a_damaged_file_is_refused_or_predicts_the_same(
     assert_none({case: of for case, of in found.items() if of != expected})
 
 
+def test_a_checkpoint_with_a_damaged_vocabulary_is_refused(checkpoint: Path, predict: Callable[[], str]) -> None:
+    """Where there is no tokenizer in one file."""
+    (checkpoint / "tokenizer.json").unlink()
+    vocabulary, path = checkpoint / "vocab.txt", checkpoint / "tokenizer_config.json"
+    settings = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    path.write_text(json.dumps(settings))
+    expected = predict()
+    kinds = (kind for _, kind in damaged([vocabulary]) if kind not in ("cut", "flipped"))  # other words, or fewer
+    found = {kind: predict() for kind in kinds}
+    with restored(vocabulary):
+        vocabulary.write_bytes(vocabulary.read_bytes() + "café\n".encode("latin-1"))
+        found["no UTF-8"] = predict()
+    assert predict() == expected
+    for name in settings:
+        path.write_text(json.dumps({**settings, name: "what?"}))
+        found[name] = predict()
+    assert len(found) == 12
+    assert_none(found)
+
+
 def test_a_checkpoint_with_a_wrong_value_is_refused_or_predicts_the_same(
     checkpoint: Path, predict: Callable[[], str]
 ) -> None:
