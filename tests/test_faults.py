@@ -461,7 +461,7 @@ def test_a_run_whose_disk_is_read_only_says_so_and_goes_on_later(
     with monkeypatch.context() as patch:
         patch.setattr(call.replace(":", "."), refuse)
         told = line(f"--resume={out}", status=1)
-    place = out / ("last.tmp" if call == "os:mkdir" else "metrics.jsonl")
+    place = out / ("best.tmp" if call == "os:mkdir" else "metrics.jsonl")
     assert told == f"{place}: Read-only file system; to go on: python multitask_classifier.py --resume={out}"
     assert not (out / "results.json").exists() and command(f"--resume={out}") == 0
 

@@ -28,7 +28,7 @@ def files(tmp_path: Path) -> Path:
     return write_dev_files(tmp_path / "data", 120)
 
 
-def made(files: Path, name: str, noise: float = 0.3, **flags: Any) -> Path:
+def made(files: Path, name: str, /, noise: float = 0.3, **flags: Any) -> Path:
     predictions = {task: noisy(files, task, noise, flags.get("seed", 0)) for task in TASKS}
     return write_run(files.parent / name, files, predictions, training_records(is_treated=True), **flags)
 
