@@ -39,7 +39,8 @@ class Console:
         if record is not None:
             shown = {"loss": f"{record['loss']:.3f}", "rows/s": f"{record['examples_per_second']:.0f}"}
             self._bars[-1].set_postfix(shown, refresh=False)
-        self._bars[-1].update(amount)
+        bar = self._bars[-1]
+        bar.update(min(amount, bar.total - bar.n))  # of rows, the last batch may hold fewer
 
     def say(self, line: str) -> None:
         """A line of its own, above the bars where there are some."""

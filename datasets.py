@@ -289,13 +289,16 @@ def _load_tokenizer(folder: Path) -> Any:
         except Exception as error:  # tokenizers raises plain Exception for any malformed file
             raise CheckpointError(f"{path}: not readable as a tokenizer ({error})") from None
     elif (folder / "vocab.txt").is_file():
-        settings = _read_json(folder / "tokenizer_config.json")
-        tokenizer = BertWordPieceTokenizer(
-            str(folder / "vocab.txt"),
-            lowercase=settings.get("do_lower_case", True),
-            strip_accents=settings.get("strip_accents"),
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        )._tokenizer
+        path, settings = folder / "vocab.txt", _read_json(folder / "tokenizer_config.json")
+        try:
+            tokenizer = BertWordPieceTokenizer(
+                str(path),
+                lowercase=settings.get("do_lower_case", True),
+                strip_accents=settings.get("strip_accents"),
+                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            )._tokenizer
+        except Exception as error:  # the same, and TypeError for settings
+            raise CheckpointError(f"{path}, tokenizer_config.json: not readable as a tokenizer ({error})") from None
         tokenizer.post_processor = None  # the special tokens are those of the settings
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         path = folder / "vocab.json"

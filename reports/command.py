@@ -17,7 +17,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists what is allowed)\n")
+        print_error(ReportError(f"{message} (--help lists what is allowed)"))
+        self.exit(2)
 
 
 def run_command(command: Callable[[], None], *errors: type[Exception]) -> int:

@@ -213,7 +213,8 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
         results, dev = run.results, run.results["dev"]
         scores = {column: dev.get(task, {}).get(metric) for column, (task, metric) in metrics.items()}
         others = (results["seconds"]["training"], results.get("peak_memory_mb"), results["parameters"]["total"])
-        row = {**run.config, "run": printable(str(run.path)), "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
+        row = {**run.config, "run": str(run.path), "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
+        row = {name: printable(of) if isinstance(of, str) else of for name, of in row.items()}
         writer.writerow(row | dict(zip(ends, [*others, json.dumps(run.config)], strict=True)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -35,6 +36,13 @@ WORDS = TEXT.split()
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LINEAR = Choice("linear")
 STD = 0.2  # ten times BERT's: differences between the rows of a batch must be well above rounding
+
+
+class Terminal(io.StringIO):
+    """What is shown at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 import engine
 import multitask_classifier
@@ -25,7 +26,7 @@ import run as running
 import token_cache
 from config import TABLES, Config, parse
 from heads import MlpHead
-from helpers import ROOT, Capture, Patch, cases, forked, run_forked, write_data
+from helpers import ROOT, Capture, Patch, Terminal, cases, forked, run_forked, write_data
 from parameters import flags_of, parameters_type
 from reports.report import main as report_main
 from run_record import CHECKSUMS, settings_checksum, write_checksums
@@ -79,10 +80,12 @@ class Runs:
             self.made[flags] = self.run(self.factory.mktemp("whole") / "run", flags)
         return self.made[flags]
 
-    def signalled(self, arguments: Sequence[str], point: str, number: int, what: int) -> tuple[int, str]:
+    def signalled(
+        self, arguments: Sequence[str], point: str, number: int, what: int, times: int = 1
+    ) -> tuple[int, str]:
         """Runs the command in a process until it signals itself; returns exit status and output."""
         log = self.factory.mktemp("signalled") / "log"
-        process = forked(log, main_with_signal, list(arguments), point, number, what)
+        process = forked(log, main_with_signal, list(arguments), point, number, what, times)
         process.join(300)
         assert process.exitcode is not None, "the process hangs"
         return process.exitcode, log.read_text()
@@ -176,6 +179,9 @@ def test_a_run_leaves_everything_in_its_directory(runs: Runs, out: Path, capsys:
     assert counts["separate_models"] == counts["total"] + 2 * counts["shared"]
     assert results["best_epoch"] in (1, 2) and results["peak_memory_mb"] > 10
     assert [sum(map(sum, results["confusion"][task])) for task in ("sst", "para")] == [8, 8]
+    guessed = [task for task in ("sst", "para") if sum(map(any, zip(*results["confusion"][task], strict=True))) == 1]
+    told = re.findall(r"^warning: (\w+): one class predicted throughout", shown.out, flags=re.MULTILINE)
+    assert guessed == told != []
     config = read(out / "config.json")
     assert config["treatment"] == "pcgrad" and config["draws_per_step"] == 4
     assert config["lr"] == running.default_learning_rate(32)  # no value is left to be chosen
@@ -197,6 +203,7 @@ def check_shown(out: str, err: str, directory: str) -> None:
     assert err == "" and "\r" not in out and "\x1b" not in out and "%|" not in out
     for word in ("model", "parameters", "data", "pretrain", "finetune", "methods", "run", "pcgrad", "separate models"):
         assert word in out
+    assert "(best of pretrain)" in out and "(best of finetune)" in out and "  constant" in out
     start_block = out.partition("\n\n")[0].splitlines()
     assert all(len(line) < 100 for line in start_block if directory not in line)
     assert "26 train" in out and "epochs of 3 steps of 4 rows, 4 draws" in out
@@ -330,6 +337,32 @@ def test_the_best_checkpoint_is_the_best_epochs_and_a_test_of_it_gives_what_the_
             assert (predictions(tested, split=split) == predictions(out, split=split)) == (epoch == 2)
         first, second = (read(folder / "results.json")["dev"] for folder in (out, tested))
         assert epoch != 2 or all(second[task] == pytest.approx(first[task], abs=1e-6) for task in TASKS)
+
+
+class EveryMove(tqdm):
+    """A bar that is drawn at each of its moves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, mininterval=0, miniters=1)
+
+
+def test_a_terminal_sees_a_bar_of_rows_while_features_and_predictions_are_made(
+    runs: Runs, out: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr("console.tqdm", EveryMove)
+    of_features = [f"features of the frozen encoder, sst: 0 to {rows} of {rows}" for rows in (26, 8)]
+    for flags, expected in (
+        ("--option pretrain --tasks sst --pretrain_epochs 1", [*of_features, "predictions: 0 to 14 of 14"]),
+        (f"--option test --checkpoint {out}", ["predictions: 0 to 14 of 14"]),
+    ):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        runs.run(out if "pretrain" in flags else out.with_name("test"), f"{flags} --eval_batch_size 3")
+        bars = list[str]()
+        for title, done, total in re.findall(r"([a-z ,]+): +\d+%\S* *\S*\| (\d+)/(\d+) \[[^]]*row/s", terminal.getvalue()):
+            bars += [f"{title}: 0 to"] if done == "0" else []
+            bars[-1] = f"{title}: 0 to {done} of {total}"
+        assert sorted(bars) == sorted(expected)
+        assert not re.search(r"\d+row \[", terminal.getvalue())  # of a bar that has moved beyond its end
 
 
 @pytest.mark.parametrize("kind", ["--option test", "--epochs 1 --steps_per_epoch 1 --warmup 0 --scheduler round_robin"])
@@ -485,10 +518,11 @@ POINTS = {
     "write": "os:replace",
     "evaluation": "evaluation:predict_logits",
     "features": "run:compute_features",
+    "picture": "reports.plots:Plot.content",
 }
 
 
-def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int) -> int:
+def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int, times: int) -> int:
     """Runs in a process of its own: the command, which signals itself before call `number` of a point, from 1."""
     owner, _, name = POINTS[point].replace(":", ".", 1).rpartition(".")
     place = pkgutil.resolve_name(owner)
@@ -499,7 +533,7 @@ def main_with_signal(arguments: Sequence[str], point: str, number: int, what: in
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == number:
+        for _ in range(times if calls == number else 0):
             os.kill(os.getpid(), what)
         return original(*args, **kwargs)
 
@@ -633,6 +667,17 @@ def test_a_second_signal_stops_at_once_but_for_one_of_a_pair(
     assert exits == [128 + second] * at_once and stop.status == 128 + signal.SIGTERM
     with pytest.raises(running.Stopped):
         stop.check()
+
+
+def test_a_second_ctrl_c_while_plots_are_drawn_stops_at_once_and_the_run_ends_when_it_goes_on(
+    runs: Runs, out: Path
+) -> None:
+    arguments = runs.arguments(out, "--option pretrain --tasks sst --pretrain_epochs 1")
+    status, shown = runs.signalled(arguments, "picture", 1, signal.SIGINT, times=2)
+    assert status == 128 + signal.SIGINT and shown.endswith("\nstopped at once\n")
+    assert not (out / "results.json").exists()
+    run(["--resume", str(out)])
+    assert (out / "results.json").exists()
 
 
 def test_changed_data_is_refused_on_resume(runs: Runs, out: Path, tmp_path: Path, error_line: ErrorLine) -> None:

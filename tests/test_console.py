@@ -6,12 +6,7 @@ import sys
 import time
 
 from console import Console
-from helpers import Patch
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from helpers import Patch, Terminal
 
 
 def test_a_bar_waits_while_a_part_of_it_has_its_own(monkeypatch: Patch) -> None:

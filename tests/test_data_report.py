@@ -1,5 +1,6 @@
 """The description of a data directory, against counts made by hand and by other means."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from datasets import Tokenizer
-from helpers import Capture, write_vocabulary
+from helpers import Capture, Patch, write_vocabulary
 from reports import data_report
 from reports.data_report import describe_folder, draw, report
 
@@ -113,3 +114,22 @@ def test_bad_input_is_one_line(
     status, out, err = run([argument.format(**places) for argument in arguments], capsys)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(
+    folder: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", output)
+        status = data_report.main([str(folder)])
+    assert (status, capsys.readouterr().err) == (0, "")
+
+
+def test_a_wrong_flag_is_one_short_line(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        data_report.main(["sample", f"--\x1b[2J{'x' * 10**5}"])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.startswith(r"error: unrecognized arguments: --\x1b[2Jxxx")
+    assert line.count("\n") == 1 and line[:-1].isprintable() and len(line) < 1100

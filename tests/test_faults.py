@@ -3,9 +3,11 @@
 Of the wrong values, hundreds, a test takes some; all of them with the environment variable EVERY_FAULT set, in minutes.
 """
 
+import errno
 import itertools
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -294,6 +296,26 @@ def test_a_checkpoint_with_a_damaged_file_is_refused_or_predicts_the_same(
     assert_none({case: of for case, of in found.items() if of != expected})
 
 
+def test_a_checkpoint_with_a_damaged_vocabulary_is_refused(checkpoint: Path, predict: Callable[[], str]) -> None:
+    """Where there is no tokenizer in one file."""
+    (checkpoint / "tokenizer.json").unlink()
+    vocabulary, path = checkpoint / "vocab.txt", checkpoint / "tokenizer_config.json"
+    settings = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    path.write_text(json.dumps(settings))
+    expected = predict()
+    kinds = (kind for _, kind in damaged([vocabulary]) if kind not in ("cut", "flipped"))  # other words, or fewer
+    found = {kind: predict() for kind in kinds}
+    with restored(vocabulary):
+        vocabulary.write_bytes(vocabulary.read_bytes() + "café\n".encode("latin-1"))
+        found["no UTF-8"] = predict()
+    assert predict() == expected
+    for name in settings:
+        path.write_text(json.dumps({**settings, name: "what?"}))
+        found[name] = predict()
+    assert len(found) == 12
+    assert_none(found)
+
+
 def test_a_checkpoint_with_a_wrong_value_is_refused_or_predicts_the_same(
     checkpoint: Path, predict: Callable[[], str]
 ) -> None:
@@ -424,6 +446,26 @@ def test_a_run_whose_disk_is_full_says_so_and_goes_on_later(
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
+@pytest.mark.parametrize("call", ["pathlib:Path.open", "os:mkdir"])
+def test_a_run_whose_disk_is_read_only_says_so_and_goes_on_later(
+    call: str, stopped: Path, tmp_path: Path, line: Callable[..., str], monkeypatch: Patch
+) -> None:
+    """At its log, and where only its checkpoints lie there."""
+    out, original = shutil.copytree(stopped, tmp_path / "run"), pkgutil.resolve_name(call)
+
+    def refuse(path: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
+        if Path(path).is_relative_to(out) and (call == "os:mkdir" or "r" not in mode):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return original(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call.replace(":", "."), refuse)
+        told = line(f"--resume={out}", status=1)
+    place = out / ("best.tmp" if call == "os:mkdir" else "metrics.jsonl")
+    assert told == f"{place}: Read-only file system; to go on: python multitask_classifier.py --resume={out}"
+    assert not (out / "results.json").exists() and command(f"--resume={out}") == 0
+
+
 @pytest.fixture(scope="module")
 def undisturbed(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = shutil.copytree(stopped, tmp_path_factory.mktemp("undisturbed") / "run")
@@ -454,6 +496,21 @@ def test_an_output_that_takes_nothing_more_is_a_line(flags: list[object], capsys
         patch.setattr("sys.stdout", full)
         status = command(*flags)
     assert status == 1 and "error: standard output: No space left on device" in capsys.readouterr().err
+
+
+def test_a_run_whose_reader_leaves_says_how_to_go_on_and_one_without_output_ends(
+    flags: list[object], tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        assert command(*flags) == 1
+    told = f"error: standard output: Broken pipe; to go on: python multitask_classifier.py --resume={tmp_path / 'run'}"
+    assert capsys.readouterr().err == f"{told}\n"
+    monkeypatch.setattr("sys.stdout", None)  # closed before the command began
+    assert command(f"--resume={tmp_path / 'run'}") == 0
+    assert (tmp_path / "run" / "results.json").exists() and capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

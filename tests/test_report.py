@@ -15,7 +15,7 @@ import pytest
 
 import multitask_classifier
 from helpers import ROOT, Capture, Patch, run_python
-from made_runs import noisy, training_records, write_dev_files, write_run
+from made_runs import labels_of, noisy, training_records, write_dev_files, write_run
 from reports.finished_run import FinishedRun
 from reports.report import main
 from tasks import TASKS
@@ -28,7 +28,7 @@ def files(tmp_path: Path) -> Path:
     return write_dev_files(tmp_path / "data", 120)
 
 
-def made(files: Path, name: str, noise: float = 0.3, **flags: Any) -> Path:
+def made(files: Path, name: str, /, noise: float = 0.3, **flags: Any) -> Path:
     predictions = {task: noisy(files, task, noise, flags.get("seed", 0)) for task in TASKS}
     return write_run(files.parent / name, files, predictions, training_records(is_treated=True), **flags)
 
@@ -175,6 +175,30 @@ def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, caps
         assert float(row["mean"]) == of.score("mean") and int(row["seed"]) == of.config["seed"]
         assert float(row["training_seconds"]) == 100 + of.config["seed"] and row["peak_memory_mb"] == "1024.5"
         assert float(row["lr"]) == of.config["lr"] and json.loads(row["settings"]) == of.config
+
+
+def test_csv_has_no_control_characters(files: Path, capsys: Capture) -> None:
+    """Names of directories and settings, which a terminal would obey."""
+    path = made(files, "a\x1b[2Jb", name="red\x1b[31m", model="\r\x07\x9b")
+    out, err = run(capsys, path, "--csv")
+    assert err == "" and all(line.isprintable() for line in out.splitlines())
+    (row,) = csv.DictReader(io.StringIO(out))
+    assert row["run"].endswith(r"/a\x1b[2Jb") and (row["name"], row["model"]) == (r"red\x1b[31m", r"\r\x07\x9b")
+    assert json.loads(row["settings"])["name"] == "red\x1b[31m"
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_report_says_what_guessing_scores_and_where_one_class_is_predicted_throughout(
+    files: Path, capsys: Capture
+) -> None:
+    predictions = {task: noisy(files, task, 0.2, 0) for task in ("sst", "para")}
+    predictions["para"][:] = is_yes = float(labels_of(files, "para").mean() > 0.5)
+    path = write_run(files.parent / "run", files, predictions)
+    scores = sections_of(run(capsys, path)[0])[f"Run {path}"]
+    (line,) = (line for line in scores.splitlines() if line.startswith("Quora paraphrase") and "accuracy" in line)
+    assert line.split()[-1] == f"{FinishedRun.read(path).score('para'):.3f}"  # what it scores and what guessing does
+    (told,) = (line for line in scores.splitlines() if line.startswith("warning: "))
+    assert told == f"warning: para: one class predicted throughout ({'yes' if is_yes else 'no'})"
 
 
 @pytest.mark.parametrize(("name", "start"), [("p.pdf", b"%PDF"), ("p.svg", b"<?xml"), ("p.png", b"\x89PNG")])
