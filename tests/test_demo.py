@@ -3,6 +3,7 @@
 import json
 import queue
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -19,9 +20,10 @@ import pytest
 import multitask_classifier
 from checkpoints import find_checkpoint
 from datasets import Tokenizer
-from demo.build import build, fetch_runtime, main
+from demo.build import PAGE, build, fetch_runtime, fill_worker, main
 from helpers import WORDS, Capture, Patch
 from reports.command import ReportError
+from tasks import TASKS, Score
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -33,7 +35,9 @@ const found = [];
 for (const texts of given) found.push(texts.answer ? await demo.answer(texts.answer) : demo.encode(texts));
 await navigator.serviceWorker.ready;
 const shown = document.body.innerText;
-await fetch(address, { method: "POST", mode: "no-cors", body: JSON.stringify({ found, shown }) });
+const cards = [...document.querySelectorAll("#answers section")].map((card) =>
+  [card.id, ...["output", ".confidence"].map((part) => card.querySelector(part).textContent)]);
+await fetch(address, { method: "POST", mode: "no-cors", body: JSON.stringify({ found, shown, cards }) });
 </script></body>"""
 
 
@@ -127,6 +131,16 @@ def hostile_texts(number: int) -> list[str]:
     return ["".join(draw.choice(kinds)() for _ in range(draw.randrange(1, 14))) for _ in range(number)]
 
 
+def words_of(task: str, values: list[float]) -> tuple[str, str]:
+    """What a card says of an answer, and how sure it is."""
+    output = TASKS[task].output
+    if isinstance(output, Score):
+        return f"{values[0]:.1f}", f"on a scale from {output.low:g} to {output.high:g}"
+    shares = [1 - values[0], values[0]] if len(values) == 1 else values
+    best = int(np.argmax(shares))
+    return output.class_names[best], f"{100 * shares[best]:.0f} %"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
     """As much of an export as the page's tokenizer needs, and no onnxruntime."""
@@ -174,11 +188,16 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
     except ReportError as error:
         pytest.skip(str(error))
     draw = np.random.default_rng(0)
-    rows = [tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20)]
+    own = tuple(re.findall(r"<textarea.*?>(.*?)</textarea>", (page / "index.html").read_text("utf-8")))
+    rows = [own] + [
+        tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20)
+    ]
     first, second = on_page(page, [{"answer": row} for row in rows], tmp_path / "profile", again=True)
     session = open_session(run / "export" / "model.onnx")
     for found in (first, second):
         assert "ms for all answers" in found["shown"] and "SST-5 sentiment" in found["shown"]
+        of_own = found["found"][0]["answers"]
+        assert found["cards"] == [[f"task-{task}", *words_of(task, of_own[task])] for task in TASKS if task in of_own]
         for row, of_row in zip(rows, found["found"], strict=True):
             assert of_row["answers"].keys() == {"sst"} | (pair_tasks if len(row) == 2 else set())
             for task, values in of_row["answers"].items():
@@ -186,6 +205,18 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
                 tokens = tokenizer.encode([row[:1] if task == "sst" else row])
                 expected = answers(session, task, tokens)[0]
                 np.testing.assert_allclose(values, np.atleast_1d(expected), atol=1e-4)
+
+
+def test_the_worker_keeps_every_file_under_a_name_that_changes_with_any(tmp_path: Path) -> None:
+    names = set()
+    for model in (b"one", b"one", b"another"):
+        page = shutil.copytree(PAGE, tmp_path / str(len(list(tmp_path.iterdir()))))
+        (page / "model.onnx").write_bytes(model)
+        fill_worker(page)
+        name, files = re.findall(r"^const \w+ = (.*?);", (page / "sw.js").read_text("utf-8"), re.MULTILINE)
+        assert json.loads(files) == ["./", *sorted(path.name for path in page.iterdir() if path.name != "sw.js")]
+        names.add(name)
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize("kind", ["existing", "no model", "no npm", "npm refuses", "another tokenizer"])
