@@ -189,9 +189,8 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
         pytest.skip(str(error))
     draw = np.random.default_rng(0)
     own = tuple(re.findall(r"<textarea.*?>(.*?)</textarea>", (page / "index.html").read_text("utf-8")))
-    rows = [own] + [
-        tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20)
-    ]
+    texts = (tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20))
+    rows = [own, *texts]
     first, second = on_page(page, [{"answer": row} for row in rows], tmp_path / "profile", again=True)
     session = open_session(run / "export" / "model.onnx")
     for found in (first, second):

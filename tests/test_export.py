@@ -260,7 +260,8 @@ def test_times_are_of_each_length_in_turns_without_the_first(monkeypatch: Patch)
     seconds = [1.0, 1.0] * 3 + [0.01, 0.002] * 59 + [0.09, 0.04]
     monkeypatch.setattr("onnx_proof.open_session", lambda path: SimpleNamespace(run=None))
     monkeypatch.setattr("onnx_proof._eager", lambda *given: None)
-    monkeypatch.setattr("onnx_proof._seconds", lambda way, left=iter(seconds * 2): next(left))  # of two lengths
+    left = iter(seconds * 2)  # of two lengths
+    monkeypatch.setattr("onnx_proof._seconds", lambda way: next(left))
     predictor: Any = SimpleNamespace(model=tiny_model())
     found = onnx_proof.measure_times(predictor, [Path("model.onnx")])
     assert list(found) == ["program", "model.onnx"] and all(list(of) == ["16", "32"] for of in found.values())
