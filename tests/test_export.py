@@ -356,7 +356,8 @@ def test_a_layer_in_float_stays_as_it_is_and_the_others_have_a_scale_for_each_co
     source, target = exported / "model.onnx", tmp_path / "small.onnx"
     in_float, *others = layers_of(source).values()
     write_smaller(source, target, 8, in_float)
-    before, after = tensors_of(source), tensors_of(target)
+    before = tensors_of(source)
+    after = {name.replace("_Transposed", ""): value for name, value in tensors_of(target).items()}  # what was a Gemm's
     assert in_float and len(others) > 8
     for name in in_float:
         assert np.array_equal(after[name], before[name]) or np.array_equal(after[name].T, before[name])
