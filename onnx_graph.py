@@ -147,7 +147,7 @@ def one_task(source: Path, target: Path, task: str) -> Path:
 def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collection[str] = ()) -> None:
     """Writes a graph with the matrices of its layers in int8, and its tables in 8 or in 4 bits.
 
-    in_float: names of matrices that stay as they are.
+    in_float: names of matrices that stay floats, of 16 bits in the file.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -165,8 +165,22 @@ def write_smaller(source: Path, target: Path, table_bits: int, in_float: Collect
             extra_options={"MatMulConstBOnly": True},
         )
     small = onnx.load(target)
+    store_in_16_bits(small.graph)
     pack_tables(small.graph, table_bits)
     onnx.save(small, target)
+
+
+def store_in_16_bits(graph: Any) -> None:
+    """Halves the matrices that products still read in float; whoever opens the graph makes them float32 again."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    read = {node.input[1] for node in graph.node if node.op_type in ("Gemm", "MatMul")}
+    for tensor in [of for of in graph.initializer if of.name in read and of.data_type == TensorProto.FLOAT]:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        graph.initializer.remove(tensor)
+        graph.initializer.append(numpy_helper.from_array(half, f"{tensor.name}.half"))
+        cast = helper.make_node("Cast", [f"{tensor.name}.half"], [tensor.name], to=TensorProto.FLOAT)
+        graph.node.insert(0, cast)
 
 
 def quantized_blocks(table: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray]:

@@ -408,7 +408,9 @@ class DevRows:
             numbers = np.array([row[1:width] for row in rows], dtype=np.float64)
             if numbers.shape != (len(rows), width - 1) or not np.isfinite(numbers).all():
                 raise ValueError("a number is missing or not finite")
-        except (OSError, ValueError, csv.Error) as error:
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}") from None
+        except (ValueError, csv.Error) as error:
             raise RunError(f"{path}: not readable as dev rows ({shown(error)})") from None
         probabilities = numbers[:, 2:] if width > 3 else None
         return cls(tuple(row[0] for row in rows), numbers[:, 0], numbers[:, 1], probabilities)

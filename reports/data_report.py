@@ -30,7 +30,7 @@ from tasks import SPLITS, TASKS, Task
 PERCENTILES = (50, 90, 98, 99)
 NUM_NAMED = 10  # rows named one by one in a list
 NUM_BANDS = 5  # of a scale in the picture
-NUM_BINS = 40  # of token lengths in the picture
+NUM_BINS = 40  # of token lengths in the picture, at most
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,15 @@ def draw(descriptions: Sequence[Description]) -> Plot:
         longest = max(int(d.lengths.max()) for d in descriptions if d.task is of.task)
         classes, scale = of.task.output.num_classes or 0, of.task.output.scale
         labels = np.linspace(*scale, NUM_BANDS + 1) if scale else np.arange(classes + 1) - 0.5
-        lengths = np.linspace(0, longest + 1, min(longest + 1, NUM_BINS) + 1)
+        width = -(-(longest + 1) // NUM_BINS)  # whole, so that every bin holds as many lengths
+        lengths = np.arange(0, longest + 1 + width, width) - 0.5
         edges, values = (labels, of.labels) if above else (lengths, of.lengths)
         look = {key: style(SPLITS.index(split))[key] for key in ("color", "linestyle", "linewidth")}
         shares = 100 * np.histogram(values, edges)[0] / len(values)
         axes[i].stairs(shares, edges, **look, label=f"{split}, {len(values):,} rows")
         axes[i].legend(fontsize=8, frameon=False)
+        if above and classes:
+            axes[i].set_xticks(range(classes))
     return Plot("data", "", figure)
 
 

@@ -1,7 +1,9 @@
 """The description of a data directory, against counts made by hand and by other means."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from datasets import Tokenizer
@@ -65,6 +67,13 @@ def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer:
     assert [patch.get_label() for patch in lengths.patches] == ["train, 5 rows", "dev, 2 rows", "test, 1 rows"]
     # Four rows of 3 or 4 tokens and one of 5, in bins of one token from 0 on.
     assert lengths.patches[0].get_data().values.tolist() == [0, 0, 0, 40, 40, 20]
+
+
+def test_every_bin_of_the_picture_holds_as_many_lengths(folder: Path, tokenizer: Tokenizer) -> None:
+    description = replace(describe_folder(folder, tokenizer)[0], lengths=np.repeat(np.arange(1, 100), 2))
+    (patch,) = draw([description]).figure.axes[-1].patches
+    shares = patch.get_data().values
+    assert len(shares) <= 40 and np.allclose(shares[1:-1], shares[1]) and shares.sum() == pytest.approx(100)
 
 
 def run(arguments: list[str], capsys: Capture) -> tuple[int, str, str]:

@@ -3,20 +3,26 @@
 import { Tokenizer } from "./tokenizer.js";
 
 const PAUSE = 250; // milliseconds without a key until there is an answer
-const read = async (name) => (await fetch(name)).json();
-const [labels, settings] = await Promise.all([read("labels.json"), read("tokenizer.json")]);
+const [labels, settings] = await Promise.all([read("labels.json", "json"), read("tokenizer.json", "json")]);
+const opened = openSession(); // begun here, so that the model is on its way while the tokenizer is made
 const tokenizer = new Tokenizer(settings);
 const texts = ["first", "second"].map((id) => document.getElementById(id));
 const state = document.getElementById("state");
 
+// A file as `kind`, such as "json".
+async function read(name, kind) {
+  const found = await fetch(name);
+  if (!found.ok) throw new Error(`${name}: ${found.status}`);
+  return found[kind]();
+}
+
 // onnxruntime and the model are the slow part; the page is there before them.
 async function openSession() {
-  const ort = await import("./ort.wasm.min.mjs");
+  const [ort, model] = await Promise.all([import("./ort.wasm.min.mjs"), read(settings.model, "arrayBuffer")]);
   ort.env.wasm.numThreads = 1;
   ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
-  return { ort, session: await ort.InferenceSession.create(settings.model) };
+  return { ort, session: await ort.InferenceSession.create(model) };
 }
-const opened = openSession();
 
 // The graph's inputs for sequences of token ids, padded to the longest.
 function feed(ort, sequences) {
@@ -65,9 +71,10 @@ function describe(task, values) {
   return [task.classes[best], percent(shares[best]), task.classes.map((name, i) => [name, shares[i], percent(shares[i])])];
 }
 
-function show({ answers, milliseconds }) {
+function show(answers) {
   for (const [name, task] of Object.entries(labels.tasks)) {
-    const [words, confidence, rows] = answers[name] ? describe(task, answers[name]) : ["–", "needs a second sentence", []];
+    const missing = task.texts.length === 2 ? "needs a second sentence" : "needs a sentence";
+    const [words, confidence, rows] = answers[name] ? describe(task, answers[name]) : ["–", missing, []];
     const card = document.getElementById(`task-${name}`);
     card.querySelector("output").textContent = words;
     card.querySelector(".confidence").textContent = confidence;
@@ -80,7 +87,6 @@ function show({ answers, milliseconds }) {
       }),
     );
   }
-  state.textContent = `${milliseconds.toFixed(1)} ms for all answers, on this device`;
 }
 
 for (const [name, task] of Object.entries(labels.tasks)) {
@@ -94,10 +100,11 @@ let number = 0;
 async function update() {
   const mine = ++number;
   const given = texts.map((text) => text.value).filter((text) => text.trim());
-  if (!given.length) return;
   try {
-    const found = await answer(given);
-    if (mine === number) show(found);
+    const { answers, milliseconds } = given.length ? await answer(given) : { answers: {} };
+    if (mine !== number) return;
+    show(answers);
+    state.textContent = given.length ? `${milliseconds.toFixed(1)} ms for all answers, on this device` : "";
   } catch (error) {
     state.textContent = `The model cannot be used: ${error.message}`;
   }
