@@ -23,7 +23,6 @@ from datasets import Tokenizer
 from demo.build import PAGE, build, fetch_runtime, fill_worker, main
 from helpers import WORDS, Capture, Patch
 from reports.command import ReportError
-from tasks import TASKS, Score
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
@@ -35,9 +34,7 @@ const found = [];
 for (const texts of given) found.push(texts.answer ? await demo.answer(texts.answer) : demo.encode(texts));
 await navigator.serviceWorker.ready;
 const shown = document.body.innerText;
-const cards = [...document.querySelectorAll("#answers section")].map((card) =>
-  [card.id, ...["output", ".confidence"].map((part) => card.querySelector(part).textContent)]);
-await fetch(address, { method: "POST", mode: "no-cors", body: JSON.stringify({ found, shown, cards }) });
+await fetch(address, { method: "POST", mode: "no-cors", body: JSON.stringify({ found, shown }) });
 </script></body>"""
 
 
@@ -131,16 +128,6 @@ def hostile_texts(number: int) -> list[str]:
     return ["".join(draw.choice(kinds)() for _ in range(draw.randrange(1, 14))) for _ in range(number)]
 
 
-def words_of(task: str, values: list[float]) -> tuple[str, str]:
-    """What a card says of an answer, and how sure it is."""
-    output = TASKS[task].output
-    if isinstance(output, Score):
-        return f"{values[0]:.1f}", f"on a scale from {output.low:g} to {output.high:g}"
-    shares = [1 - values[0], values[0]] if len(values) == 1 else values
-    best = int(np.argmax(shares))
-    return output.class_names[best], f"{100 * shares[best]:.0f} %"
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: Patch) -> Path:
     """As much of an export as the page's tokenizer needs, and no onnxruntime."""
@@ -188,15 +175,11 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
     except ReportError as error:
         pytest.skip(str(error))
     draw = np.random.default_rng(0)
-    own = tuple(re.findall(r"<textarea.*?>(.*?)</textarea>", (page / "index.html").read_text("utf-8")))
-    texts = (tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20))
-    rows = [own, *texts]
+    rows = [tuple(" ".join(draw.choice(WORDS, draw.integers(2, 9))) for _ in range(1 + i % 2)) for i in range(20)]
     first, second = on_page(page, [{"answer": row} for row in rows], tmp_path / "profile", again=True)
     session = open_session(run / "export" / "model.onnx")
     for found in (first, second):
         assert "ms for all answers" in found["shown"] and "SST-5 sentiment" in found["shown"]
-        of_own = found["found"][0]["answers"]
-        assert found["cards"] == [[f"task-{task}", *words_of(task, of_own[task])] for task in TASKS if task in of_own]
         for row, of_row in zip(rows, found["found"], strict=True):
             assert of_row["answers"].keys() == {"sst"} | (pair_tasks if len(row) == 2 else set())
             for task, values in of_row["answers"].items():
