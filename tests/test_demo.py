@@ -3,6 +3,7 @@
 import json
 import queue
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -19,7 +20,7 @@ import pytest
 import multitask_classifier
 from checkpoints import find_checkpoint
 from datasets import Tokenizer
-from demo.build import build, fetch_runtime, main
+from demo.build import PAGE, build, fetch_runtime, fill_worker, main
 from helpers import WORDS, Capture, Patch
 from reports.command import ReportError
 
@@ -186,6 +187,18 @@ def test_the_page_gives_the_graphs_answers_also_without_network(
                 tokens = tokenizer.encode([row[:1] if task == "sst" else row])
                 expected = answers(session, task, tokens)[0]
                 np.testing.assert_allclose(values, np.atleast_1d(expected), atol=1e-4)
+
+
+def test_the_worker_keeps_every_file_under_a_name_that_changes_with_any(tmp_path: Path) -> None:
+    names = set()
+    for model in (b"one", b"one", b"another"):
+        page = shutil.copytree(PAGE, tmp_path / str(len(list(tmp_path.iterdir()))))
+        (page / "model.onnx").write_bytes(model)
+        fill_worker(page)
+        name, files = re.findall(r"^const \w+ = (.*?);", (page / "sw.js").read_text("utf-8"), re.MULTILINE)
+        assert json.loads(files) == ["./", *sorted(path.name for path in page.iterdir() if path.name != "sw.js")]
+        names.add(name)
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize("kind", ["existing", "no model", "no npm", "npm refuses", "another tokenizer"])

@@ -328,6 +328,13 @@ def test_rows_are_divided_evenly_task_after_task() -> None:
     assert sorted(map(len, shares)) == [3, 3, 3, 4]
 
 
+def test_each_pass_of_each_process_has_a_dropout_of_its_own() -> None:
+    rows = {"sst": np.arange(17), "sts": np.arange(9)}
+    trainers = [make_trainer("--batch_size 3", ProcessGroup(rank, 3)) for rank in range(3)]
+    seeds = [part.seed for of in trainers for part in of._passes(rows, dict.fromkeys(rows, 1.0), 0)]
+    assert len(set(seeds)) == len(seeds) > 6
+
+
 def test_processes_agree(several: list[dict[str, Any]]) -> None:
     greatest, texts, tellers = zip(*(found["told"] for found in several), strict=True)
     assert set(greatest) == {10 + len(several) - 1} and set(texts) == {"of 0"} and sum(tellers) == 1

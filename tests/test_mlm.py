@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +194,15 @@ def test_a_stage_takes_the_steps_of_a_naive_one_and_moves_encoder_and_head_alone
         assert [n for n in ours if "pooler" not in n and not near(ours[n], expected_state[n])] == []
         assert [n for n, p in head.named_parameters() if not near(p, theirs[f"cls.predictions.{n}"])] == []
     assert len(losses) == 6 and all(torch.equal(model.state_dict()[name], value) for name, value in kept.items())
+
+
+def test_each_sentence_of_a_split_pair_is_a_row(tiny: Path) -> None:
+    model, pairs = tiny_model(), rows_of("para", 15, 2)
+    head, _ = make_masked_head(model.encoder.config, tiny, 0)
+    pairs.tokens = replace(pairs.tokens, is_split=True)
+    stage, train = Stage(MLM, (MLM,), 1, 1, 7, 1, 1e-3, 0.4, 0.1, 0.5, 1, 1, 8, seed=3), {"sst": rows_of("sst", 20, 1)}
+    trainer = masked_trainer(stage, model, head, TOKENIZER, {**train, "para": pairs}, Precision(CPU))
+    assert len(trainer.data.train[MLM]) == 20 + 2 * 15
 
 
 def near(found: Tensor, expected: Tensor) -> bool:

@@ -67,6 +67,13 @@ def test_one_checkpoint_or_equal_ones_are_their_own_mean(folders: list[Path]) ->
         assert all(torch.equal(found[name].float(), expected[name]) for name in names) and len(names) > 10
 
 
+def test_in_a_mean_of_several_each_counts_the_same(folders: list[Path]) -> None:
+    layout = Layout(dict.fromkeys(TASKS, Choice("linear")), PAL)
+    found, parts = mean_state(folders[:3], layout), [mean_state([folder], layout) for folder in folders[:3]]
+    for name, value in found.items():
+        torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean(0))
+
+
 def test_the_greedy_recipe_adds_from_the_best_down_what_does_not_lower_the_score() -> None:
     scores_of = {(1, 3): 0.89, (1, 2): 0.9, (1, 2, 4): 0.95, (1, 2, 4, 0): 0.94}
     assert greedy_soup([0.5, 0.9, 0.7, 0.8, 0.6], lambda numbers: scores_of.pop(tuple(numbers))) == [1, 2, 4]

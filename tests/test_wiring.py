@@ -453,7 +453,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-WITH_DROPOUT = {"pal", "rdrop", "all regularizers, pcgrad", "siamese", "lstm"}
+WITH_DROPOUT = {"pal", "rdrop", "weights, rdrop", "all regularizers, pcgrad", "siamese", "lstm"}
 WITH_DROPOUT |= {"frozen, lstm", "frozen, before fine-tuning"}
 
 
@@ -520,6 +520,13 @@ def test_stages_have_the_settings_of_the_flags() -> None:
     for stage, is_frozen in zip(run.stages, (True, False), strict=True):
         assert (stage.patience, stage.eval_every, stage.eval_batch_size) == (2, 3, 5)
         assert (stage.steps_per_epoch, stage.is_frozen) == (6, is_frozen)
+
+
+def test_masked_language_modelling_has_its_own_flags_and_counts_the_sentences_of_split_pairs() -> None:
+    stage = make_run("--mlm_epochs 2 --mlm_lr 0.5 --pairs siamese").stages[0]
+    num_sentences = SIZES["sst"] + 2 * (SIZES["para"] + SIZES["sts"])
+    assert (stage.name, stage.epochs, stage.lr) == ("mlm", 2, 0.5)
+    assert stage.steps_per_epoch == -(-num_sentences // ROWS)
 
 
 def test_the_start_of_a_run_says_what_a_loss_counts() -> None:
