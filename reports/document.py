@@ -55,9 +55,14 @@ class Table:
             widths[max(wide, key=widths.__getitem__)] -= 1
         align = ["right" if j in self.numeric else "left" for j in range(len(self.columns))]
         layout: dict[str, Any] = {"tablefmt": "github" if is_markdown else "simple", "disable_numparse": True}
-        if not is_markdown:
-            layout |= {"maxcolwidths": widths, "maxheadercolwidths": widths, "break_on_hyphens": False}
-        shown = tabulate.tabulate(cells, self.columns, **layout, colalign=align)
+        titles = list(self.columns)
+        if not is_markdown:  # (tabulate's own way to break lines fails at a cell like 2,000)
+            broken = (
+                (textwrap.fill(*of, break_on_hyphens=False) for of in zip(r, widths, strict=True))
+                for r in (titles, *cells)
+            )
+            titles, *cells = map(list, broken)
+        shown = tabulate.tabulate(cells, titles, **layout, colalign=align)
         return "\n".join(line.rstrip() for line in shown.replace(NO_BREAK, " ").split("\n"))
 
 

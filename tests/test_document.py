@@ -57,6 +57,13 @@ def test_text_has_aligned_columns_a_star_at_marked_cells_and_nothing_that_a_term
     assert "\x1b" not in shown and "<b>bold</b>" in shown and "caption" not in shown
 
 
+def test_large_numbers_keep_their_commas() -> None:
+    table = Table(("class", "rows"), (("one of 2,000", "1,400"), ("2,000", "12")))
+    assert to_text([Section("T", (table,))]).splitlines()[3:] == [
+        "class          rows", "------------  -----", "one of 2,000  1,400", "2,000            12"
+    ]  # fmt: skip
+
+
 def test_long_texts_go_on_below_their_own_column() -> None:
     words = "word " * 60
     lines = to_text([Section("T", (words, Table(("n", "text"), (("1", words), ("22", "x")))))]).splitlines()
