@@ -53,6 +53,7 @@ def export(config: Config, console: Console) -> int:
     run = ended(Path(config.checkpoint))
     predictor = load(config.checkpoint, "cpu", max_length=config.max_length)
     texts = {split: _texts(config, predictor, split) for split in ("train", "dev")}
+    console.say(f"{target}: a file in float32 and smaller ones, each tried on every dev row; that takes minutes")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as place:

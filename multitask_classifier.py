@@ -111,4 +111,5 @@ if __name__ == "__main__":
     # ten times as long for them. It has to be said before there are threads.
     torch.set_flush_denormal(True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is half-written is removed
     sys.exit(main())

@@ -113,9 +113,15 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number, self._first = signal.Signals(number), time.monotonic()
+            self._tell(b"stopping after this step; a second time stops at once, without saving\n")
         elif self._is_another(number):
-            os.write(2, b"stopped at once\n")  # an exception could come up anywhere, such as in C code
+            self._tell(b"stopped at once; --resume goes on from the last checkpoint\n")
             os._exit(128 + number)
+
+    def _tell(self, line: bytes) -> None:
+        """(An exception could come up anywhere, such as in C code, and print is not for signals.)"""
+        if self.processes.is_first:
+            os.write(2, line)
 
     def _is_another(self, number: int) -> bool:
         """Whether a signal behind the first is meant as one more. (Of a Ctrl-C torchrun sends a second one itself.)"""

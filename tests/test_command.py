@@ -676,7 +676,10 @@ def test_a_second_ctrl_c_while_plots_are_drawn_stops_at_once_and_the_run_ends_wh
 ) -> None:
     arguments = runs.arguments(out, "--option pretrain --tasks sst --pretrain_epochs 1")
     status, shown = runs.signalled(arguments, "picture", 1, signal.SIGINT, times=2)
-    assert status == 128 + signal.SIGINT and shown.endswith("\nstopped at once\n")
+    assert status == 128 + signal.SIGINT and shown.endswith(
+        "\nstopping after this step; a second time stops at once, without saving\n"
+        "stopped at once; --resume goes on from the last checkpoint\n"
+    )
     assert not (out / "results.json").exists()
     run(["--resume", str(out)])
     assert (out / "results.json").exists()

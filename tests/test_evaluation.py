@@ -1,5 +1,6 @@
 """Predictions in the order of the rows, metrics, and prediction files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from evaluation import (
     predict_logits,
     write_predictions,
 )
-from helpers import STD, generator, tiny_config, tiny_model
+from helpers import STD, Patch, generator, tiny_config, tiny_model
 from model import FrozenEncoder, MultitaskBert
 from ops import DropoutMasks
 from pal import ProjectedAttention
@@ -196,7 +197,7 @@ def test_prediction_files_have_the_format_of_cs224n_and_are_written_whole_or_not
     assert path.read_bytes() == expected.encode() and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_table_shows_both_metrics_of_every_task_the_mean_and_what_guessing_scores() -> None:
+def test_the_table_shows_both_metrics_of_every_task_the_mean_and_what_guessing_scores(monkeypatch: Patch) -> None:
     values = {"sst": (0.5, 0.4321), "para": (0.8, 0.75), "sts": (0.8, 0.7)}
     names = {"sst": ("accuracy", "macro_f1"), "para": ("accuracy", "macro_f1"), "sts": ("pearson", "spearman")}
     metrics = {task: dict(zip(names[task], values[task], strict=True)) for task in TASKS}
@@ -210,4 +211,7 @@ def test_the_table_shows_both_metrics_of_every_task_the_mean_and_what_guessing_s
         "mean 0.700 0.292",
     ]
     assert all(line == line.rstrip() for line in lines) and lines[-1].startswith("(constant: ")
+    output = replace(TASKS["sst"].output, selection_metric="macro_f1")
+    monkeypatch.setitem(TASKS, "sst", replace(TASKS["sst"], output=output))
+    assert "macro_f1   0.432  accuracy   0.500" in format_table(metrics, dict.fromkeys(TASKS, 9), guesses)
     assert len({len(line) for line in lines[:-1]}) == 1 and max(map(len, lines)) <= 85

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -476,6 +478,18 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {words[kind]}") and error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before and not list(out.glob("*"))
+
+
+def test_an_export_that_is_told_to_stop_leaves_nothing(treated_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    command = [sys.executable, ROOT / "multitask_classifier.py", "--option", "export", "--checkpoint", treated_run]
+    with subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline().startswith(f"{out}: a file in float32")
+        while not list(tmp_path.glob("export.*/export")):
+            time.sleep(0.05)
+        process.terminate()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM and list(tmp_path.iterdir()) == []
 
 
 def test_a_form_that_loses_too_much_is_left_out_and_named(
