@@ -36,11 +36,11 @@ def build(export: Path, model: str) -> Path:
     with tempfile.TemporaryDirectory(dir=export) as place:
         folder = Path(place) / "demo"
         shutil.copytree(PAGE, folder)
+        fetch_runtime(folder)
         settings = page_tokenizer(export) | {"model": model}
         (folder / "tokenizer.json").write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
         for name in (model, "labels.json"):
             shutil.copyfile(export / name, folder / name)
-        fetch_runtime(folder)
         fill_worker(folder)
         os.rename(folder, target)
     return target

@@ -357,10 +357,8 @@ def test_a_terminal_sees_a_bar_of_rows_while_features_and_predictions_are_made(
     ):
         monkeypatch.setattr(sys, "stderr", terminal := Terminal())
         runs.run(out if "pretrain" in flags else out.with_name("test"), f"{flags} --eval_batch_size 3")
-        bars = list[str]()
-        for title, done, total in re.findall(
-            r"([a-z ,]+): +\d+%\S* *\S*\| (\d+)/(\d+) \[[^]]*row/s", terminal.getvalue()
-        ):
+        bars, drawn = list[str](), r"([a-z ,]+): +\d+%\S* *\S*\| (\d+)/(\d+) \[[^]]*row/s"
+        for title, done, total in re.findall(drawn, terminal.getvalue()):
             bars += [f"{title}: 0 to"] if done == "0" else []
             bars[-1] = f"{title}: 0 to {done} of {total}"
         assert sorted(bars) == sorted(expected)
@@ -524,7 +522,7 @@ POINTS = {
 }
 
 
-def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int, times: int) -> int:
+def main_with_signal(arguments: Sequence[str], point: str, number: int, what: int, times: int = 1) -> int:
     """Runs in a process of its own: the command, which signals itself before call `number` of a point, from 1."""
     owner, _, name = POINTS[point].replace(":", ".", 1).rpartition(".")
     place = pkgutil.resolve_name(owner)
