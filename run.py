@@ -566,7 +566,8 @@ class Run:
         self.directory.write_results(results)  # last: with it the run has ended
         with_test_file = [task for task in config.tasks if TASKS[task].file_name("test")]
         if missing := [task for task in with_test_file if task not in self.data.test]:
-            self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for it")
+            whose = "it" if len(missing) == 1 else "them"
+            self.console.say(f"no test file of {', '.join(missing)} in {config.data}: no test predictions for {whose}")
         has_best = self.directory.best.exists()
         holds = "results, predictions and the best checkpoint are" if has_best else "results and predictions are"
         times = f"training {duration(training)}, " if self.stages else ""
