@@ -174,7 +174,11 @@ def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: 
 def draw_moving_means(records: Records, key: str, name: str, caption: str, size: tuple[float, float] = PANEL) -> Plot:
     """The entries of a key over the steps of each stage, a panel each: a strong moving mean, single values pale."""
     stages = curves(records, key)
-    drawn = {f"{stage}: {entry}": (entry, *of_stage[entry]) for stage, of_stage in stages.items() for entry in of_stage}
+    order = {task: place for place, task in enumerate(TASKS)}.get  # of each stage, whichever task was drawn first
+    entries = (
+        (stage, of, entry) for stage, of in stages.items() for entry in sorted(of, key=lambda name: order(name, 0))
+    )
+    drawn = {f"{stage}: {entry}": (entry, *of[entry]) for stage, of, entry in entries}
     figure, axes = panels(list(drawn), "optimizer step", name.replace("-", " "), rows=len(stages), size=size)
     for axis, (entry, steps, values) in zip(axes, drawn.values(), strict=True):
         color = COLORS[list(TASKS).index(entry) if entry in TASKS else 3]

@@ -77,7 +77,9 @@ def test_what_a_log_holds_is_drawn_in_a_panel_for_each_stage_and_entry(
     key: str, name: str, caption: str, size: tuple[float, float]
 ) -> None:
     plot = plots.draw_moving_means(TREATED, key, name, caption, size)
-    held = {(r["stage"], n): None for r in TREATED if key in r for n in (r[key] if isinstance(r[key], dict) else [key])}
+    entries = [(r["stage"], n) for r in TREATED if key in r for n in (r[key] if isinstance(r[key], dict) else [key])]
+    stages = dict.fromkeys(stage for stage, _ in entries)
+    held = [(stage, name) for stage in stages for name in (*TASKS, key) if (stage, name) in entries]
     assert [axis.get_title() for axis in plot.figure.axes] == [f"{stage}: {entry}" for stage, entry in held]
     for axis, (stage, entry) in zip(plot.figure.axes, held, strict=True):
         own = [record for record in TREATED if record["stage"] == stage and key in record]
