@@ -26,9 +26,9 @@ from tasks import TASKS
 from vocabulary import VocabularyError, kept_pieces, without_others
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-FLOAT, BATCH_SIZE = "model.onnx", 32
+FLOAT, INT8, BATCH_SIZE = "model.onnx", "model.int8.onnx", 32
 SMALLER = {
-    "model.int8.onnx": (8, 1),
+    INT8: (8, 1),
     "model.small.onnx": (4, 2),
 }  # bits in their tables, how many --max_loss it may lose
 
@@ -71,8 +71,10 @@ def export(config: Config, console: Console) -> int:
         raise ExportError(f"--out {target}: cannot be written ({error.strerror or error})") from None
     console.say(show(report))
     console.say(f"the files are in {target}")
-    if failures:
-        raise ExportError(*(f"{line}; it was left out" for line in failures))
+    if INT8 in failures:
+        raise ExportError(*failures.values())
+    for line in failures.values():
+        console.say(line)
     return 0
 
 
@@ -89,7 +91,7 @@ def _texts(config: Config, predictor: Predictor, split: str) -> Texts:
 
 def write_files(
     folder: Path, config: Config, predictor: Predictor, texts: Mapping[str, Texts], say: Callable[[str], None]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Writes models, tokenizer and labels into an empty folder, and proves the models.
 
     Returns what was found, and a line for each smaller form that loses too much, which is not there.
@@ -99,7 +101,7 @@ def write_files(
     logits = predict_all(model, rows, BATCH_SIZE, Precision(torch.device("cpu")))
     program = {task: answer(TASKS[task].output, of).numpy() for task, of in logits.items()}
     report: dict[str, Any] = {PROGRAM: compare(program, program, rows)}
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -127,7 +129,7 @@ def write_files(
             report[name] = write_within(config.max_loss * factor, *paths, bits, report[PROGRAM], program, rows, say)
         except ProofError as error:
             (folder / name).unlink()
-            failures.append(str(error))
+            failures[name] = f"{error}; it was left out"
     for name, times in measure_times(predictor, [folder / name for name in report if name != PROGRAM]).items():
         report[name]["milliseconds"] = times
     with tempfile.TemporaryDirectory(dir=folder) as place:
