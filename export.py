@@ -117,6 +117,7 @@ def write_files(
 
     write_graph(model, folder / FLOAT)
     report[FLOAT] = prove(folder / FLOAT, BATCH_SIZE, program, rows)
+    say(f"{FLOAT}: tried on every dev row")
     lost, task = max((loss, task) for task, loss in losses(report[FLOAT], report[PROGRAM]).items())
     if config.vocabulary == "data" and lost > config.max_loss:
         raise ExportError(
@@ -127,9 +128,11 @@ def write_files(
         paths = folder / FLOAT, folder / name
         try:
             report[name] = write_within(config.max_loss * factor, *paths, bits, report[PROGRAM], program, rows, say)
+            say(f"{name}: tried on every dev row")
         except ProofError as error:
             (folder / name).unlink()
             failures[name] = f"{error}; it was left out"
+    say("milliseconds and memory, one model against several")
     for name, times in measure_times(predictor, [folder / name for name in report if name != PROGRAM]).items():
         report[name]["milliseconds"] = times
     with tempfile.TemporaryDirectory(dir=folder) as place:
