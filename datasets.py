@@ -9,7 +9,8 @@ Shape letters: R rows of a data set, N packed tokens, B rows of a batch.
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -276,6 +277,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+@contextmanager
+def _reading_tokenizer(files: str) -> Iterator[None]:
+    """Whatever goes wrong is a line about these files: tokenizers raises plain Exception for any malformed one."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{files}: not readable as a tokenizer ({error})") from None
+
+
 def _load_tokenizer(folder: Path) -> Any:
     """A `tokenizers.Tokenizer` without truncation and padding, which are our own business."""
     from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
@@ -284,28 +294,22 @@ def _load_tokenizer(folder: Path) -> Any:
 
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
+        with _reading_tokenizer(str(path)):
             tokenizer = Fast.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception for any malformed file
-            raise CheckpointError(f"{path}: not readable as a tokenizer ({error})") from None
     elif (folder / "vocab.txt").is_file():
         path, settings = folder / "vocab.txt", _read_json(folder / "tokenizer_config.json")
-        try:
+        with _reading_tokenizer(f"{path}, tokenizer_config.json"):
             tokenizer = BertWordPieceTokenizer(
                 str(path),
                 lowercase=settings.get("do_lower_case", True),
                 strip_accents=settings.get("strip_accents"),
                 handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
             )._tokenizer
-        except Exception as error:  # the same, and TypeError for settings
-            raise CheckpointError(f"{path}, tokenizer_config.json: not readable as a tokenizer ({error})") from None
         tokenizer.post_processor = None  # the special tokens are those of the settings
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         path = folder / "vocab.json"
-        try:
+        with _reading_tokenizer(f"{path}, merges.txt"):
             tokenizer = ByteLevelBPETokenizer(str(path), str(folder / "merges.txt"))._tokenizer
-        except Exception as error:  # the same
-            raise CheckpointError(f"{path}, merges.txt: not readable as a tokenizer ({error})") from None
         tokenizer.add_special_tokens(list(ROBERTAS.values()))
         cls, sep = ((name, tokenizer.token_to_id(name)) for name in (ROBERTAS["CLS"], ROBERTAS["SEP"]))
         tokenizer.post_processor = RobertaProcessing(sep, cls)

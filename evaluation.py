@@ -181,9 +181,8 @@ def format_table(
     width = 4 + max(len(TASKS[task].title) for task in metrics)
     lines = [f"{'task':<{width}}{'dev rows':>8}  {'':<36}{GUESS:>10}"]
     for task, values in metrics.items():
-        names = sorted(
-            values, key=lambda name: name != TASKS[task].output.selection_metric
-        )  # the one that counts first
+        first = TASKS[task].output.selection_metric  # the one that counts
+        names = [first, *(name for name in values if name != first)]
         cells = "".join(f"{name:<10}{values[name]:>6.3f}  " for name in names)
         lines.append(f"{TASKS[task].title:<{width}}{num_rows[task]:>8}  {cells:<36}{guesses[task]:>10.3f}")
     mean = float(np.mean(list(guesses.values())))

@@ -83,17 +83,19 @@ def write_within(
         found = prove(target, 1, program, dev)
         return found | {"in_float": list(in_float), "largest_loss": max(losses(found, whole).values())}
 
-    found, left = attempt([]), list[str]()
-    if found["largest_loss"] > max_loss:
-        if (least := attempt([*layers])["largest_loss"]) > max_loss:
-            raise ProofError(
-                f"{target.name}: a task loses {least:.4f} of its dev score, also with all layers in float; expected at "
-                f"most {max_loss:g}"
-            )
-        left = _by_movement(source, target, layers, program, dev)
-    while found["largest_loss"] > max_loss:
-        found = attempt([*found["in_float"], left.pop(0)])
-        say(f"{target.name}: {found['in_float'][-1]} stays in float: largest loss {found['largest_loss']:.4f}")
+    found = attempt([])
+    if found["largest_loss"] <= max_loss:
+        return found
+    if (least := attempt([*layers])["largest_loss"]) > max_loss:
+        raise ProofError(
+            f"{target.name}: a task loses {least:.4f} of its dev score, also with all layers in float; expected at "
+            f"most {max_loss:g} (--max_loss)"
+        )
+    for layer in _by_movement(source, target, layers, program, dev):
+        found = attempt([*found["in_float"], layer])
+        say(f"{target.name}: {layer} stays in float: largest loss {found['largest_loss']:.4f}")
+        if found["largest_loss"] <= max_loss:
+            break
     return found
 
 

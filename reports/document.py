@@ -4,6 +4,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,8 @@ class Table:
         layout: dict[str, Any] = {"tablefmt": "github" if is_markdown else "simple", "disable_numparse": True}
         titles = list(self.columns)
         if not is_markdown:  # (tabulate's own way to break lines fails at a cell like 2,000)
-            broken = (
-                (textwrap.fill(*of, break_on_hyphens=False) for of in zip(r, widths, strict=True))
-                for r in (titles, *cells)
-            )
-            titles, *cells = map(list, broken)
+            fill = partial(textwrap.fill, break_on_hyphens=False)
+            titles, *cells = ([*map(fill, row, widths)] for row in (titles, *cells))
         shown = tabulate.tabulate(cells, titles, **layout, colalign=align)
         return "\n".join(line.rstrip() for line in shown.replace(NO_BREAK, " ").split("\n"))
 

@@ -116,7 +116,8 @@ def style(what: int | str) -> dict[str, Any]:
 def curves(records: Records, key: str, over: str = "step") -> dict[str, dict[str, np.ndarray]]:
     """By stage and entry of a key (2, points): steps and values, null as NaN; of dev scores the metric that counts.
 
-    A key with a single number is its only entry. over: "step" or "epoch".
+    Tasks come in their order, whichever was drawn first. A key with a single number is its only entry. over: "step" or
+    "epoch".
     """
     points: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     for record in (record for record in records if record.get(key) is not None):
@@ -125,7 +126,9 @@ def curves(records: Records, key: str, over: str = "step") -> dict[str, dict[str
         for name, value in entries.items():
             number = value.get(TASKS[name].output.selection_metric) if isinstance(value, Mapping) else value
             of_stage.setdefault(name, []).append((record[over], number))
-    return {stage: {name: np.array(of[name], dtype=float).T for name in of} for stage, of in points.items()}
+    order = [*TASKS, *(name for of_stage in points.values() for name in of_stage)]
+    in_order = {stage: sorted(of_stage, key=order.index) for stage, of_stage in points.items()}
+    return {s: {name: np.array(points[s][name], dtype=float).T for name in names} for s, names in in_order.items()}
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -174,11 +177,7 @@ def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: 
 def draw_moving_means(records: Records, key: str, name: str, caption: str, size: tuple[float, float] = PANEL) -> Plot:
     """The entries of a key over the steps of each stage, a panel each: a strong moving mean, single values pale."""
     stages = curves(records, key)
-    order = {task: place for place, task in enumerate(TASKS)}.get  # of each stage, whichever task was drawn first
-    entries = (
-        (stage, of, entry) for stage, of in stages.items() for entry in sorted(of, key=lambda name: order(name, 0))
-    )
-    drawn = {f"{stage}: {entry}": (entry, *of[entry]) for stage, of, entry in entries}
+    drawn = {f"{stage}: {entry}": (entry, *of_stage[entry]) for stage, of_stage in stages.items() for entry in of_stage}
     figure, axes = panels(list(drawn), "optimizer step", name.replace("-", " "), rows=len(stages), size=size)
     for axis, (entry, steps, values) in zip(axes, drawn.values(), strict=True):
         color = COLORS[list(TASKS).index(entry) if entry in TASKS else 3]
