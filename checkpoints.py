@@ -117,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_file(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, expected a Hugging Face BERT checkpoint") from None
+        raise CheckpointError(f"{path}: no such file, expected a run or a Hugging Face checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({shown(error)})") from None
     if not isinstance(values, dict):

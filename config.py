@@ -72,6 +72,10 @@ class FlagError(ValueError):
         return "\n".join(self.args)
 
 
+def _treatments() -> list[str]:
+    return [NO_TREATMENT, *TREATMENTS, *METHODS]
+
+
 def _listed(choices: Mapping[str, str]) -> str:
     """The values of a flag, and what each is."""
     return "; ".join(f"{name}: {what}" for name, what in choices.items())
@@ -329,7 +333,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return [line for part in text.split("\n") for line in textwrap.wrap(part, width)]
+        return [line for part in text.split("\n") for line in textwrap.wrap(part.strip(), width)]
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
@@ -348,7 +352,7 @@ class _Completion(argparse.Action):
             parser.error(f"{option} {value}: expected one of {shells}{nearest(value, shtab.SUPPORTED_SHELLS)}")
         choices = {flag.name: flag.choices for _, flag in flags_of(Config) if flag.choices}
         choices |= {table: entries for table, (entries, way) in TABLES.items() if way.startswith(f"--{table}")}
-        choices |= {"tasks": TASKS, "task": TASKS, "pooling": POOLINGS, "pairs": PAIRS}
+        choices |= {"tasks": TASKS, "task": TASKS, "pooling": POOLINGS, "pairs": PAIRS, "treatment": _treatments()}
         for action in parser._actions:
             action.choices = action.choices or list(filter(None, choices.get(action.dest, ()))) or None
             kind = {"DIR": shtab.DIRECTORY, "FILE": shtab.FILE}.get(str(action.metavar))
@@ -450,7 +454,8 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
         known = {name: f"; did you mean --option {name}?" for name in OPTIONS}
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
         flags = parser._option_string_actions
-        raise FlagError(*(f"{shown(word)}: unknown{known.get(word) or nearest(word, flags)}" for word in wrong))
+        hints = {word: known.get(word) or nearest(word, flags) or "; --help lists all flags" for word in wrong}
+        raise FlagError(*(f"{shown(word)}: unknown{hint}" for word, hint in hints.items()))
     return vars(parsed)
 
 
@@ -572,7 +577,7 @@ def _wrong_values(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         for value in values:
             if value not in names:
                 yield f"--{name} {shown(value)}: expected one of {', '.join(names)}{nearest(value, names)}"
-    names = [NO_TREATMENT, *TREATMENTS, *METHODS]
+    names = _treatments()
     if config.treatment in (*METHODS, *REFUSED) and len(config.tasks) > 1:
         try:
             find_treatment(config.treatment, config.treatment_arguments)(NoParameters(), len(config.tasks), 1)

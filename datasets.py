@@ -22,10 +22,9 @@ from torch import Tensor
 
 from bert import CheckpointError
 from distributed import ALONE, ProcessGroup
-from eda import EdaConfig, EdaError, WordNet, augment_rows
+from eda import EdaConfig, EdaError, augment_rows
 from messages import counted, shown
 from ops import PackedTokens, TokenStore, to_device
-from parameters import parameter
 from run_record import read_file
 from tasks import SPLITS, TASKS, Task
 from tsv import DELIMITERS, json_rows, numbered_rows
@@ -593,25 +592,17 @@ class Augmentation(Protocol):
 class Eda:
     """Easy data augmentation (Wei and Zou 2019): edited rows make rarer classes as frequent as the most common one."""
 
-    @dataclass(frozen=True)
-    class Parameters:
-        alpha: float = parameter(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
-        deletion_prob: float = parameter(0.1, "probability of a word to be deleted", "0 < x < 1")
-        wordnet: str = parameter(
-            "", "directory of a WordNet database (default: nltk's, else the system's)", flag="wordnet", metavar="DIR"
-        )
+    Parameters = EdaConfig
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: EdaConfig) -> None:
         self.parameters = parameters
 
     def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
         if task.output.num_classes is None:
             return []
-        folder = self.parameters.wordnet
         rows, labels = [example.texts for example in examples], [int(example.label) for example in examples]
         try:
-            eda = EdaConfig(alpha=self.parameters.alpha, deletion_prob=self.parameters.deletion_prob)
-            new = augment_rows(rows, labels, eda, seed, WordNet(Path(folder) if folder else None))
+            new = augment_rows(rows, labels, self.parameters, seed, self.parameters.synonyms())
         except EdaError as error:
             raise DataError(str(error)) from None
         return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]

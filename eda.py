@@ -25,6 +25,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from parameters import flags_of, parameter
+
 Synonyms = Callable[[str], Sequence[str]]  # lower-case word -> its synonyms, in an order that never changes
 
 
@@ -45,16 +47,22 @@ class EdaError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class EdaConfig:
-    """How much is edited. alpha: share of a text's words, of all edits but deletion; deletion_prob: of each word."""
+    """How much is edited, and where synonyms come from. Raises EdaError for a value outside its limits."""
 
-    alpha: float = 0.1
-    deletion_prob: float = 0.1
+    alpha: float = parameter(0.1, "share of a text's words that an edit changes", "0 < x <= 1")
+    deletion_prob: float = parameter(0.1, "probability of a word to be deleted", "0 < x < 1")
+    wordnet: str = parameter(
+        "", "directory of a WordNet database (default: nltk's, else the system's)", flag="wordnet", metavar="DIR"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise EdaError(f"--eda_alpha {self.alpha}: expected a number above 0 and at most 1")
-        if not 0 < self.deletion_prob < 1:
-            raise EdaError(f"--eda_deletion_prob {self.deletion_prob}: expected a number above 0 and below 1")
+        for name, flag in flags_of(EdaConfig, "eda_"):
+            if problem := flag.problem(getattr(self, name)):
+                raise EdaError(problem)
+
+    def synonyms(self) -> "WordNet":
+        """Raises EdaError if there is no WordNet."""
+        return WordNet(Path(self.wordnet) if self.wordnet else None)
 
 
 def num_edits(alpha: float, num_words: int) -> int:

@@ -60,9 +60,13 @@ class Flag:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" where a known word is like this one, in capitals or not."""
-    names = {name.lower(): name for name in reversed([*known])}
-    found = difflib.get_close_matches(word[:60].lower(), names, 1)
+    """ "; did you mean X?" where a known word has all parts of this one (--epoch_steps, --steps_per_epoch) or is like
+    it, in capitals or not."""
+    names = {name.lower().strip("-"): name for name in reversed([*known])}
+    asked = word[:60].lower().strip("-")
+    holding = sorted((name for name in names if {*asked.split("_")} <= {*name.split("_")}), key=len)
+    very_like, like = (difflib.get_close_matches(asked, names, 1, cutoff) for cutoff in (0.85, 0.6))
+    found = very_like or holding or like
     return f"; did you mean {names[found[0]]}?" if found else ""
 
 

@@ -712,7 +712,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),
         f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
         f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
-        f"data        {config.data}",
+        f"data        {', '.join(dict.fromkeys(TASKS[task].folder or config.data for task in config.tasks))}",
     ]
     for task in config.tasks:
         rows = [f"{len(of[task])} {name}" for name in SPLITS if task in (of := getattr(run.data, name))]

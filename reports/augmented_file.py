@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import DataError, read_content, read_examples
-from eda import EdaConfig, EdaError, Synonyms, WordNet, edited_rows
+from eda import EdaConfig, EdaError, Synonyms, edited_rows
+from parameters import flags_of
 from reports.command import Parser, ReportError, run_command
 from tasks import TASKS
 from tsv import numbered_rows
@@ -51,10 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add, default = parser.add_argument, "(default: %(default)s)"
     add("source", metavar="IN.csv", type=Path, help="a training file of a task with classes")
     add("target", metavar="OUT.csv", type=Path, help="new file; an existing one is never replaced")
-    add("--eda_alpha", metavar="SHARE", type=float, default=0.1, help=f"share of the words edited {default}")
-    add("--eda_deletion_prob", metavar="P", type=float, default=0.1, help=f"chance that a word goes {default}")
+    for _, flag in flags_of(EdaConfig, "eda_"):
+        shown = flag.help + ("" if "(default" in flag.help else f" {default}")
+        add(f"--{flag.name}", metavar=flag.metavar or "X", type=type(flag.default), default=flag.default, help=shown)
     add("--seed", metavar="N", type=int, default=0, help=f"the same seed writes the same bytes {default}")
-    add("--wordnet", metavar="DIR", type=Path, help="WordNet's dictionary files (default: nltk's, else the system's)")
     args = parser.parse_args(arguments)
     return run_command(lambda: write(args), DataError, EdaError)
 
@@ -63,8 +64,8 @@ def write(args: argparse.Namespace) -> None:
     """Writes the file and prints what is in it."""
     if args.target.exists():
         raise ReportError(f"{args.target}: exists already, expected the name of a new file")
-    config = EdaConfig(alpha=args.eda_alpha, deletion_prob=args.eda_deletion_prob)
-    content, told = augmented(args.source, config, args.seed, WordNet(args.wordnet))
+    config = EdaConfig(**{name: getattr(args, flag.name) for name, flag in flags_of(EdaConfig, "eda_")})
+    content, told = augmented(args.source, config, args.seed, config.synonyms())
     with args.target.open("x", encoding="utf-8", newline="") as file:
         file.write(content)
     print("\n".join(told))

@@ -84,6 +84,8 @@ def report(descriptions: Sequence[Description]) -> Iterator[str]:
         for of in of_task.values():
             yield f"  {of.split:<6}{of.file.path.name:<26}{len(of.lengths):>8,} rows"
             yield from (filled(f"        {title:<10}{text}", 18) for title, text in _facts(of) if text)
+        for split in (split for split in ("train", "dev") if split not in of_task):
+            yield f"  {split:<6}{TASKS[task].file_name(split):<26} warning: not there, training needs it"
         if {"train", "dev"} <= of_task.keys():
             train, dev = of_task["train"], of_task["dev"]
             shared, lines = same_texts(dev, train), _lines(dev, train)
@@ -110,6 +112,8 @@ def _facts(of: Description) -> Iterator[tuple[str, str]]:
     differing = sum(of.labels[row] != of.labels[earlier] for row, earlier in repeats) if labelled else 0
     others = f", {differing} with another label" if differing else ""
     yield "repeated", f"{_rows(len(repeats))}{others}; lines {_lines(of, of)}" if repeats else ""
+    empty = [str(row.line) for row in of.file.examples if not all(map(str.strip, row.texts))]
+    yield "empty", f"{_rows(len(empty))} with a text of nothing but spaces; lines {_some(empty)}" if empty else ""
     skipped = [f"{of.file.path.name}:{line}" for line in of.file.skipped]
     yield "skipped", f"{_rows(len(skipped))} without a label: {_some(skipped)}" if skipped else ""
 

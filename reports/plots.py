@@ -37,9 +37,9 @@ WINDOW = 0.03  # of a stage's steps, in a moving mean
 NUM_PALE = 600  # single values in a line: more make a wall of it
 WIDE: dict[str, Any] = {"linewidth": 5, "alpha": 0.25}  # the line of an interval
 MOVING = f"pale: single steps; line: mean over {WINDOW:.0%} of the steps"
-OVER_STEPS = (  # key of a record, name of its picture, caption, inches of a panel
-    ("losses", "training-loss", f"Training losses, in nats or squared points of a scale; {MOVING}.", PANEL),
-    ("lr", "learning-rate", "Learning rate over the steps of each stage.", (2.6, 1.5)),
+OVER_STEPS = (  # key of a record, name of its picture, caption, share of the steps in a mean, inches of a panel
+    ("losses", "training-loss", f"Training losses, in nats or squared points of a scale; {MOVING}.", WINDOW, PANEL),
+    ("lr", "learning-rate", "Learning rate over the steps of each stage.", 0.0, (2.6, 1.5)),
 )
 SPAN = 0.05  # a difference of scores that may fill a panel; smaller ones do not
 
@@ -174,14 +174,16 @@ def draw_dev_scores(records: Records, majority: Mapping[str, float], intervals: 
     return Plot("dev-scores", caption, figure)
 
 
-def draw_moving_means(records: Records, key: str, name: str, caption: str, size: tuple[float, float] = PANEL) -> Plot:
+def draw_over_steps(
+    records: Records, key: str, name: str, caption: str, share: float, size: tuple[float, float]
+) -> Plot:
     """The entries of a key over the steps of each stage, a panel each: a strong moving mean, single values pale."""
     stages = curves(records, key)
     drawn = {f"{stage}: {entry}": (entry, *of_stage[entry]) for stage, of_stage in stages.items() for entry in of_stage}
     figure, axes = panels(list(drawn), "optimizer step", name.replace("-", " "), rows=len(stages), size=size)
     for axis, (entry, steps, values) in zip(axes, drawn.values(), strict=True):
-        color = COLORS[list(TASKS).index(entry) if entry in TASKS else 3]
-        strong = _plot_moving_mean(axis, steps, values, color, entry)
+        color = style(entry if entry in TASKS else 3)["color"]
+        strong = _plot_moving_mean(axis, steps, values, color, entry, share)
         if np.isfinite(strong).any():  # the strong line fills the panel; the noise around it may run out of it
             low, high = float(np.nanmin(strong)), float(np.nanmax(strong))
             margin = 0.25 * (high - low) or 0.1 * abs(high) or 0.1
@@ -189,9 +191,11 @@ def draw_moving_means(records: Records, key: str, name: str, caption: str, size:
     return Plot(name, caption, figure)
 
 
-def _plot_moving_mean(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> np.ndarray:
-    """Single values pale, their moving mean strong; returns it."""
-    strong, some = moving_mean(values, round(WINDOW * len(values))), -(-len(values) // NUM_PALE)
+def _plot_moving_mean(
+    axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str, share: float = WINDOW
+) -> np.ndarray:
+    """Single values pale, their mean over a share of the steps strong; returns it."""
+    strong, some = moving_mean(values, round(share * len(values))), -(-len(values) // NUM_PALE)
     axis.plot(steps[::some], values[::some], color=color, linewidth=0.5, alpha=0.25)
     axis.plot(steps, strong, color=color, linewidth=1.6, label=label, marker="." if len(steps) == 1 else "")
     return strong
@@ -267,9 +271,9 @@ def run_plots(run: FinishedRun) -> Iterator[Plot]:
     records = run.records()
     if curves(records, "dev"):
         yield draw_dev_scores(records, {t: run.guesses[t] for t in run.confusion}, row_intervals([run]))
-    for key, name, caption, size in OVER_STEPS:
+    for key, name, caption, share, size in OVER_STEPS:
         if curves(records, key):
-            yield draw_moving_means(records, key, name, caption, size)
+            yield draw_over_steps(records, key, name, caption, share, size)
     yield from draw_cosines(records)
     if run.confusion:
         yield draw_confusion(run.confusion)

@@ -52,4 +52,4 @@ def treated_run(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def small_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Synonyms without WordNet's files."""
-    monkeypatch.setattr("datasets.WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())
+    monkeypatch.setattr("eda.WordNet", lambda folder: lambda word: ("a", "the") if word in WORDS else ())

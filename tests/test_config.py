@@ -67,6 +67,7 @@ def test_the_help_is_in_groups_and_fits_a_terminal() -> None:
     [
         ("--schedular pal", "--scheduler"),
         ("--batch-siz=3", "--batch_size"),
+        ("--epoch_steps 9", "--steps_per_epoch"),
         ("--scheduler pall", "pal"),
         ("--amp bf61", "bf16"),
         ("--head mpl", "mlp"),

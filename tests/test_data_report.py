@@ -52,12 +52,14 @@ def test_the_report_holds_what_stands_in_the_files(folder: Path, tokenizer: Toke
         "1 row longer than the model takes",
         "from 1.5 to 2.5, mean 2.00, standard deviation 0.50",
         "1 row, 1 with another label; lines 3 = 2",
+        "dev sts-dev.csv warning: not there, training needs it",
     ):
         assert " ".join(expected.split()) in " ".join(text.split()), f"{expected!r} not in\n{text}"
-    assert text.count("longer than the model takes") == 1
-    assert "para" not in text
-    write(folder / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("f", "1")])
+    assert text.count("longer than the model takes") == 1 and text.count("not there") == 1
+    assert "para" not in text and "empty" not in text
+    write(folder / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("f", "1"), (" ", "2")])
     assert "  no dev row stands in the training file" in lines(folder, tokenizer)
+    assert "        empty     1 row with a text of nothing but spaces; lines 3" in lines(folder, tokenizer)
 
 
 def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer: Tokenizer) -> None:

@@ -335,7 +335,7 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> Command:
     """Runs the command on in.csv, with this content, into out.csv; returns its status, output and errors."""
-    monkeypatch.setattr(augmented_file, "WordNet", lambda folder: fake_synonyms)
+    monkeypatch.setattr("eda.WordNet", lambda folder: fake_synonyms)
     monkeypatch.chdir(tmp_path)
 
     def run(content: str | bytes = SENTENCES, *flags: str, files: tuple[str, ...] = ("in.csv", "out.csv")) -> Any:
@@ -383,7 +383,7 @@ def test_an_existing_file_is_never_replaced(command: Command, monkeypatch: Patch
         Path("out.csv").write_text("mine")
         return fake_synonyms(word)
 
-    monkeypatch.setattr(augmented_file, "WordNet", lambda folder: synonyms)
+    monkeypatch.setattr("eda.WordNet", lambda folder: synonyms)
     appearing = HEADER + "0\ta\tgood film\t0\n" + "1\tb\tx\t1\n" * 20
     for content, message in ((appearing, "File exists"), (SENTENCES, "out.csv: exists already, expected the name of")):
         status, _, error = command(content)

@@ -72,11 +72,11 @@ def test_a_moving_mean_takes_the_finite_values_of_its_window() -> None:
             assert found == pytest.approx(np.mean(near)) if near else np.isnan(found)
 
 
-@pytest.mark.parametrize(("key", "name", "caption", "size"), plots.OVER_STEPS)
+@pytest.mark.parametrize(("key", "name", "caption", "share", "size"), plots.OVER_STEPS)
 def test_what_a_log_holds_is_drawn_in_a_panel_for_each_stage_and_entry(
-    key: str, name: str, caption: str, size: tuple[float, float]
+    key: str, name: str, caption: str, share: float, size: tuple[float, float]
 ) -> None:
-    plot = plots.draw_moving_means(TREATED, key, name, caption, size)
+    plot = plots.draw_over_steps(TREATED, key, name, caption, share, size)
     entries = [(r["stage"], n) for r in TREATED if key in r for n in (r[key] if isinstance(r[key], dict) else [key])]
     stages = dict.fromkeys(stage for stage, _ in entries)
     held = [(stage, name) for stage in stages for name in (*TASKS, key) if (stage, name) in entries]
@@ -128,7 +128,7 @@ def test_a_small_difference_of_scores_does_not_fill_a_panel(tmp_path: Path) -> N
 def test_a_long_log_is_smoothed_and_its_noise_pale() -> None:
     draw = np.random.default_rng(0)
     records = [{"stage": "s", "epoch": 1, "step": i, "losses": {"sst": 1 + draw.normal() / 5}} for i in range(4000)]
-    (axis,) = plots.draw_moving_means(records, *plots.OVER_STEPS[0]).figure.axes
+    (axis,) = plots.draw_over_steps(records, *plots.OVER_STEPS[0]).figure.axes
     pale, strong = axis.lines
     assert len(strong.get_ydata()) == 4000 and np.std(strong.get_ydata()) < 0.04
     assert len(pale.get_ydata()) <= plots.NUM_PALE and pale.get_alpha() < 0.5 < np.std(pale.get_ydata()) * 5
