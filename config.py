@@ -372,8 +372,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="""examples:
   python multitask_classifier.py --option finetune --scheduler pal --pcgrad
   python multitask_classifier.py --data DIR --epochs 3 --seed 1 --out runs/mine
-  echo "a fine film" | python multitask_classifier.py --option predict \\
-      --checkpoint runs/mine --task sst --names""",
+  echo "I loved every minute of it." | python multitask_classifier.py \\
+      --option predict --checkpoint runs/mine --task sst --names""",
         formatter_class=_Help,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
