@@ -24,6 +24,7 @@ from run_record import RECORD_KEYS, DevRows, RunError
 from tasks import TASKS
 
 NUM_RESAMPLES = 2000
+NUM_NOTES = 5  # on what could not be tested, at most
 LEVEL = 0.05  # a smaller p is called a difference
 ROUNDING = 1e-12  # scores that lie no further apart are equal
 ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
@@ -316,4 +317,5 @@ def compare(settings: Sequence[Setting]) -> tuple[list[Comparison], list[str]]:
                     over_rows = Difference(over_seeds.value)
                     notes.append(f"Not tested over dev rows: {error}")
                 comparisons.append(Comparison(best, other, name, over_seeds, over_rows))
-    return comparisons, list(dict.fromkeys(notes))
+    notes, more = list(dict.fromkeys(notes)), f" (and {len(set(notes)) - NUM_NOTES:,} more such lines)"
+    return comparisons, [*notes[: NUM_NOTES - 1], notes[NUM_NOTES - 1] + more] if len(notes) > NUM_NOTES else notes

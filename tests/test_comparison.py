@@ -11,6 +11,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score
 
 from config import Config
+from helpers import Patch
 from made_runs import made_run, write_dev_files
 from reports.comparison import (
     NOT_COMPARED,
@@ -311,7 +312,7 @@ def test_tasks_in_common_are_compared_and_means_of_equal_tasks_only(files: Path,
     assert all(names(c.best) == ["all"] for c in comparisons)
 
 
-def test_what_cannot_be_tested_over_dev_rows_is_named_and_tested_over_seeds(files: Path) -> None:
+def test_what_cannot_be_tested_over_dev_rows_is_named_and_tested_over_seeds(files: Path, monkeypatch: Patch) -> None:
     """A file that is broken, and dev rows in another order."""
     runs = [made_run(files, f"r{lr}{s}", 0.3, seed=s, lr=float(lr)) for lr in (1, 2) for s in range(2)]
     (runs[0].path / "predictions" / "sst-dev-rows.csv").write_text("broken")
@@ -319,6 +320,11 @@ def test_what_cannot_be_tested_over_dev_rows_is_named_and_tested_over_seeds(file
     assert len(notes) == 1 and notes[0].startswith("Not tested over dev rows: ") and "r10" in notes[0]
     tested = {c.name: (c.over_rows.verdict != "untested", c.over_seeds.verdict != "untested") for c in comparisons}
     assert tested == {"sst": (False, True), "para": (True, True), "sts": (True, True), "mean": (False, True)}
+    (runs[1].path / "predictions" / "para-dev-rows.csv").write_text("broken")
+    runs = [replace(run) for run in runs]  # nothing of them is known yet
+    two = compare(settings_of(runs))[1]
+    monkeypatch.setattr("reports.comparison.NUM_NOTES", 1)
+    assert len(two) == 2 and compare(settings_of(runs))[1] == [f"{two[0]} (and 1 more such lines)"]
     runs = [made_run(files, "a", lr=1.0), made_run(files, "b", lr=2.0)]
     path = runs[1].path / "predictions" / "sst-dev-rows.csv"
     header, *rows = path.read_text().splitlines()
