@@ -24,7 +24,7 @@ from datasets import tasks_in
 from eda import AUGMENTATIONS
 from heads import HEADS, Reads
 from jacobian_descent import METHODS, REFUSED, SCALARIZERS
-from messages import command, shown
+from messages import COMMAND, command, shown
 from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, nearest, parameter, parameters_type
@@ -367,13 +367,13 @@ class _Completion(argparse.Action):
 def make_parser() -> argparse.ArgumentParser:
     """argparse's parser of all flags. Flags that are not given stay absent from its result."""
     parser = _Parser(
-        prog="multitask_classifier.py",
+        prog=COMMAND[-1],
         usage="%(prog)s [--option NAME] [flags]",
         description="Trains one BERT for sentiment, paraphrase and similarity together.",
-        epilog="""examples:
-  python multitask_classifier.py --option finetune --scheduler pal --pcgrad
-  python multitask_classifier.py --data DIR --epochs 3 --seed 1 --out runs/mine
-  echo "I loved every minute of it." | python multitask_classifier.py \\
+        epilog=f"""examples:
+  {" ".join(COMMAND)} --option finetune --scheduler pal --pcgrad
+  {" ".join(COMMAND)} --data DIR --epochs 3 --seed 1 --out runs/mine
+  echo "I loved every minute of it." | {" ".join(COMMAND)} \\
       --option predict --checkpoint runs/mine --task sst --names""",
         formatter_class=_Help,
         allow_abbrev=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,9 @@ def _facts(of: Description) -> Iterator[tuple[str, str]]:
     yield "repeated", f"{_rows(len(repeats))}{others}; lines {_lines(of, of)}" if repeats else ""
     empty = [str(row.line) for row in of.file.examples if not all(map(str.strip, row.texts))]
     yield "empty", f"{_rows(len(empty))} with a text of nothing but spaces; lines {_some(empty)}" if empty else ""
+    by_id = Counter(row.id for row in of.file.examples)
+    shared = [str(row.line) for row in of.file.examples if by_id[row.id] > 1]
+    yield "ids", f"{_rows(len(shared))} with the id of another; lines {_some(shared)}" if shared else ""
     skipped = [f"{of.file.path.name}:{line}" for line in of.file.skipped]
     yield "skipped", f"{_rows(len(skipped))} without a label: {_some(skipped)}" if skipped else ""
 

@@ -57,9 +57,12 @@ def test_the_report_holds_what_stands_in_the_files(folder: Path, tokenizer: Toke
         assert " ".join(expected.split()) in " ".join(text.split()), f"{expected!r} not in\n{text}"
     assert text.count("longer than the model takes") == 1 and text.count("not there") == 1
     assert "para" not in text and "empty" not in text
-    write(folder / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("f", "1"), (" ", "2")])
+    path = write(folder / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("f", "1"), (" ", "2")])
     assert "  no dev row stands in the training file" in lines(folder, tokenizer)
     assert "        empty     1 row with a text of nothing but spaces; lines 3" in lines(folder, tokenizer)
+    assert "of another" not in text
+    path.write_text(path.read_text().replace("\n1\t", "\n0\t"))
+    assert "        ids       2 rows with the id of another; lines 2, 3" in lines(folder, tokenizer)
 
 
 def test_the_picture_shows_shares_of_labels_and_lengths(folder: Path, tokenizer: Tokenizer) -> None:
