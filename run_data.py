@@ -82,9 +82,10 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
     if num_leaked == 0:
         return []
     described = command("python", "datasets.py", config.data, *(f"--task_file={x}" for x in config.task_file))
+    is_known = config.task_file or not task.folder  # else its definition is a run's, which datasets.py does not read
+    names = f"; `{described}` names them" if is_known else ""
     return [
-        f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too; "
-        f"`{described}` names them"
+        f"warning: {num_leaked} of {len(hashes['dev'])} dev rows of {task.name} stand in its training file too{names}"
     ]
 
 

@@ -103,3 +103,20 @@ def test_of_many_rows_without_a_label_the_first_are_named(tmp_path: Path, tiny: 
     path.write_text("\n".join([header, *unlabelled, *rows[23:]]) + "\n")
     (note,) = [note for note in load(tmp_path, tiny).notes if "without a label" in note]
     assert note.startswith(f"skipped 23 rows without a label: {path}:2, ") and note.endswith(f"{path}:21 and 3 more")
+
+
+def test_a_leak_is_named_with_a_command_that_knows_the_task(tmp_path: Path, tiny: Path) -> None:
+    """Of a task whose definition came from a run there is none."""
+    (tmp_path / "rows.csv").write_text("text,mood\na film,0.5\nanother,1\n")
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[mood]\nfiles = { train = "rows.csv", dev = "rows.csv" }\ntexts = ["text"]\nlabel = "mood"\n'
+        'kind = "score"\nrange = [0, 1]\n'
+    )
+    try:
+        described = f"`python datasets.py {tmp_path} --task_file={path}` names them"
+        for flags, end in ((f"--task_file {path}", described), ("", "stand in its training file too")):
+            (note,) = load(tmp_path, tiny, f"--tasks mood {flags}").notes
+            assert note.startswith("warning: 2 of 2 dev rows of mood stand in its") and note.endswith(end)
+    finally:
+        TASKS.pop("mood", None)
