@@ -204,7 +204,8 @@ def _plot_moving_mean(
 def draw_cosines(records: Records) -> Iterator[Plot]:
     """Of each stage with a treatment the cosines of its task gradients over the steps, a pair of tasks a panel, below
     the diagonal of a table of the tasks."""
-    for stage, pairs in curves(records, "cosines").items():
+    found_pairs = {stage: pairs for stage, pairs in curves(records, "cosines").items() if pairs}
+    for stage, pairs in found_pairs.items():  # none: a scheduler that gives each step to one task
         ends = [(f"{task}-", f"-{task}") for task in TASKS]
         found = [any(pair.startswith(first) or pair.endswith(last) for pair in pairs) for first, last in ends]
         tasks = list(itertools.compress(TASKS, found))

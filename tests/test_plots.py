@@ -230,3 +230,7 @@ write_plots([next(run_plots(FinishedRun.read(Path({str(made.path)!r}))))], Path(
 print([name for name in ("matplotlib.pyplot", "torch", "tkinter") if name in sys.modules])
 """
     assert run_python("-c", script) == "[]\n"
+
+
+def test_steps_of_one_task_each_have_no_cosines_to_draw() -> None:
+    assert [*plots.draw_cosines([{"stage": "finetune", "step": step, "cosines": {}} for step in (1, 2)])] == []
