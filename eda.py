@@ -43,7 +43,7 @@ def stop_words() -> frozenset[str]:
 _WORD = re.compile(r"([!-/:-@\[-`{-~‘’“”…–—¿¡]*)([A-Za-z]+(?:['’-][A-Za-z]+)*)([!-/:-@\[-`{-~‘’“”…–—¿¡]*)")
 
 
-class EdaError(ValueError):
+class EdaError(DataError):
     """A setting or an input cannot be used; the message is one line that says what was found and what is allowed."""
 
 
@@ -279,10 +279,7 @@ class Eda:
         if task.output.num_classes is None:
             return []
         rows, labels = [example.texts for example in examples], [int(example.label) for example in examples]
-        try:
-            new = augment_rows(rows, labels, self.parameters, seed, self.parameters.synonyms())
-        except EdaError as error:
-            raise DataError(str(error)) from None
+        new = augment_rows(rows, labels, self.parameters, seed, self.parameters.synonyms())
         return [Example(f"eda{number}", texts, float(label), 0) for number, (texts, label) in enumerate(new)]
 
 

@@ -218,4 +218,9 @@ class RoutingHead(nn.Module):
         return logits[:, :1] - logits[:, 1:] if self.is_single else logits  # (B, K)
 
 
-HEADS: dict[str, type[Head]] = {"linear": LinearHead, "mlp": MlpHead, "lstm": LstmHead, "routing": RoutingHead}
+HEADS: dict[str, type[Head]] = {
+    "linear": LinearHead,
+    "mlp": MlpHead,
+    "lstm": LstmHead,
+    "routing": RoutingHead,
+}

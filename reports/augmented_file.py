@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import DataError, read_content, read_examples
-from eda import EdaConfig, EdaError, Synonyms, edited_rows
+from eda import EdaConfig, Synonyms, edited_rows
 from parameters import flags_of
 from reports.command import Parser, ReportError, run_command
 from tasks import TASKS
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(f"--{flag.name}", metavar=flag.metavar or "X", type=type(flag.default), default=flag.default, help=shown)
     add("--seed", metavar="N", type=int, default=0, help=f"the same seed writes the same bytes {default}")
     args = parser.parse_args(arguments)
-    return run_command(lambda: write(args), DataError, EdaError)
+    return run_command(lambda: write(args), DataError)
 
 
 def write(args: argparse.Namespace) -> None:

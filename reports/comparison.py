@@ -317,5 +317,7 @@ def compare(settings: Sequence[Setting]) -> tuple[list[Comparison], list[str]]:
                     over_rows = Difference(over_seeds.value)
                     notes.append(f"Not tested over dev rows: {error}")
                 comparisons.append(Comparison(best, other, name, over_seeds, over_rows))
-    notes, more = list(dict.fromkeys(notes)), f" (and {len(set(notes)) - NUM_NOTES:,} more such lines)"
-    return comparisons, [*notes[: NUM_NOTES - 1], notes[NUM_NOTES - 1] + more] if len(notes) > NUM_NOTES else notes
+    notes = list(dict.fromkeys(notes))
+    if len(notes) > NUM_NOTES:
+        notes[NUM_NOTES - 1 :] = [f"{notes[NUM_NOTES - 1]} (and {len(notes) - NUM_NOTES:,} more such lines)"]
+    return comparisons, notes

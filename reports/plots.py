@@ -116,16 +116,15 @@ def style(what: int | str) -> dict[str, Any]:
 def curves(records: Records, key: str, over: str = "step") -> dict[str, dict[str, np.ndarray]]:
     """By stage and entry of a key (2, points): steps and values, null as NaN; of dev scores the metric that counts.
 
-    Tasks come in their order, whichever was drawn first. A key with a single number is its only entry. over: "step" or
-    "epoch".
+    Tasks come in their order, whichever was drawn first. A key with a single number is its only entry. A stage
+    without any, as of the cosines of steps with one task each, is left out. over: "step" or "epoch".
     """
     points: dict[str, dict[str, list[tuple[Any, Any]]]] = {}
     for record in (record for record in records if record.get(key) is not None):
         entries = record[key] if isinstance(record[key], Mapping) else {key: record[key]}
-        of_stage = points.setdefault(record["stage"], {})
         for name, value in entries.items():
             number = value.get(TASKS[name].output.selection_metric) if isinstance(value, Mapping) else value
-            of_stage.setdefault(name, []).append((record[over], number))
+            points.setdefault(record["stage"], {}).setdefault(name, []).append((record[over], number))
     order = [*TASKS, *(name for of_stage in points.values() for name in of_stage)]
     in_order = {stage: sorted(of_stage, key=order.index) for stage, of_stage in points.items()}
     return {s: {name: np.array(points[s][name], dtype=float).T for name in names} for s, names in in_order.items()}
@@ -204,8 +203,7 @@ def _plot_moving_mean(
 def draw_cosines(records: Records) -> Iterator[Plot]:
     """Of each stage with a treatment the cosines of its task gradients over the steps, a pair of tasks a panel, below
     the diagonal of a table of the tasks."""
-    found_pairs = {stage: pairs for stage, pairs in curves(records, "cosines").items() if pairs}
-    for stage, pairs in found_pairs.items():  # none: a scheduler that gives each step to one task
+    for stage, pairs in curves(records, "cosines").items():
         ends = [(f"{task}-", f"-{task}") for task in TASKS]
         found = [any(pair.startswith(first) or pair.endswith(last) for pair in pairs) for first, last in ends]
         tasks = list(itertools.compress(TASKS, found))
