@@ -36,6 +36,7 @@ from task_files import TaskFileError, add_saved_tasks, add_task_file
 from tasks import TASKS
 from trackers import TRACKERS
 
+READS = ", ".join(f"{name} from {'a text' if len(of.text_columns) == 1 else 'a pair'}" for name, of in TASKS.items())
 NO_TREATMENT = "sum"  # the tasks' gradients are added up
 DRAWS_WITH_TREATMENT = 16
 OPTIONS = {
@@ -106,7 +107,7 @@ class Config:
         choices=("uniform", "greedy"),
     )
 
-    task: str = parameter("", "predict: what to predict; sst reads sentences, para and sts pairs", metavar="TASK")
+    task: str = parameter("", f"predict: what to predict; {READS}", metavar="TASK")
     input: str = parameter(
         "-",
         "predict: file with a sentence or tab-separated pair a line, not quoted; - is standard input",

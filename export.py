@@ -3,6 +3,7 @@
 The folder is written beside its place and renamed: whatever goes wrong, nothing half-written has its name.
 """
 
+import filecmp
 import importlib.util
 import os
 import shutil
@@ -94,7 +95,7 @@ def write_files(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Writes models, tokenizer and labels into an empty folder, and proves the models.
 
-    Returns what was found, and a line for each smaller form that loses too much, which is not there.
+    Returns what was found, and a line for each smaller form that is not there: it loses too much, or is another one.
     """
     source, tokenizer, model = checkpoint_folder(Path(config.checkpoint)), predictor.tokenizer, predictor.model
     rows = texts["dev"](tokenizer)
@@ -127,8 +128,11 @@ def write_files(
     for name, (bits, factor) in SMALLER.items():
         paths = folder / FLOAT, folder / name
         try:
-            report[name] = write_within(config.max_loss * factor, *paths, bits, report[PROGRAM], program, rows, say)
+            found = write_within(config.max_loss * factor, *paths, bits, report[PROGRAM], program, rows, say)
             say(f"{name}: tried on every dev row")
+            if same := [of for of in SMALLER if of in report and filecmp.cmp(folder / of, folder / name, False)]:
+                raise ProofError(f"{name}: the same as {same[0]}, no table of it is large enough for {bits} bits")
+            report[name] = found
         except ProofError as error:
             (folder / name).unlink()
             failures[name] = f"{error}; it was left out"

@@ -32,7 +32,9 @@ def build(export: Path, model: str) -> Path:
         raise ReportError(f"{target}: exists already, expected a new directory")
     for name in (model, "labels.json", "tokenizer.json"):
         if not (export / name).is_file():
-            raise ReportError(f"{export}: no {name}, expected a folder that --option export wrote")
+            others = ", ".join(sorted(path.name for path in export.glob("*.onnx")))
+            known = f"--model to name one of {others}" if others and name == model else ""
+            raise ReportError(f"{export}: no {name}, expected {known or 'a folder that --option export wrote'}")
     with tempfile.TemporaryDirectory(dir=export) as place:
         folder = Path(place) / "demo"
         shutil.copytree(PAGE, folder)
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status."""
     parser = Parser(prog="python -m demo.build", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("export", type=Path, help="a folder that --option export wrote")
-    parser.add_argument("--model", default="model.int8.onnx", help="the file of it that the page uses: %(default)s")
+    parser.add_argument("--model", default="model.int8.onnx", help="its file that the page uses (default: %(default)s)")
     given = parser.parse_args(arguments)
 
     def command() -> None:

@@ -145,7 +145,7 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
         "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
-        "* or bold is the best of a column.": bool(marked),
+        "What is marked is the best of its column.": bool(marked),
         f"{GUESS_IN_WORDS}.": True,
         "Runs on different data are listed apart and not compared.": len({s.data for s in settings}) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,

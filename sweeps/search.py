@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -342,6 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Search(study, space, out).run(own.trials, own.seed, is_alone=not own.storage, is_new=is_new)
         print("\n".join(report(study, space)))
         return 0
+    except Timeout:
+        print_error(SearchError(f"--out {own.out}: another search is running there, expected another directory"))
+        return 2
     except (SearchError, FlagError, CheckpointError, RunError, OSError) as error:
         print_error(error)
         return 2

@@ -201,7 +201,7 @@ def test_the_worker_keeps_every_file_under_a_name_that_changes_with_any(tmp_path
     assert len(names) == 2
 
 
-@pytest.mark.parametrize("kind", ["existing", "no model", "no npm", "npm refuses", "another tokenizer"])
+@pytest.mark.parametrize("kind", ["existing", "no model", "other models", "no npm", "npm refuses", "another tokenizer"])
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
     kind: str, folder: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -211,6 +211,10 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
     elif kind == "no model":
         (folder / "model.int8.onnx").unlink()
         words = f"{folder}: no model.int8.onnx, expected a folder that --option export wrote"
+    elif kind == "other models":
+        (folder / "model.int8.onnx").rename(folder / "model.small.onnx")
+        (folder / "model.onnx").touch()
+        words = f"{folder}: no model.int8.onnx, expected --model to name one of model.onnx, model.small.onnx"
     elif kind == "another tokenizer":
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
         words = f"{folder / 'tokenizer.json'}: BPE, expected the word pieces of a BERT"

@@ -49,6 +49,7 @@ onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not instal
 pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
 pytest.importorskip("onnxscript", reason="requirements-export.txt is not installed")
 
+import onnx_graph  # noqa: E402
 import onnx_proof  # noqa: E402
 from onnx_answers import FREED_AT_ONCE, answers, feed, open_session  # noqa: E402
 from onnx_graph import (  # noqa: E402
@@ -363,9 +364,12 @@ def test_special_tokens_get_their_new_ids_wherever_the_tokenizer_names_them(kind
 
 @pytest.fixture(scope="module")
 def exported(treated_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command makes of a run."""
+    """What the command makes of a run, in whose model small tables count as large ones."""
     out = tmp_path_factory.mktemp("exported") / "export"
-    assert multitask_classifier.main(f"--option export --checkpoint {treated_run} --out {out}".split()) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_graph, "SMALL_TABLE", 1)
+        patch.setattr(onnx_graph, "LARGE_TABLE", 1)
+        assert multitask_classifier.main(f"--option export --checkpoint {treated_run} --out {out}".split()) == 0
     return out
 
 
@@ -439,6 +443,22 @@ def test_the_command_writes_and_proves_three_files(exported: Path, treated_run: 
         "para": "probability",
         "sts": "score",
     }
+
+
+def test_a_form_that_is_another_one_is_left_out_and_named(
+    exported: Path, treated_run: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """No table of a tiny model is large enough for four bits, which makes the smaller form."""
+    monkeypatch.setattr("export.write_graph", lambda model, path: shutil.copyfile(exported / "model.onnx", path))
+    monkeypatch.setattr("export.measure_memory", len)
+    monkeypatch.setattr("onnx_proof.TURNS", 1)
+    out = tmp_path / "out"
+    flags = f"--option export --checkpoint {treated_run} --out {out} --max_loss 1"
+    assert multitask_classifier.main(flags.split()) == 0
+    line = "model.small.onnx: the same as model.int8.onnx, no table of it is large enough for 4 bits; it was left out\n"
+    assert capsys.readouterr().out.endswith(line)
+    assert sorted(path.name for path in out.glob("*.onnx")) == ["model.int8.onnx", "model.onnx"]
+    assert list(json.loads((out / "report.json").read_text())) == ["program", "model.onnx", "model.int8.onnx"]
 
 
 @pytest.mark.parametrize("kind", ["existing", "missing", "full disk", "weights", "results", "tokenizer"])

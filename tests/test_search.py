@@ -444,7 +444,8 @@ def test_another_search_in_the_directory_or_of_other_flags_or_another_space_is_r
     assert fake.run(1) == 0
     with FileLock(fake.out / "search.lock"):
         assert fake.run(2) == 2
-    assert "search.lock' could not be acquired" in capsys.readouterr().err
+    words = f"--out {fake.out}: another search is running there, expected another directory"
+    assert capsys.readouterr().err == f"error: {words}\n"
     other = [*fake.fixed, "--weight_decay", "0.1"]
     assert fake.run(2, fixed=other) == 2
     assert fake.run(2, "--study", "other", fixed=other) == 2
