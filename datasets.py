@@ -213,6 +213,15 @@ class Tokenizer:
         num_special = self._num_special(1) * len(texts) if self.is_siamese else self._num_special(len(texts))
         return num_special + sum(len(encoding.ids) for encoding in encodings)
 
+    def cuts(self, texts: tuple[str, ...]) -> bool:
+        """Whether `encode` leaves out tokens of a row."""
+        sequences = [(text,) for text in texts] if self.is_siamese else [texts]
+        return any(
+            len("".join(of).encode()) > self.max_length - self._num_special(len(of))  # no token is less than a byte
+            and self.num_tokens(of) > self.max_length
+            for of in sequences
+        )
+
     def _num_special(self, num_texts: int) -> int:
         """Special tokens of a sequence."""
         return sum(map(len, self.special_tokens[num_texts]))

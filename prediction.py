@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from messages import discard_output
+from messages import counted, discard_output
 from predictor import Prediction, Predictor
 from tasks import TASKS, Task
 
@@ -65,7 +65,7 @@ def _predict_chunks(
     predictor: Predictor, task: Task, chunks: Iterable[list[bytes]], name: str, write: Write, names: bool
 ) -> int:
     """Writes a line for each line of the chunks; returns how many were broken, each told on standard error."""
-    start, num_broken = 1, 0
+    start, num_broken, cut = 1, 0, list[int]()
     for chunk in chunks:
         rows: dict[int, tuple[str, ...]] = {}
         for number, line in enumerate(chunk, start):
@@ -73,10 +73,14 @@ def _predict_chunks(
                 rows[number] = texts_of_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, task)
             except ValueError as error:
                 print(f"error: {name}:{number}: {error}", file=sys.stderr)
+        cut += [number for number, texts in rows.items() if predictor.tokenizer.cuts(texts)]
         predicted = dict(zip(rows, predictor.predictions(task.name, list(rows.values())), strict=True))
         numbers = range(start, start + len(chunk))
         write("".join(output_line(predicted.get(number), task, names) for number in numbers))
         start, num_broken = start + len(chunk), num_broken + len(chunk) - len(rows)
+    if cut:
+        found = f"{counted(len(cut), 'line')} of more than {predictor.tokenizer.max_length} tokens, first line {cut[0]}"
+        print(f"warning: {name}: {found}; what is beyond was not read", file=sys.stderr)
     return num_broken
 
 

@@ -296,6 +296,28 @@ def test_broken_lines_are_named_and_left_empty_and_the_others_predicted(
     np.testing.assert_allclose(numbers(found), numbers(alone), atol=5e-6)
 
 
+@pytest.mark.parametrize("is_siamese", [False, True])
+def test_lines_of_which_the_model_reads_a_part_are_counted(
+    is_siamese: bool,
+    predicted: Lines,
+    siamese: Path,
+    trained: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: Patch,
+) -> None:
+    """A word is a token. Of two sentences in a sequence ten tokens are left to words, of one of its own eleven."""
+    monkeypatch.setattr(prediction, "TEXTS_AT_A_TIME", 2)
+    rows = [(11, 0), (5, 5), (5, 6), (12, 1), (1, 1), (11, 11)]
+    lines = ["\t".join(" ".join([WORDS[-1]] * max(number, 1)) for number in row) for row in rows]
+    predicted("sts", "\n".join(lines).encode(), siamese if is_siamese else trained, max_length=13)
+    found = (
+        "1 line of more than 13 tokens, first line 4" if is_siamese else "4 lines of more than 13 tokens, first line 1"
+    )
+    words = f"warning: {tmp_path / 'input.txt'}: {found}; what is beyond was not read\n"
+    assert capsys.readouterr().err == words
+
+
 def test_line_ends_of_windows_a_byte_order_mark_and_a_missing_last_line_feed_change_nothing(predicted: Lines) -> None:
     text = content(random_rows("sst", 5))
     expected = predicted("sst", text)
