@@ -295,7 +295,8 @@ def open_study(own: argparse.Namespace, space: Space, out: Path) -> tuple[optuna
         reason = str(error).split("\n")[0]
         raise SearchError(f"{place}: cannot be used ({reason})") from None
     searched = f"{shlex.join(space.fixed)} {space.distributions}"
-    if not study.trials and not list(out.glob("trial-*")):
+    failed = all(trial.state == TrialState.FAIL and not has_ended(trial) for trial in study.trials)
+    if failed and not list(out.glob(f"trial-*/{CONFIG}")):  # no more than defaults that could not be trained with
         study.set_user_attr("searched", searched)
     if study.user_attrs.get("searched") != searched:
         problem = "was begun with other flags behind --, or another's runs are in --out"

@@ -213,6 +213,16 @@ def test_a_failing_trial_is_recorded_and_the_search_goes_on_but_not_without_its_
     assert "(exit status 1: the loss of sst is nan)" in capsys.readouterr().out.split("flags\n")[1]
 
 
+def test_flags_with_which_nothing_could_be_trained_may_be_corrected(fake: Fake, capsys: Capture) -> None:
+    fake.plan({0: {"status": 2, "error": "no such directory"}})
+    assert fake.run(1, fixed=[*fake.fixed, "--data", "typo"]) == 2
+    assert fake.run(1, fixed=[*fake.fixed, "--data", "sample", "--weight_decay", "0.1"]) == 0
+    assert fake.states() == ["FAIL", "COMPLETE"] and "weight_decay" not in fake.trials()[1].params
+    capsys.readouterr()
+    assert fake.run(2, fixed=[*fake.fixed, "--data", "typo"]) == 2
+    assert ": was begun with other flags behind --, or another" in capsys.readouterr().err
+
+
 def test_dev_means_are_those_of_fine_tuning_as_far_as_they_are_written_and_the_last_line_of_a_log_its_error(
     tmp_path: Path,
 ) -> None:

@@ -20,7 +20,14 @@ def stop(*_: object) -> None:
     sys.exit(143)
 
 
+def fail() -> None:
+    print("error: " + plan["error"], file=sys.stderr)
+    sys.exit(plan["status"])
+
+
 signal.signal(signal.SIGTERM, stop)
+if plan.get("status") == 2:  # bad input, found before anything is written
+    fail()
 if not resumed:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"argv": sys.argv[1:], "session": os.getsid(0)}))
@@ -33,8 +40,7 @@ with log.open("a") as file:
             print(json.dumps(record), file=file, flush=True)
         time.sleep(plan.get("pause", 0))
 if "error" in plan:
-    print("error: " + plan["error"], file=sys.stderr)
-    sys.exit(plan["status"])
+    fail()
 life = {"name": folder.name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": began, "ended": time.time()}
 with Path(__file__).with_name("lives.jsonl").open("a") as file:
     print(json.dumps(life), file=file)
