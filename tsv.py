@@ -30,7 +30,7 @@ def numbered_rows(path: Path, content: bytes, error: type[ValueError], delimiter
     try:
         for cells in reader:
             if is_tabbed and has_swallowed_rows(cells):
-                num_lines = max(cell.count("\n") for cell in cells)
+                num_lines = max(len(cell.removesuffix("\n").split("\n")) for cell in cells)
                 raise error(f"{path}:{start}: a quoted cell runs over {num_lines} lines, expected a closing quote")
             if cells:
                 yield start, [cell.replace(mark, "\r") for cell in cells] if mark else cells

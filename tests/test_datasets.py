@@ -127,7 +127,7 @@ BAD_FILES: list[tuple[str | bytes, str, Task]] = [
     (HEADER + "0\ta\tone\t1\n1\tb\ttwo\n", ":3: 3 columns, expected 4 as in the header", SST),
     (HEADER + "0\ta\tone\tmore\t1\n", ":2: 5 columns, expected 4 as in the header", SST),
     (HEADER + '0\ta\tone\t1\n1\tb\t"two\t2\n2\tc\tthree\t3\n', f":3{QUOTED}", SST),
-    (HEADER + '0\ta\t"one\t1\n1\tb\ttwo\t2\n2\tc\t"three"\t3\n', f":2{QUOTED}", SST),
+    (HEADER + '0\ta\t"one\t1\n1\tb\ttwo\t2\n2\tc\t"three"\t3\n', ":2: a quoted cell runs over 3 lines, expected", SST),
     (HEADER + "0\ta\tone\t1\n1\tb\ttwo\t5\n", ":3: sentiment is '5', expected a whole number from 0 to 4", SST),
     (f"{PAIR}similarity\na\tA\tB\tnan\n", ":2: similarity is 'nan', expected a number from 0 to 5", STS),
     (f"{PAIR}is_duplicate\na\tA\tB\t2\n", ":2: is_duplicate is '2', expected 0 or 1", PARA),
