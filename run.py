@@ -667,8 +667,8 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
         data.notes.append(f"{resumed.last}: there is no checkpoint yet, the run begins once more")
     if resumed is not None and (number := begun.get("processes", 1)) != processes.size:
         data.notes.append(
-            f"begun with {counted(number, 'process')}, going on with {processes.size}: the same rows, but other draws of "
-            "dropout, and sums in another order"
+            f"begun with {counted(number, 'process')}, going on with {processes.size}: the same rows, but other draws "
+            "of dropout, and sums in another order"
         )
     record["stages"] = [asdict(stage) for stage in plan_stages(config, data)]
     path = Path(config.out)
