@@ -345,10 +345,8 @@ class _Completion(argparse.Action):
     """Prints a shell's completion of the command, flags and choices, and ends."""
 
     def __call__(self, parser: argparse.ArgumentParser, space: Any, value: Any, option: str | None = None) -> None:
-        try:
-            import shtab
-        except ImportError:
-            parser.error(f"{option}: the package shtab is not installed, expected: pip install shtab")
+        import shtab
+
         if value not in shtab.SUPPORTED_SHELLS:
             shells = ", ".join(shtab.SUPPORTED_SHELLS)
             parser.error(f"{option} {value}: expected one of {shells}{nearest(value, shtab.SUPPORTED_SHELLS)}")

@@ -20,7 +20,17 @@ import torch
 
 from bert import CheckpointError
 from checkpoints import EMBEDDED_MODEL, find_checkpoint, read_bert_config
-from datasets import DataError, DataFile, Tokenizer, data_folder, read_examples, text_hashes, tokenize
+from datasets import (
+    DataError,
+    DataFile,
+    Tokenizer,
+    data_folder,
+    read_content,
+    read_examples,
+    tasks_in,
+    text_hashes,
+    tokenize,
+)
 from reports.command import Parser, check_new_file, run_command
 from reports.document import filled
 from reports.plots import Plot, panels, style
@@ -175,13 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def describe(args: argparse.Namespace) -> None:
     """Draws where that is wanted, and prints."""
-    for path in args.task_file:
-        add_task_file(path)
+    own = [name for path in args.task_file for name in add_task_file(path)]
     if args.plot is not None:
         check_new_file("--plot", args.plot, [f".{format}" for format in FORMATS])
     checkpoint = find_checkpoint(args.model)
     tokenizer = Tokenizer(checkpoint, read_bert_config(checkpoint).num_positions)
-    descriptions = describe_folder(data_folder(args.folder, flag=""), tokenizer)
+    folder = data_folder(args.folder, flag="")
+    for task in (TASKS[name] for name in own if name not in tasks_in(args.folder)):
+        read_content(task.path("train", folder), task)  # raises: there is none of its files
+    descriptions = describe_folder(folder, tokenizer)
     lines = list(report(descriptions))
     if args.plot is not None:
         write_atomically(args.plot, draw(descriptions).content(args.plot.suffix.lower()[1:]))

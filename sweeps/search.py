@@ -325,10 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary, epilog = (__doc__ or "").split("\n\n")[0], f"searched: {', '.join(SPACE)}, as far as FLAGS leave them open"
     parser = argparse.ArgumentParser(prog="sweeps/search.py", description=summary, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
-    add("--trials", type=int, default=30, help="trials in all, those of earlier starts counted")
-    add("--study", default="search", help="name of the study in the database")
+    add("--trials", type=int, default=30, help="trials in all, those of earlier starts counted (default 30)")
+    add("--study", default="search", help="name of the study in the database (default search)")
     add("--storage", default="", metavar="URL", help="database; default an SQLite file in --out")
-    add("--out", default="runs/search", metavar="DIR", help="where the runs go, one search a directory")
+    add("--out", default="runs/search", metavar="DIR", help="runs of this one search (default runs/search)")
     add("--seed", type=int, default=0, help="seed of the search; the runs' own stands behind --")
     add("fixed", metavar="FLAGS", nargs="*", help="flags of multitask_classifier.py for every trial")
     own = parser.parse_args(arguments)
@@ -336,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.excepthook = lambda _: None  # the heartbeat's thread: where the database fails it, it fails the search
     out = Path(own.out).resolve()
     try:
+        if own.trials < 1:
+            raise SearchError(f"--trials {own.trials}: expected a number above 0")
         space = Space.under(own.fixed)
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / "search.lock", timeout=0):

@@ -14,6 +14,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
+[ $# -gt 0 ] || { echo "no sweep given, expected: sbatch ... sweeps/slurm.sh sweeps/methods.sh" >&2; exit 2; }
 stop() { kill -TERM "$sweep" 2>/dev/null; }
 trap stop TERM
 trap 'is_late=yes; stop' USR1

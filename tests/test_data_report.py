@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,9 +12,17 @@ from datasets import Tokenizer
 from helpers import Capture, Patch, write_vocabulary
 from reports import data_report
 from reports.data_report import describe_folder, draw, report
+from tasks import TASKS
 
 TRAIN = [("a b", "0"), ("A  b", "1"), ("c", "4"), ("d e f", "0"), ("g", ""), ("c", "4")]
 DEV = [("c", "2"), ("f", "1")]
+OWN_TASK = """[own]
+folder = "nope"
+files = { train = "own-train.csv", dev = "own-dev.csv" }
+texts = ["text"]
+label = "label"
+kind = "binary"
+"""
 
 
 @pytest.fixture
@@ -106,6 +115,10 @@ def test_the_command_prints_and_draws(ending: str, start: bytes, folder: Path, t
         (["{folder}", "--plot", "{broken}/old.png"], "exists already"),
         (["{folder}", "--plot", "{folder}/no/new.png"], "no directory"),
         (["{broken}"], "ids-sst-dev.csv:2: sentiment is '7'"),
+        (
+            ["{folder}", "--task_file", "{broken}/own.toml"],
+            "nope/own-train.csv: No such file or directory, expected the",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -115,8 +128,10 @@ def test_bad_input_is_one_line(
         (tmp_path / name).mkdir()
     write(tmp_path / "broken" / "ids-sst-dev.csv", "id\tsentence\tsentiment", [("a", "7")])
     (tmp_path / "broken" / "old.png").write_text("precious")
+    (tmp_path / "broken" / "own.toml").write_text(OWN_TASK)
     places = {"folder": folder, "empty": tmp_path / "empty", "broken": tmp_path / "broken"}
-    status, out, err = run([argument.format(**places) for argument in arguments], capsys)
+    with mock.patch.dict(TASKS):
+        status, out, err = run([argument.format(**places) for argument in arguments], capsys)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
 

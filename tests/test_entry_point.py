@@ -35,7 +35,6 @@ def test_the_installed_command_does_what_the_script_does(tiny: Path, tmp_path: P
 
 
 def test_every_flag_and_choice_is_completed(capsys: Capture) -> None:
-    pytest.importorskip("shtab")
     for shell in ("bash", "zsh"):
         with pytest.raises(SystemExit):
             parse(["--print_completion", shell])

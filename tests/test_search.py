@@ -438,6 +438,7 @@ def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(
         ("", "--warmup 3", "--warmup 3.0: expected a number from 0 to below 1"),
         ("--storage nonsense", "", "--storage nonsense: cannot be used"),
         ("--storage sqlite:///{folder}/study.db", "", "--storage sqlite:///{folder}/study.db: cannot be used"),
+        ("--trials 0", "", "--trials 0: expected a number above 0"),
         ("--out /dev/null/x", "", "/dev/null/x: Not a directory"),
     ],
 )

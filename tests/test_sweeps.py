@@ -210,6 +210,11 @@ def test_tasks_of_an_array_make_every_run_once_and_a_killed_one_goes_on_when_it_
     assert "all runs are finished" in "".join(shown)
 
 
+def test_an_array_without_a_sweep_is_refused() -> None:
+    done = subprocess.run(["bash", str(ROOT / "sweeps" / "slurm.sh")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("no sweep given, expected: sbatch")
+
+
 def test_a_task_whose_time_is_up_lets_its_run_save_and_queues_again(sweep: Sweep) -> None:
     folder = sweep.plan.parent / "bin"
     folder.mkdir()

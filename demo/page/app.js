@@ -73,7 +73,7 @@ function describe(task, values) {
 
 function show(answers) {
   for (const [name, task] of Object.entries(labels.tasks)) {
-    const missing = task.texts.length === 2 ? "needs a second sentence" : "needs a sentence";
+    const missing = task.texts.length === 2 ? "needs two sentences" : "needs a sentence";
     const [words, confidence, rows] = answers[name] ? describe(task, answers[name]) : ["–", missing, []];
     const card = document.getElementById(`task-${name}`);
     card.querySelector("output").textContent = words;
