@@ -87,16 +87,22 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
 def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
     """Names of settings: as few flags as tell them apart, words before numbers such as a learning rate.
 
-    A value that most settings have is not named; "base" has no other. flags: of each setting the same flags.
+    A value that most settings have is not named; "base" has no other. A setting that is told apart by having none of
+    what the others are named by has the name of its first other value. flags: of each setting the same flags.
     """
     columns = {name: [of[name] for of in flags] for name in flags[0]}
     numbers = {name for name, cells in columns.items() if all(re.fullmatch(r"[-+.e\d]+", cell) for cell in cells)}
     common = common_values(flags)
     shown, chosen = {"yes": "{0}", "no": "no {0}"}, list[str]()
-    for name in sorted(columns, key=lambda name: (name in numbers, -len(set(columns[name])))):
+    ordered = sorted(columns, key=lambda name: (name in numbers, -len(set(columns[name]))))
+    for name in ordered:
         before, after = ({tuple(of[n] for n in names) for of in flags} for names in (chosen, [*chosen, name]))
         chosen += [name] if len(after) > len(before) else []
-    parts = [[shown.get(of[n], "{0} {1}").format(n, of[n]) for n in chosen if of[n] != common.get(n)] for of in flags]
+    parts = []
+    for of in flags:
+        rare = [name for name in ordered if of[name] != common.get(name)]
+        named = [name for name in rare if name in chosen] or rare[:1]
+        parts.append([shown.get(of[name], "{0} {1}").format(name, of[name]) for name in named])
     return [", ".join(sorted(own, key=len)) or ("base" if chosen else "") for own in parts]
 
 

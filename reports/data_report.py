@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw labels and lengths into a new file: {formats}")
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="whose tokenizer counts (default: %(default)s)")
     text = "tasks of your own, described too"
-    parser.add_argument("--task_file", metavar="FILE", type=Path, nargs="+", default=[], help=text)
+    parser.add_argument("--task_file", metavar="FILE", type=Path, nargs="+", action="extend", default=[], help=text)
     args = parser.parse_args(arguments)
     return run_command(lambda: describe(args), DataError, CheckpointError, TaskFileError)
 

@@ -219,8 +219,9 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], marked: Set[tuple[int, int]] = frozenset()) -> Table:
-    """A table of rows with the entries of the first, or fewer."""
-    return Table(tuple(rows[0]), [[_cell(row.get(column, "")) for column in rows[0]] for row in rows], marked)
+    """A table of rows with the entries of all of them, in the order in which they come."""
+    columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    return Table(columns, [[_cell(row.get(column, "")) for column in columns] for row in rows], marked)
 
 
 def _cell(value: Any) -> str:

@@ -156,6 +156,11 @@ def flags(**columns: str) -> list[dict[str, str]]:
              "draws": "1 16 1 1"},
             ["base", "treatment pcgrad", "smart", "scheduler random"],
         ),
+        # What is told apart by having none of what the others are named by is named by what it has.
+        (
+            {"scheduler": "pal pal random", "copied": "0 2 0", "smart": "yes no no"},
+            ["smart", "copied 2", "scheduler random"],
+        ),
         ({"lr": "1 2 1 2 1", "pal": "no no yes yes yes", "seeds": "3 4 3 4 5"},
          ["no pal, seeds 3", "no pal, seeds 4", "seeds 3", "seeds 4", "seeds 5"]),
         # Long names are cut down to the flags that are needed, and never to equal ones.

@@ -136,6 +136,19 @@ def test_bad_input_is_one_line(
     assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
 
 
+def test_every_task_file_counts_however_they_are_given(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    paths = []
+    for name in ("one", "two", "three"):
+        write(folder / f"{name}.tsv", "id\ttext\tlabel", [("a", "1")])
+        paths.append(tmp_path / f"{name}.toml")
+        files = f'folder = "{folder}"\nfiles = {{ train = "{name}.tsv", dev = "{name}.tsv" }}\n'
+        paths[-1].write_text(f'[{name}]\n{files}texts = ["text"]\nlabel = "label"\nkind = "binary"\n')
+    with mock.patch.dict(TASKS):
+        flags = [f"--task_file={paths[0]}", "--task_file", *map(str, paths[1:])]
+        status, out, err = run([str(folder), *flags], capsys)
+    assert (status, err) == (0, "") and all(f"{path.stem}.tsv" in out for path in paths)
+
+
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(
     folder: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def test_one_run_has_its_plots_scores_errors_and_paths(treated_run: Path, tmp_pa
 def no_plots(monkeypatch: Patch) -> None:
     """The report draws nothing, which takes longer than all else."""
     monkeypatch.setattr("reports.report.run_plots", lambda run: [])
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_metric_that_counts_has_its_interval_and_guess_wherever_it_stands(
+    files: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    output: Any = TASKS["sst"].output
+    monkeypatch.setitem(TASKS, "sst", replace(TASKS["sst"], output=replace(output, selection_metric="macro_f1")))
+    shown, _ = run(capsys, made(files, "run"))
+    metrics = re.findall(r"(\w+) +-?\d\.\d{3}  +\d\.\d{3} to \d\.\d{3} +\d\.\d{3}$", shown, re.MULTILINE)
+    assert metrics == ["macro_f1", "accuracy", "pearson", "mean"]
 
 
 @pytest.mark.usefixtures("no_plots")
