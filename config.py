@@ -475,8 +475,12 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
-    """A file's settings as a command line."""
+    """A file's settings as a command line. Raises FlagError for a switch that is neither on nor off."""
+    switches = {flag.name for _, flag in flags_of(Config) if isinstance(flag.default, bool)}
+    switches |= {name for entries, way in TABLES.values() if way == "--{}" for name in entries}
     for name, value in values.items():
+        if name in switches and not isinstance(value, bool):
+            raise FlagError(f"--{name}: {shown(repr(value))}, expected true or false")
         if isinstance(value, bool):
             yield f"--{name}" if value else f"--no-{name}"
         elif isinstance(value, list):

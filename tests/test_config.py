@@ -227,10 +227,11 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
     ("text", "expected"),
     [
         ('schedular = "pal"', "--schedular: unknown; did you mean --scheduler?"),
+        ("pcgrad = 3", "--pcgrad: 3, expected true or false"),
+        ("tensorboard = 'no'", "--tensorboard: 'no', expected true or false"),
         ("lr = true", "--lr: expected one argument"),
         ('epochs = "two"', "--epochs: invalid int value: 'two'"),
         ("epochs = 2.5", "--epochs: invalid int value: '2.5'"),
-        ("pcgrad = 3", "--pcgrad: ignored explicit argument '3'"),
         ("epochs = -1", "--epochs -1: expected 1 or more"),
         ("lr = 1\nlr = 2", "not readable as TOML (Cannot overwrite a value (at end of document))"),
     ],
