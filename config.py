@@ -603,7 +603,8 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     """Every combination of flags that would silently do nothing, or cannot be done."""
     if config.resume:
         others = (name for name in given if name not in RESUME_FLAGS)
-        way = f"leave it out, or start a new run from its model: {command(f'--checkpoint={config.resume}')}"
+        new = f", or start a new run from its model: {command(f'--checkpoint={config.resume}')}"
+        way = f"leave it out{new if (Path(config.resume) / 'best').is_dir() else ''}"
         yield from (f"--{name}: --resume takes it from the run; {way}" for name in others)
     elif config.option == "predict":
         others = (name for name in given if name not in PREDICT_FLAGS)

@@ -705,6 +705,8 @@ def test_what_is_no_run_to_go_on_with_is_not_resumed_nor_an_existing_one_replace
     assert f"or start a new run from its model: --checkpoint={out}" in error_line(["--resume", str(out), "--epochs=8"])
     assert f"--out {out}: exists" in error_line(runs.arguments(out))
     assert everything(out) == before
+    shutil.rmtree(out / "best")
+    assert error_line(["--resume", str(out), "--epochs=8"]).endswith("takes it from the run; leave it out")
 
 
 def test_a_run_is_resumed_from_another_directory(runs: Runs, out: Path, tmp_path: Path, monkeypatch: Patch) -> None:
