@@ -75,15 +75,19 @@ def _scores_section(run: FinishedRun) -> Section:
                 rows[-1] |= {INTERVAL: intervals.get(task.name), GUESS: run.guesses.get(task.name)}
     mean = {"value": results["dev"][MEAN], INTERVAL: intervals.get(MEAN), GUESS: _mean_guess(run)}
     rows.append({"task": MEAN, **mean})
-    source = config.get("checkpoint") or " ".join(config.get("checkpoints") or []) or config.get("model")
     best = results.get("best_epoch")
     epochs = ", ".join(f"{stage} {epoch}" for stage, epoch in best.items()) if isinstance(best, dict) else best
     text = (
-        f"{config['option']} of {source} on {config['data']}, seed {config['seed']}\n"
+        f"{config['option']} of {_source(config)} on {config['data']}, seed {config['seed']}\n"
         f"training {duration(results['seconds']['training'])}, {_size(results['parameters']['total'])} parameters"
         + (f", best epoch {epochs}" if best else "")
     )
     return Section(f"Run {run.path}", [text, _table(rows), "\n".join([f"({GUESS_IN_WORDS})", *_remarks(run)])])
+
+
+def _source(config: Mapping[str, Any]) -> str:
+    """What a run began with: checkpoints in place of the model that its flag names."""
+    return config.get("checkpoint") or " ".join(config.get("checkpoints") or []) or str(config.get("model"))
 
 
 def _remarks(run: FinishedRun) -> list[str]:
@@ -202,7 +206,8 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
     """For other programs: a row a run, the same columns whatever the runs are, every number in full; metrics of tasks
     from task files come behind those of the others.
 
-    The last column holds all settings of the run as JSON. What a run does not have is empty.
+    The model is the checkpoint that a run began with, if it did. The last column holds all its settings as JSON. What
+    a run does not have is empty.
     """
     metrics = {f"{task}_{metric}": (task, metric) for task in TASKS for metric in TASKS[task].output.metrics}
     ends = ("training_seconds", "peak_memory_mb", "parameters", "settings")
@@ -213,7 +218,8 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
         results, dev = run.results, run.results["dev"]
         scores = {column: dev.get(task, {}).get(metric) for column, (task, metric) in metrics.items()}
         others = (results["seconds"]["training"], results.get("peak_memory_mb"), results["parameters"]["total"])
-        row = {**run.config, "run": str(run.path), "tasks": " ".join(run.tasks), **scores, MEAN: dev[MEAN]}
+        names = {"run": str(run.path), "model": _source(run.config), "tasks": " ".join(run.tasks)}
+        row = {**run.config, **names, **scores, MEAN: dev[MEAN]}
         row = {name: printable(of) if isinstance(of, str) else of for name, of in row.items()}
         writer.writerow(row | dict(zip(ends, [*others, json.dumps(run.config)], strict=True)))
 

@@ -172,12 +172,13 @@ def test_other_data_and_other_tasks_are_not_mixed(files: Path, tmp_path: Path, c
 
 
 def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, capsys: Capture) -> None:
-    runs = [made(files, f"r{s}", seed=s, lr=0.1 + s) for s in (0, 1)]
+    runs = [made(files, f"r{s}", seed=s, lr=0.1 + s, checkpoint=s * "runs/first") for s in (0, 1)]
     single = write_run(files.parent / "single", files, {"sst": noisy(files, "sst", 0.2, 0)}, seed=7)
     tables = [run(capsys, *paths, "--csv")[0] for paths in (runs, [single, *runs], [single])]
     assert len({table.splitlines()[0] for table in tables}) == 1
     rows = list(csv.DictReader(io.StringIO(tables[1])))
     assert [row["run"] for row in rows] == [str(path) for path in (single, *runs)]
+    assert [row["model"] for row in rows] == [*[FinishedRun.read(single).config["model"]] * 2, "runs/first"]
     for row in rows:
         of = FinishedRun.read(Path(row["run"]))
         for task in TASKS:
