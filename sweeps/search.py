@@ -323,7 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 2 for bad input or if the defaults fail, 130 when stopped."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     summary, epilog = (__doc__ or "").split("\n\n")[0], f"searched: {', '.join(SPACE)}, as far as FLAGS leave them open"
-    parser = argparse.ArgumentParser(prog="sweeps/search.py", description=summary, epilog=epilog, allow_abbrev=False)
+    usage = "sweeps/search.py [-h] [--trials N] [--study NAME] [--storage URL] [--out DIR] [--seed N] [-- FLAGS ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=summary, epilog=epilog, allow_abbrev=False)
     add = parser.add_argument
     add("--trials", type=int, default=30, help="trials in all, those of earlier starts counted (default 30)")
     add("--study", default="search", help="name of the study in the database (default search)")
