@@ -66,7 +66,7 @@ from parameters import Choice
 from pcgrad import find_treatment
 from remarks import guess_scores, remarks
 from run_data import Data, load_data
-from run_record import CONFIG, MetricsLog, RunDirectory, RunError, replace_folder
+from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_json, replace_folder
 from run_state import read_state, saved_settings, write_state
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
@@ -136,7 +136,8 @@ def resolve(config: Config, processes: ProcessGroup = ALONE) -> tuple[Config, Pa
     """The settings with nothing left to be chosen automatically, and the folder that the model comes from."""
     start = config.checkpoint or next(iter(config.checkpoints), "")
     folder = checkpoint_folder(Path(start)) if start else find_checkpoint(config.model)
-    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=default_pooling(config.model))
+    model = model_behind(folder) if start else config.model
+    encoder, layout = read_bert_config(folder), read_layout(folder) or Layout({}, pooling=default_pooling(model))
     if config.max_length > (most := encoder.num_positions):
         raise FlagError(f"--max_length {config.max_length}: the model has {most} positions, expected no more")
     out = config.out or free_name(Path("runs"), f"{time.strftime('%Y%m%d-%H%M%S')}-{config.option}")
@@ -144,7 +145,7 @@ def resolve(config: Config, processes: ProcessGroup = ALONE) -> tuple[Config, Pa
         config,
         device=resolve_device(config.device),
         out=processes.of_first(str(Path(out))),
-        model=str(folder.resolve()) if Path(config.model).is_dir() and not config.checkpoint else config.model,
+        model=str(folder.resolve()) if not start and Path(model).is_dir() else model,
         data=config.data if config.data == "sample" else str(Path(config.data).resolve()),
         task_file=tuple(str(Path(name).resolve()) for name in config.task_file),
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
@@ -177,6 +178,15 @@ def resolve_device(name: str) -> str:
 def default_eval_batch_size(device: str) -> int:
     """As many rows as keep a device busy."""
     return 64 if device == "cpu" else 1024
+
+
+def model_behind(checkpoint: Path) -> str:
+    """The --model with which the run of a checkpoint began, or "" where that is not known."""
+    with suppress(RunError):
+        values = read_json(run_of(checkpoint) / CONFIG)
+        if isinstance(values, dict) and isinstance(model := values.get("model"), str):
+            return model
+    return ""
 
 
 def default_pooling(model: str) -> str:

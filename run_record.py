@@ -324,7 +324,8 @@ class RunDirectory:
         """Raises RunError if a run cannot begin there. One that was killed before it had settings can once more."""
         left = {LOCK, f"{CONFIG}.tmp"}
         if os.path.lexists(path) and (not path.is_dir() or any(entry.name not in left for entry in path.iterdir())):
-            way = f"; {resume_command(path)} continues a run" if (path / CONFIG).exists() else ""
+            is_stopped = (path / CONFIG).exists() and not (path / RESULTS).exists()
+            way = f"; {resume_command(path)} continues a run" if is_stopped else ""
             raise RunError(f"--out {path}: exists already, expected a new or an empty directory{way}")
 
     @classmethod

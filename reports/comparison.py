@@ -27,6 +27,7 @@ NUM_RESAMPLES = 2000
 NUM_NOTES = 5  # on what could not be tested, at most
 LEVEL = 0.05  # a smaller p is called a difference
 ROUNDING = 1e-12  # scores that lie no further apart are equal
+NOTHING = "-"  # the cell of a flag without a value
 ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
 # Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
@@ -93,7 +94,7 @@ def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
     columns = {name: [of[name] for of in flags] for name in flags[0]}
     numbers = {name for name, cells in columns.items() if all(re.fullmatch(r"[-+.e\d]+", cell) for cell in cells)}
     common = common_values(flags)
-    shown, chosen = {"yes": "{0}", "no": "no {0}"}, list[str]()
+    shown, chosen = {"yes": "{0}", "no": "no {0}", NOTHING: "no {0}"}, list[str]()
     ordered = sorted(columns, key=lambda name: (name in numbers, -len(set(columns[name]))))
     for name in ordered:
         before, after = ({tuple(of[n] for n in names) for of in flags} for names in (chosen, [*chosen, name]))
@@ -101,7 +102,8 @@ def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
     parts = []
     for of in flags:
         rare = [name for name in ordered if of[name] != common.get(name)]
-        named = [name for name in rare if name in chosen] or rare[:1]
+        has = [name for name in rare if of[name] != NOTHING]
+        named = [name for name in has if name in chosen] or has[:1] or rare[:1]
         parts.append([shown.get(of[name], "{0} {1}").format(name, of[name]) for name in named])
     return [", ".join(sorted(own, key=len)) or ("base" if chosen else "") for own in parts]
 
@@ -138,7 +140,7 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def _cells(values: Sequence[Any]) -> list[str]:
     """A flag's values as they are shown; of paths the last part where that tells them apart."""
-    words = {"True": "yes", "False": "no", "": "-", "None": "-"}
+    words = {"True": "yes", "False": "no", "": NOTHING, "None": NOTHING}
     items = [[str(item) for item in (value if isinstance(value, list) else [value])] for value in values]
     ends = [[Path(item).name or item for item in of] for of in items]
     cells, short = ([words.get(text := " ".join(of), text) for of in kind] for kind in (items, ends))

@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats.add_argument("--html", metavar="FILE", type=Path, help="write a new page with tables and pictures too")
     endings = ", ".join(FORMATS)
     parser.add_argument("--plot", metavar="FILE", type=Path, help=f"draw several runs into a new file: {endings}")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="of a run's plots (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, help="of a run's plots (default: png)")
     formats.add_argument("--push", metavar="NAME", help="put a run's best checkpoint with a model card on the hub")
     args = parser.parse_args(arguments)
     return run_command(lambda: report(args), RunError)
@@ -275,6 +275,10 @@ def report(args: argparse.Namespace) -> None:
     runs, problems = read_runs(args.runs)
     if args.plot is not None and len(runs) == 1:
         raise RunError(f"--plot {args.plot}: expected several runs; those of one are in {runs[0].path / 'plots'}")
+    if args.format and (len(runs) > 1 or args.csv or args.push):
+        raise RunError(
+            f"--format {args.format}: for the plots of one run; several are drawn by --plot FILE.{args.format}"
+        )
     if not runs:
         raise RunError("; ".join(problems))
     for problem in problems:
@@ -293,7 +297,7 @@ def report(args: argparse.Namespace) -> None:
         if args.plot is not None:
             write_atomically(args.plot, plots[0].content(args.plot.suffix.lower()[1:]))
         if is_one:
-            files = write_plots(plots, runs[0].path, args.format)
+            files = write_plots(plots, runs[0].path, args.format or FORMATS[0])
     except (OSError, RunError) as error:
         print(f"warning: no plots: {printable(machine_failure(error) or str(error))}", file=sys.stderr)
     sections = run_sections(runs[0], files) if is_one else comparison_sections(runs, settings)

@@ -373,6 +373,19 @@ def test_new_heads_and_training_follow_from_the_seed(kind: str, runs: Runs, tmp_
     assert found[0] == found[1] != found[2]
 
 
+def test_the_model_of_a_run_that_begins_with_a_checkpoint_is_that_of_the_checkpoints_run(
+    runs: Runs, tmp_path: Path
+) -> None:
+    """Of a folder that belongs to no run it is not known, and a new head reads its pooler as of any new model."""
+    flags = "--epochs 1 --steps_per_epoch 1"
+    first = runs.run(tmp_path / "first", f"{flags} --checkpoint {runs.whole()}")
+    soup = "--option soup --checkpoints {0} {0}/last --data {1} --out {2} --no-tensorboard --cache off --device cpu"
+    run(soup.format(first, runs.data, tmp_path / "soup").split())
+    assert [read(of / "config.json")["model"] for of in (first, tmp_path / "soup")] == [str(runs.tiny)] * 2
+    plain = read(runs.run(tmp_path / "plain", f"{flags} --checkpoint {runs.tiny}") / "config.json")
+    assert (plain["model"], plain["pooling"]) == ("", "pooler")
+
+
 def test_late_adapters_train_alone_on_a_plain_fine_tuned_checkpoint(runs: Runs, out: Path) -> None:
     plain = runs.whole("--head mlp")
     flags = "--pal --train pal --lr 1e-2 --warmup 0 --draws_per_step 3 --scheduler round_robin"
@@ -703,7 +716,9 @@ def test_what_is_no_run_to_go_on_with_is_not_resumed_nor_an_existing_one_replace
         assert "has ended" in line and line.endswith(f"start a new run with --checkpoint={out}")
     assert "no run directory" in error_line(["--resume", str(out / "none")])
     assert f"or start a new run from its model: --checkpoint={out}" in error_line(["--resume", str(out), "--epochs=8"])
-    assert f"--out {out}: exists" in error_line(runs.arguments(out))
+    assert error_line(runs.arguments(out)).endswith(
+        f"--out {out}: exists already, expected a new or an empty directory"
+    )
     assert everything(out) == before
     shutil.rmtree(out / "best")
     assert error_line(["--resume", str(out), "--epochs=8"]).endswith("takes it from the run; leave it out")

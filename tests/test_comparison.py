@@ -163,6 +163,9 @@ def flags(**columns: str) -> list[dict[str, str]]:
         ),
         ({"lr": "1 2 1 2 1", "pal": "no no yes yes yes", "seeds": "3 4 3 4 5"},
          ["no pal, seeds 3", "no pal, seeds 4", "seeds 3", "seeds 4", "seeds 5"]),
+        # A flag without a value names nothing, unless there is nothing else.
+        ({"model": "minilm - -", "checkpoint": "- one two"}, ["model minilm", "checkpoint one", "checkpoint two"]),
+        ({"head": "lstm lstm -", "lr": "1 2 1"}, ["base", "lr 2", "no head"]),
         # Long names are cut down to the flags that are needed, and never to equal ones.
         ({"model": f"{'a' * 50} {'b' * 50}", "head": "mlp lstm"}, [f"model {'a' * 50}", f"model {'b' * 50}"]),
     ],

@@ -271,11 +271,17 @@ def test_what_cannot_be_used_is_named_and_left_out(files: Path, tmp_path: Path, 
         (["{run}", "--html", "{absent}/page.html"], "error: --html .*page.html: no directory "),
         (["{run}", "--plot", "new.pdf", "--csv"], "error: --plot new.pdf: --csv draws nothing, leave one out"),
         (["{run}", "--plot", "new.pdf"], "error: --plot new.pdf: expected several runs; those of one are in .*plots"),
+        (
+            ["{run}", "{run}/../other", "--format", "pdf"],
+            "error: --format pdf: for the plots of one run; several are dr",
+        ),
+        (["{run}", "--csv", "--format", "svg"], "error: --format svg: for the plots of one run; several are drawn by"),
         (["{run}", "--plot", "new.gif"], "error: --plot new.gif: expected a file name that ends in .png or .pdf or"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], message: str, files: Path, capsys: Capture) -> None:
     (page := files / "page.html").write_text("precious")
+    made(files, "other")
     paths = {"run": made(files, "run"), "absent": files / "absent", "files": files, "page": page}
     out, err = run(capsys, *(argument.format(**paths) for argument in arguments), status=2)
     assert out == "" and re.fullmatch(message + ".*\n", err) and page.read_text() == "precious"
