@@ -29,7 +29,7 @@ from model import PAIRS, POOLINGS, Layout
 from pal import ADAPTERS
 from parameters import Choice, Flag, NoParameters, flags_of, nearest, parameter, parameters_type
 from pcgrad import TREATMENTS, find_treatment
-from run_record import FORMATS, RECORD_KEYS, read_file
+from run_record import FORMATS, RECORD_KEYS, mismatch, read_file
 from schedulers import SCHEDULERS
 from smart import REGULARIZERS
 from task_files import TaskFileError, add_saved_tasks, add_task_file
@@ -288,6 +288,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     )
 
 
+def automatic(asked: Config, resolved: Config) -> list[str]:
+    """The flags that were left to the program, by what was asked for and what run.resolve made of it."""
+    values = resolved.to_dict()
+    return [name for name, value in asked.to_dict().items() if value in (0, "", "auto") and value != values[name]]
+
+
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run, and what its program did where it did not have the flags yet."""
     decay = saved.get("weight_decay", Config.weight_decay)
@@ -490,22 +496,29 @@ def _as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _settings_of_run(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The flags in a run's config.json, without those that belong to this run alone; its tasks join TASKS.
+    """The flags that a run's config.json holds of its command line; its tasks join TASKS.
 
-    They do not have to be needed by each other, as those of a command line: a run records them all.
+    Without those that belong to that run alone, and what it chose automatically: flags beside these, and the machine,
+    may need another choice. They do not have to be needed by each other, as those of a command line: a run records
+    them all. Raises FlagError.
     """
+    if problem := mismatch(values.get("automatic"), (None, [str])):
+        raise FlagError(f"automatic {problem}")
     try:
         add_saved_tasks(values["layout"], path)
     except TaskFileError as error:
         raise FlagError(str(error)) from None
-    flags = {name: value for name, value in values.items() if name not in RECORD_KEYS | OWN_FLAGS}
-    return {name: value for name, value in completed(flags).items() if value not in ("", [])}
+    left_out = {*RECORD_KEYS, *OWN_FLAGS, *(values.get("automatic") or ())}
+    return {name: value for name, value in completed(values).items() if name not in left_out and value not in ("", [])}
 
 
 def _over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with those given in their place; a treatment stands for all that is said of one."""
-    treatments = {"treatment", *TREATMENTS} if given.keys() & {"treatment", *TREATMENTS} else set()
-    return {name: value for name, value in values.items() if name not in treatments} | dict(given)
+    """The values with those given in their place; a treatment stands for all that is said of one, and its arguments."""
+    of_treatment = {"treatment", *TREATMENTS}
+    replaced = of_treatment if given.keys() & of_treatment else set()
+    if replaced and given.get("treatment") != values.get("treatment"):
+        replaced |= {"treatment_arguments"}
+    return {name: value for name, value in values.items() if name not in replaced} | dict(given)
 
 
 def add_tasks(given: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from checkpoints import (
     read_layout,
     save_checkpoint,
 )
-from config import Config, FlagError
+from config import Config, FlagError, automatic
 from console import Console, duration
 from datasets import (
     DataError,
@@ -642,7 +642,7 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    config, folder = resolve(config, processes)
+    asked, (config, folder) = config, resolve(config, processes)
     if resumed is None and processes.is_first:
         RunDirectory.check_new(Path(config.out))
     if config.checkpoints:
@@ -665,7 +665,7 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
     except ValueError as error:  # an adapter that does not fit, or a checkpoint: one line
         raise FlagError(str(error)) from None
     record = {**config.to_dict(), **environment(config.device), "processes": processes.size}
-    record |= {"data_files": data.files, "layout": layout.to_dict()}
+    record |= {"automatic": automatic(asked, config), "data_files": data.files, "layout": layout.to_dict()}
     check_same({**config.to_dict(), "data_files": data.files}, processes)
     if resumed is not None and begun["data_files"] != data.files:
         names = {**data.files, **begun["data_files"]}

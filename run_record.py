@@ -38,7 +38,7 @@ GAP = (None, NUMBER)  # null stands for NaN
 
 RECORD_KEYS = frozenset(  # of config.json beside the flags
     {"versions", "machine", "processor", "gpu", "commit", "compiled", "processes"}
-    | {"data_files", "layout", "stages", CHECKSUM}
+    | {"data_files", "layout", "stages", "automatic", CHECKSUM}
 )
 
 
@@ -406,9 +406,12 @@ class DevRows:
             if header[:3] != ["id", "label", "prediction"] or not rows:
                 raise ValueError(f"header {shown(header[:3])} over {len(rows)} rows")
             width = 3 + sum(name.startswith("probability_") for name in header)
+            for number, row in enumerate(rows, 1):
+                if len(row) != len(header):
+                    raise ValueError(f"row {number} has {len(row)} columns, expected {len(header)}")
             numbers = np.array([row[1:width] for row in rows], dtype=np.float64)
-            if numbers.shape != (len(rows), width - 1) or not np.isfinite(numbers).all():
-                raise ValueError("a number is missing or not finite")
+            if not np.isfinite(numbers).all():
+                raise ValueError("a number is not finite")
         except OSError as error:
             raise RunError(f"{path}: {error.strerror}") from None
         except (ValueError, csv.Error) as error:

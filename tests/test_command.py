@@ -429,11 +429,21 @@ def test_what_is_odd_about_the_data_is_told(runs: Runs, out: Path, tmp_path: Pat
     assert shown.count("training file too") == 1
 
 
-def test_another_run_takes_all_settings_of_a_run(runs: Runs) -> None:
+BESIDE = ["", "--pcgrad", "--gradvac --batch_size 8 --seed 7", "--model minilm --threads 1", "--lr 0.1 --max_length 9"]
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_another_run_takes_the_settings_of_a_run(beside: str, runs: Runs) -> None:
+    """As if the flags beside stood behind that run's command line, also in all that is chosen automatically."""
+
+    def resolved(arguments: Sequence[str]) -> dict[str, Any]:
+        return {**running.resolve(parse([*arguments, *beside.split()]))[0].to_dict(), "config": "", "out": ""}
+
     path = runs.whole() / "config.json"
-    found = parse(["--config", str(path), "--seed", "7"]).to_dict()
-    expected = {**read(path), "seed": 7, "config": str(path), "out": ""}
-    assert found == {name: expected[name] for name in found}
+    found = resolved(["--config", str(path)])
+    assert found == resolved(runs.arguments(Path("new")))
+    if not beside:
+        assert found == {**{name: read(path)[name] for name in found}, "out": ""}
 
 
 def test_the_second_run_reads_no_csv_file_and_is_the_same(runs: Runs, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -219,6 +219,10 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
     for flag in ("--epochs 3", "--tensorboard", "--gradvac", "--treatment UPGrad", "--no-pcgrad", "--tasks sts sst"):
         without = line.replace("--pcgrad", "") if flag in ("--gradvac", "--treatment UPGrad", "--no-pcgrad") else line
         assert replace(settings(f"{file} {flag}"), config="") == settings(f"{without} {flag}"), flag
+    file = written(tmp_path / "run.toml", 'treatment = "CAGrad"\ntreatment_arguments = ["c=0.4"]')
+    found = [settings(f"{file} {flag}".strip()) for flag in ("", "--treatment CAGrad", "--pcgrad", "--treatment MGDA")]
+    assert [config.treatment_arguments for config in found] == [("c=0.4",), ("c=0.4",), (), ()]
+    file = written(tmp_path / "run.toml", text)
     (found,) = problems(f"{file} --no-rdrop")  # the file's parameter does nothing then
     assert found == f"{file}: --rdrop_alpha: expected only with --rdrop"
 
@@ -255,7 +259,7 @@ def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_settings_of_a_run_are_those_of_its_command_line(tmp_path: Path) -> None:
-    """Also what it chose by itself, and what would be refused on a command line for being without effect there."""
+    """Also what would be refused on a command line for being without effect there."""
     line = "--pcgrad --tasks para sts --seed 3 --lr 1e-4 --pairs siamese --head mlp --name first --option finetune"
     run = replace(settings(f"{line} --out {tmp_path / 'run'}"), draws_per_step=16, threads=2, mlm_lr=1e-3)
     layout = {"layout": {"tasks": {}}, "stages": [], "commit": None, "gpu": None}
@@ -268,6 +272,8 @@ def test_the_settings_of_a_run_are_those_of_its_command_line(tmp_path: Path) -> 
         ("epochs", 0, "--epochs 0"),
         ("epochs", "x", "invalid int"),
         ("epocs", 1, "--epochs?"),
+        ("automatic", [0], "automatic 0 is '0'"),
+        ("automatic", "lr", "automatic is 'lr', expected a list"),
     ):
         (problem,) = problems(written(tmp_path / "bad.json", json.dumps({**run.to_dict(), **layout, key: value})))
         assert expected in problem

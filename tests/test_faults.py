@@ -222,7 +222,7 @@ def test_a_run_with_a_damaged_file_is_not_resumed(stopped: Path, resume: Callabl
 
 
 # Entries of config.json that only tell what was, and texts that can be anything.
-RECORDS = {"versions", "machine", "processor", "gpu", "commit", "compiled", "stages", "layout"}
+RECORDS = {"versions", "machine", "processor", "gpu", "commit", "compiled", "stages", "layout", "automatic"}
 SUMS = {"conflicts", "seconds", "best_epochs", "loss_sum", "best_score"}
 FREE = {"config", "out", "resume", "input", "output", "cache", "name", "wordnet"}
 

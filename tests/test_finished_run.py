@@ -116,11 +116,17 @@ def test_dev_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "id,label,prediction\n", "name,label\na,1\n", "id,label,prediction\na,1\n", "id,label,prediction\na,1,x\n",
-     "id,label,prediction\na,1,nan\n", "id,label,prediction\na,1,2\nb,1\n", "\ufffd\x00"],
+     "id,label,prediction\na,1,nan\n", "id,label,prediction\na,1,2\n\n", "\ufffd\x00"],
 )  # fmt: skip
 def test_damaged_dev_rows_are_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(content)
     with pytest.raises(RunError, match=r"rows.csv: not readable as dev rows \("):
+        DevRows.read(tmp_path / "rows.csv")
+
+
+def test_a_row_that_was_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("id,label,prediction\na,1,2\nb,1\n")
+    with pytest.raises(RunError, match=r"\(row 2 has 2 columns, expected 3\)"):
         DevRows.read(tmp_path / "rows.csv")
 
 
