@@ -634,12 +634,12 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         if not config.checkpoint:
             yield "--option export: expected --checkpoint DIR"
     else:
-        yield from _flags_in_vain(config, given)
+        yield from (f"--{name}: {reason}" for name, reason in flags_in_vain(config, given))
         yield from _conflicts(config, given)
 
 
-def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each flag that lacks what it needs."""
+def flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each flag that lacks what it needs, and why it would do nothing."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
     of_several = ("draws_per_step", "scheduler", "task_weights", "copy_top_layers")
     of_checkpoint = ("checkpoint", "model", "head", "pooling", "pairs")
@@ -648,7 +648,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "pretrain_weight_decay", "save_every"]
     training += ["max_grad_norm", "eval_every"]
-    training += ["mlm_epochs"]
+    training += ["mlm_epochs", "batch_size"]
     has_pairs = any(len(TASKS[task].text_columns) == 2 for task in config.tasks if task in TASKS)
     heads = [HEADS.get(config.heads.get(task, "")) for task in config.tasks]  # None: unknown, or the checkpoint's
     reads_pooled = any(head is None or Reads.POOLED in head.reads for head in heads)
@@ -674,7 +674,7 @@ def _flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         way = TABLES[table][1].format(name)
         needs.append((name in config.chosen(table), f"expected only with {way}", (flag.name,)))
     for is_met, reason, names in needs:
-        yield from (f"--{name}: {reason}" for name in names if not is_met and given.get(name, False) is not False)
+        yield from ((name, reason) for name in names if not is_met and given.get(name, False) is not False)
 
 
 def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:

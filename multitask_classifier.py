@@ -23,7 +23,7 @@ from distributed import ALONE, ProcessGroup
 from engine import TrainingError
 from evaluation import Precision
 from export import ExportError, export
-from messages import ensure_output, machine_failure, print_error, resume_command
+from messages import ensure_output, machine_failure, print_error
 from prediction import PredictionError, predict_lines
 from predictor import Predictor, load
 from run import AMP, Run, Stopped, StopSignals, default_eval_batch_size, prepare, resolve_device
@@ -59,7 +59,7 @@ def execute(config: Config, console: Console, processes: ProcessGroup) -> int:
         if config.threads:
             torch.set_num_threads(config.threads)
         return export(config, console)
-    stop, how = StopSignals(processes), (processes.local_size, processes.size // processes.local_size)
+    stop = StopSignals(processes)
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
@@ -71,12 +71,12 @@ def execute(config: Config, console: Console, processes: ProcessGroup) -> int:
         return 0
     except Stopped:
         assert run is not None
-        console.say(f"stopped; to go on: {resume_command(run.directory.path, *how)}")
+        console.say(f"stopped; to go on: {stop.way}")
         processes.leave()
         return stop.status
     except Exception as error:
         if run is not None and machine_failure(error):
-            error.add_note(f"; to go on: {resume_command(run.directory.path, *how)}")
+            error.add_note(f"; to go on: {stop.way}")
         raise
     finally:
         stop.restore()

@@ -58,7 +58,7 @@ from evaluation import (
     write_predictions,
 )
 from heads import PooledHead
-from messages import counted, machine_failure, shown
+from messages import counted, machine_failure, resume_command, shown
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
 from ops import speed_report
@@ -91,6 +91,7 @@ class StopSignals:
     def __init__(self, processes: ProcessGroup = ALONE) -> None:
         self.processes = processes
         self.number: signal.Signals | None = None
+        self.way = ""  # the command that goes on, as soon as there is a run
         self._first = 0.0
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -115,7 +116,8 @@ class StopSignals:
             self.number, self._first = signal.Signals(number), time.monotonic()
             self._tell(b"stopping after this step; a second time stops at once, without saving\n")
         elif self._is_another(number):
-            self._tell(b"stopped at once; --resume goes on from the last checkpoint\n")
+            way = f"; to go on from the last checkpoint: {self.way}" if self.way else ""
+            self._tell(f"stopped at once{way}\n".encode())
             os._exit(128 + number)
 
     def _tell(self, line: bytes) -> None:
@@ -638,8 +640,12 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
         config, begun = saved_settings(resumed)
         saved = read_state(resumed)
         config = replace(config, out=str(resumed.path))
-        config = replace(config, threads=flags.threads or config.threads)
+        is_open = "threads" in begun.get("automatic", ()) and begun.get("processes", 1) != processes.size
+        config = replace(config, threads=flags.threads or (0 if is_open else config.threads))
         config = replace(config, device=flags.device if flags.device != "auto" else config.device)
+        if config.data != "sample" and not Path(config.data).is_dir():
+            where = "expected the run's data where it began; a link will do"
+            raise RunError(f"--resume {config.out}: {config.data}: no such directory, {where}")
     if config.threads:
         torch.set_num_threads(config.threads)
     asked, (config, folder) = config, resolve(config, processes)
@@ -683,6 +689,7 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
     record["stages"] = [asdict(stage) for stage in plan_stages(config, data)]
     path = Path(config.out)
     directory = resumed or (RunDirectory.create(path, record) if processes.is_first else RunDirectory(path))
+    stop.way = resume_command(directory.path, processes.local_size, processes.size // processes.local_size)
     run = Run(config, loaded.model.to(device), folder, data, directory, console, stop, saved, processes)
     run.first_stage()
     run.start_lines = start_block(run, loaded.new_parts)

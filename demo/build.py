@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from messages import command
 from reports.command import Parser, ReportError, run_command
 from run_record import read_json
 
@@ -130,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="model.int8.onnx", help="its file that the page uses (default: %(default)s)")
     given = parser.parse_args(arguments)
 
-    def command() -> None:
+    def make() -> None:
         target = build(given.export, given.model)
-        print(f"written; to see it: python -m http.server --directory {target}")
+        print(f"written; to see it: {command('python', '-m', 'http.server', '--directory', target)}")
 
-    return run_command(command)
+    return run_command(make)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ NUM_NOTES = 5  # on what could not be tested, at most
 LEVEL = 0.05  # a smaller p is called a difference
 ROUNDING = 1e-12  # scores that lie no further apart are equal
 NOTHING = "-"  # the cell of a flag without a value
+FINETUNE = "finetune"  # the --option of most runs
 ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
 # Entries of config.json that are no settings, that change nothing of what is learned, or that are named elsewhere: by
@@ -117,8 +118,9 @@ def common_values(flags: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """The settings of each run that change what it learns; a flag that a run's program did not have has its default.
 
-    The checkpoints that a run started from replace the flag of the model; where they are named after the run's seed,
-    those of other seeds are the same.
+    Those that do nothing under a run's --option have the value that all others agree on, or none. The checkpoints
+    that a run started from replace the flag of the model; where they are named after the run's seed, those of other
+    seeds are the same.
     """
     names = [name for name in dict.fromkeys(n for run in runs for n in run.config) if name not in NOT_COMPARED]
     configs = [run.config for run in runs]
@@ -127,6 +129,12 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
         configs = [{**Config().to_dict(), **completed(config)} for config in configs]
     flags: list[dict[str, Any]] = [{name: config.get(name) for name in names} for config in configs]
+    in_vain = [_in_vain(config) if config.get("option", FINETUNE) != FINETUNE else set() for config in configs]
+    for name in names:
+        used = [of[name] for of, unused in zip(flags, in_vain, strict=True) if name not in unused]
+        same = used[0] if used and all(value == used[0] for value in used) else None
+        for of, unused in zip(flags, in_vain, strict=True):
+            of[name] = same if name in unused else of[name]
     for run, of in zip(runs, flags, strict=True):
         own_seed = re.compile(rf"seed{run.config['seed']}(?!\d)")
         starts = [Path(path) for path in (of.get("checkpoint"), *(of.get("checkpoints") or ())) if path]
@@ -136,6 +144,13 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         elif cleaned:
             of.update(model="", checkpoints=cleaned)
     return flags
+
+
+def _in_vain(config: Mapping[str, Any]) -> set[str]:
+    """The flags that do nothing in this run, which does not fine-tune."""
+    from config import flags_in_vain, from_dict  # loads torch
+
+    return {"treatment", *(name for name, _ in flags_in_vain(from_dict(config), config))}
 
 
 def _cells(values: Sequence[Any]) -> list[str]:

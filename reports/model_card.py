@@ -8,7 +8,7 @@ from typing import Any
 
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
-from run_record import CONFIG, RunError, read_json, write_checksums, write_json
+from run_record import CONFIG, RunError, checksum_problem, read_json, write_checksums, write_json
 from tasks import TASKS
 
 CARD = "README.md"
@@ -98,12 +98,14 @@ def write_model(run: FinishedRun, folder: Path, name: str) -> None:
 def push(run: FinishedRun, name: str) -> str:
     """Puts what `write_model` writes on the hub, in a repository that is made if need be; returns its address.
 
-    Raises RunError if there is no checkpoint or the hub refuses.
+    Raises RunError if there is no whole checkpoint or the hub refuses.
     """
     from huggingface_hub import HfApi
 
     if not (run.path / "best").is_dir():
         raise RunError(f"--push {name}: {run.path} has no best checkpoint, expected a run that trained")
+    if problem := checksum_problem(run.path / "best"):
+        raise RunError(f"--push {name}: {problem}")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         write_model(run, folder, name)

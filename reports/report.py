@@ -22,7 +22,9 @@ from messages import machine_failure, printable
 from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
 from reports.comparison import (
+    FINETUNE,
     LEVEL,
+    NOTHING,
     NUM_RESAMPLES,
     Difference,
     Setting,
@@ -137,8 +139,11 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
     for s in settings:
         rows.append({"setting": s.name, **{title: _scores_cell(s, name) for name, title in names.items()}})
         seconds = float(np.mean([run.results["seconds"]["training"] for run in s.runs]))
-        flags = ", ".join(f"{flag} {value}" for flag, value in s.flags.items() if value != common.get(flag)) or "-"
-        own = {"runs": ", ".join(r.path.name for r in s.runs), "training": duration(seconds)}
+        is_full = s.runs[0].config.get("option") == FINETUNE  # of others, what does nothing there is not named
+        others = {flag: value for flag, value in s.flags.items() if value != common.get(flag)}
+        flags = ", ".join(f"{flag} {value}" for flag, value in others.items() if is_full or value != NOTHING) or NOTHING
+        training = duration(seconds) if seconds else NOTHING  # none of a run that scores what others trained
+        own = {"runs": ", ".join(r.path.name for r in s.runs), "training": training}
         key.append({"setting": s.name, **own, "parameters": _size(s.runs[0].results["parameters"]["total"])})
         key[-1]["differs in"] = flags
     for data in dict.fromkeys(s.data for s in settings):

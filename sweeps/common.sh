@@ -4,7 +4,8 @@
 #   MODEL   minilm (default), a hub name, a directory       DATA     sample (default) or a directory
 #   SEEDS   "0 1 2" (default): every setting runs with each OUT      where the runs go, default runs/<sweep>
 #   RUNS    names of the settings to run, default all       JOBS     runs at a time, default 1 or the number of GPUs
-#   FLAGS   flags for every run, such as "--amp bf16"       PYTHON   default python
+#   FLAGS   flags of every run, those that train heads and  PYTHON   default python
+#           score soups included: "--amp bf16", "--threads 4"
 #
 # Each run has a GPU of its own of CUDA_VISIBLE_DEVICES, else of all that nvidia-smi lists; JOBS beyond their number share
 # them. A finished run is not repeated, a stopped one goes on, a failed one is named at the end, with those that needed

@@ -28,7 +28,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -309,7 +309,7 @@ def make_storage(url: str) -> RDBStorage:
     retry, engine = RetryHeartbeatStaleTrialCallback(), {"pool_pre_ping": True}
     try:
         return RDBStorage(url, engine, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
-    except (IntegrityError, ProgrammingError):  # another worker has been making them
+    except (IntegrityError, OperationalError, ProgrammingError):  # another worker has been making them
         time.sleep(START_SECONDS)
         return RDBStorage(url, engine, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
 

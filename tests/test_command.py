@@ -699,7 +699,7 @@ def test_a_second_ctrl_c_while_plots_are_drawn_stops_at_once_and_the_run_ends_wh
     status, shown = runs.signalled(arguments, "picture", 1, signal.SIGINT, times=2)
     assert status == 128 + signal.SIGINT and shown.endswith(
         "\nstopping after this step; a second time stops at once, without saving\n"
-        "stopped at once; --resume goes on from the last checkpoint\n"
+        f"stopped at once; to go on from the last checkpoint: python multitask_classifier.py --resume={out}\n"
     )
     assert not (out / "results.json").exists()
     run(["--resume", str(out)])
@@ -715,6 +715,17 @@ def test_changed_data_is_refused_on_resume(runs: Runs, out: Path, tmp_path: Path
     line = error_line(["--resume", str(out)])
     assert "sts-dev.csv" in line and "changed" in line
     assert everything(out) == before
+
+
+def test_data_that_was_moved_is_named_on_resume(runs: Runs, out: Path, tmp_path: Path, error_line: ErrorLine) -> None:
+    folder = write_data(tmp_path / "data")
+    runs.kill(out, f"--data {folder}", "step", 4)
+    folder.rename(tmp_path / "moved")
+    line = error_line(["--resume", str(out)])
+    assert line.startswith(f"--resume {out}: {folder}: no such directory, expected the run's data where it began")
+    folder.symlink_to(tmp_path / "moved")
+    run(["--resume", str(out)])
+    assert (out / "results.json").exists()
 
 
 def test_what_is_no_run_to_go_on_with_is_not_resumed_nor_an_existing_one_replaced(

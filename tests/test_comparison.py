@@ -91,6 +91,26 @@ def test_checkpoints_of_other_seeds_are_one_setting_and_hide_the_flag_of_the_mod
     assert settings[0].flags == {"model": "-", "checkpoint": "start-seed*"}
 
 
+def test_a_run_that_does_not_fine_tune_is_not_named_by_what_it_did_not_use(files: Path) -> None:
+    short = {"epochs": 2, "pretrain_epochs": 3, "batch_size": 8, "lr": 1e-4, "treatment": "pcgrad", "pcgrad": True}
+    runs = [made_run(files, "smart", noise=0.2, smart=True, **short), made_run(files, "plain", noise=0.4, **short)]
+    runs += [made_run(files, "scored", noise=0.3, option="test", checkpoint="start")]
+    runs += [made_run(files, "frozen", noise=0.5, option="pretrain", pretrain_epochs=3, batch_size=8)]
+    found = {names(setting)[0]: setting for setting in settings_of(runs)}
+    assert {name: setting.name for name, setting in found.items()} == {
+        "smart": "smart, option finetune",
+        "plain": "option finetune",
+        "scored": "option test",
+        "frozen": "option pretrain",
+    }
+    assert found["frozen"].flags == {"option": "pretrain", "model": "minilm", "checkpoint": "-", "smart": "no"}
+    of_scored = {"option": "test", "model": "-", "checkpoint": "start", "smart": "no"}
+    assert found["scored"].flags == of_scored
+    longer = made_run(files, "longer", noise=0.6, **{**short, "epochs": 9})
+    with_longer = {names(setting)[0]: setting for setting in settings_of([*runs, longer])}
+    assert with_longer["scored"].flags == {**of_scored, "epochs": "-"}
+
+
 def test_soups_of_other_seeds_are_one_setting(files: Path) -> None:
     def soup(seed: int, *of: str) -> Any:
         starts = [str(files / f"{name}-seed{seed}") for name in of]

@@ -412,7 +412,7 @@ def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_o
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(
-    runs: Runs, whole: Path, tmp_path: Path, capsys: Capture
+    runs: Runs, whole: Path, tmp_path: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     found, said = run_in_three(runs.arguments(out, FLAGS), log, 1, "step", 13, signal.SIGTERM)
@@ -423,6 +423,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     shutil.copytree(out, tmp_path / "alone")
     assert run_in_three(["--resume", str(out)], log)[0] == [0, 0, 0]
     assert_same_run(out, whole)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail("as many as each of three had"))
     run(["--resume", str(tmp_path / "alone")])
     assert "begun with 3 processes, going on with 1: the same rows" in capsys.readouterr().out
 

@@ -102,3 +102,15 @@ def test_a_push_that_fails_is_one_line(treated_run: Path, hub: Any, capsys: Capt
     assert main([str(treated_run), str(copy), "--push", "x"]) == 2
     assert capsys.readouterr().err == "error: --push x: 2 runs, expected one\n"
     shutil.rmtree(copy)
+
+
+def test_a_damaged_checkpoint_is_not_pushed(treated_run: Path, hub: Any, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(treated_run, tmp_path / "run")
+    path = tmp_path / "run" / "best" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    for damage, words in ((lambda: path.write_bytes(content), "not as it was written"), (path.unlink, "missing")):
+        damage()
+        assert main([str(tmp_path / "run"), "--push", "me/mine"]) == 2
+        assert capsys.readouterr().err == f"error: --push me/mine: {path}: {words} (SHA256SUMS)\n"
+    assert not hub.files and not hub.made

@@ -118,9 +118,9 @@ def test_plots_that_cannot_be_written_are_a_warning(files: Path, capsys: Capture
 def test_every_kind_of_run_can_be_reported_on(
     option: str, tiny: Path, data: Path, treated_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    trains = f"--model {tiny} --pretrain_epochs 1 --steps_per_epoch 2"
+    trains = f"--model {tiny} --pretrain_epochs 1 --steps_per_epoch 2 --batch_size 4"
     flags = f"--option {option} {f'--checkpoint {treated_run}' if option == 'test' else trains}"
-    flags += f" --data {data} --device cpu --batch_size 4 --cache off --no-tensorboard --out {tmp_path / 'run'}"
+    flags += f" --data {data} --device cpu --cache off --no-tensorboard --out {tmp_path / 'run'}"
     assert multitask_classifier.main(flags.split()) == 0
     shown = sections_of(run(capsys, tmp_path / "run")[0])
     assert ("Quora paraphrase: errors" in shown) == ("--tasks sst" not in option)
