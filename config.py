@@ -115,9 +115,9 @@ class Config:
     )
     output: str = parameter(
         "-",
-        "predict: file to make; - is standard output. No header; for each line of the input a line: the class and, "
-        "behind a tab, its probability, or for sts the score alone. A broken line, named on standard error, leaves its "
-        "line empty but for the tab, and the exit status is 1",
+        "predict: file to make; - is standard output. No header; for each line of the input a line: the number of the "
+        "class, from 0, and, behind a tab, its probability, or for sts the score alone. A broken line, named on "
+        "standard error, leaves its line empty but for the tab, and the exit status is 1",
         metavar="FILE",
     )
     names: bool = parameter(False, "predict: the name of the class too, behind another tab")
@@ -440,16 +440,32 @@ def parse(arguments: Sequence[str]) -> Config:
             found = _given([*_as_arguments(_settings_of_run(values, path) if is_of_run else values)])
         except FlagError as error:
             raise FlagError(*(f"--config {path}: {line}" for line in error.args)) from None
+        if "config" in found:
+            raise FlagError(f"--config {path}: --config: expected on the command line alone, leave it out")
         given, of_run = (given, found) if is_of_run else (_over(found, given), {})
     own = add_tasks(given)
     default: dict[str, Any] = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
     if given.get("option") == "export":
         default["data"] = ""  # the run's
-    config = from_dict(_over({**default, **of_run}, given))
+    while True:
+        config = from_dict(_over({**default, **of_run}, given))
+        if not (idle := _idle(config, of_run) - given.keys()):
+            break
+        of_run = {name: value for name, value in of_run.items() if name not in idle}
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
         of_file = {p: path and p.split()[0].strip("-:") not in on_line for p in problems}
         raise FlagError(*(f"--config {path}: {p}" if is_there else p for p, is_there in of_file.items()))
     return config
+
+
+def _idle(config: Config, of_run: Mapping[str, Any]) -> set[str]:
+    """The settings of another run that do nothing in this one, such as methods of fine-tuning in a frozen stage."""
+    idle = {name for name, _ in flags_in_vain(config, of_run)}
+    if config.option != "finetune" or len(config.tasks) == 1:
+        idle |= {"treatment", *TREATMENTS} & {
+            name for name, value in of_run.items() if value not in (False, NO_TREATMENT)
+        }
+    return idle
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
@@ -473,7 +489,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise FlagError(f"--config {path}: {error.strerror}, expected a TOML file or a run's config.json") from None
     except (ValueError, RecursionError) as error:
-        kind = path.suffix[1:].upper() or "TOML"
+        kind = "JSON" if path.suffix == ".json" else "TOML"
         raise FlagError(f"--config {path}: not readable as {kind} ({error})") from None
     if not isinstance(values, dict) or (path.suffix == ".json" and not isinstance(values.get("layout"), dict)):
         raise FlagError(f"--config {path}: no settings of a run, expected its config.json")
@@ -499,8 +515,7 @@ def _settings_of_run(values: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The flags that a run's config.json holds of its command line; its tasks join TASKS.
 
     Without those that belong to that run alone, and what it chose automatically: flags beside these, and the machine,
-    may need another choice. They do not have to be needed by each other, as those of a command line: a run records
-    them all. Raises FlagError.
+    may need another choice. A run records all, also those that do nothing in it. Raises FlagError.
     """
     if problem := mismatch(values.get("automatic"), (None, [str])):
         raise FlagError(f"automatic {problem}")

@@ -97,7 +97,7 @@ def texts_of_line(line: bytes, task: Task) -> tuple[str, ...]:
         raise ValueError(f"the line is empty, expected {expected}")
     texts = tuple(text.split("\t"))
     if len(texts) != len(task.text_columns):
-        raise ValueError(f"{len(texts) - 1} tabs, expected {len(task.text_columns) - 1}: {expected}")
+        raise ValueError(f"{counted(len(texts) - 1, 'tab')}, expected {len(task.text_columns) - 1}: {expected}")
     return texts
 
 

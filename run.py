@@ -670,6 +670,10 @@ def prepare(config: Config, console: Console, stop: StopSignals, processes: Proc
         loaded = load_model(folder, layout, torch.Generator().manual_seed(derive_seed(config.seed, "parameters")))
     except ValueError as error:  # an adapter that does not fit, or a checkpoint: one line
         raise FlagError(str(error)) from None
+    if config.option == "test" and loaded.new_parts:
+        known = ", ".join(saved_layout.tasks) if (saved_layout := read_layout(folder)) else "no task"
+        new = ", ".join(loaded.new_parts)
+        raise FlagError(f"--checkpoint {config.checkpoint}: has no {new}, expected a trained one; its heads: {known}")
     record = {**config.to_dict(), **environment(config.device), "processes": processes.size}
     record |= {"automatic": automatic(asked, config), "data_files": data.files, "layout": layout.to_dict()}
     check_same({**config.to_dict(), "data_files": data.files}, processes)
@@ -749,6 +753,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     if run.stages:
         is_fixed = config.is_treated and config.draws == len(config.tasks)
         sampling = "every task once in each step" if is_fixed else f"tasks sampled by {config.scheduler}"
+        sampling = "each task alone" if config.option == "individual_pretrain" else sampling
         sampling = sampling if len(config.tasks) > 1 else "single task"
         lines.append(f"methods     {', '.join([sampling, *_methods(config)])}")
     if new_parts:

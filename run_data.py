@@ -106,9 +106,8 @@ def _training_rows(config: Config, path: Path, rows: TokenizedRows, tokenizer: T
         kept, longest = longest_cut(_whole_lengths(path, rows, tokenizer), config.drop_longest)
         num_dropped = len(rows) - len(kept)
         rows = rows.select(kept)
-        data.notes.append(
-            f"{path.name}: left out the {num_dropped} longest rows, the longest that stays has {longest} tokens"
-        )
+        dropped = counted(num_dropped, "row")
+        data.notes.append(f"{path.name}: left out the longest {dropped}, the longest that stays has {longest} tokens")
         data.files[rows.task.file_key("train")].update(dropped_longest=num_dropped, longest_tokens=longest)
     for name in config.chosen("augment"):
         examples = read_examples(path, rows.task, labelled=True).examples

@@ -360,7 +360,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the sample data set: nine files in CS224N's format.")
     parser.add_argument("--out", type=Path, default=FOLDER / "sample", help="folder for the files")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same files, byte by byte")
-    write_sample(**vars(parser.parse_args()))
+    given = parser.parse_args()
+    if given.out.resolve() != (FOLDER / "sample").resolve() and (taken := sorted(given.out.glob("*.csv"))):
+        parser.error(f"--out {given.out}: {taken[0].name} is there already, expected a folder without csv files")
+    write_sample(given.out, given.seed)
 
 
 if __name__ == "__main__":

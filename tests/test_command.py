@@ -365,10 +365,13 @@ def test_a_terminal_sees_a_bar_of_rows_while_features_and_predictions_are_made(
         assert not re.search(r"\d+row \[", terminal.getvalue())  # of a bar that has moved beyond its end
 
 
-@pytest.mark.parametrize("kind", ["--option test", "--epochs 1 --steps_per_epoch 1 --warmup 0 --scheduler round_robin"])
+NEW_HEADS = "--option pretrain --pretrain_epochs 1 --steps_per_epoch 1 --pretrain_lr 1e-9"
+
+
+@pytest.mark.parametrize("kind", [NEW_HEADS, "--epochs 1 --steps_per_epoch 1 --warmup 0 --scheduler round_robin"])
 def test_new_heads_and_training_follow_from_the_seed(kind: str, runs: Runs, tmp_path: Path) -> None:
     """The first checkpoint has no heads; in the second nothing is new, and rows and dropout are all that differs."""
-    flags = f"{kind} --checkpoint {runs.tiny if kind == '--option test' else runs.whole()}"
+    flags = f"{kind} --checkpoint {runs.tiny if kind == NEW_HEADS else runs.whole()}"
     found = [predictions(runs.run(tmp_path / str(i), f"{flags} --seed {seed}")) for i, seed in enumerate((1, 1, 2))]
     assert found[0] == found[1] != found[2]
 
@@ -863,6 +866,7 @@ BAD_INPUT: list[tuple[Change | None, str, Sequence[str]]] = [
     (None, "--checkpoint {trained} --head sts=linear", ["head of sts is mlp", "linear"]),
     (None, "--checkpoint {trained} --pooling mean", ["its --pooling is pooler", "ask for mean"]),
     (None, "--option test --checkpoint {trained} --pairs siamese", ["its --pairs is cross", "ask for siamese"]),
+    (None, "--option test --checkpoint {untrained}", ["has no head sst, head para, head sts, ", "its heads: no task"]),
     (None, "--checkpoint {trained} --pal --pal_size 4", ["adapters are pal", "'size': 8", "'size': 4"]),
     (None, "--checkpoint {trained} --pal --pal_kind low_rank", ["adapters are pal", "'attention'", "'low_rank'"]),
 ]
@@ -878,8 +882,8 @@ def test_bad_input_is_one_line_with_what_is_wrong_and_no_run(
         model, data = shutil.copytree(runs.tiny, tmp_path / "model"), write_data(tmp_path / "data")
         change(model, data)
         flags = f"--model {model} --data {data}"
-    elif "{trained}" in flags:
-        flags = flags.format(trained=runs.whole(TRAINED))
+    elif "{" in flags:
+        flags = flags.format(trained=runs.whole(TRAINED), untrained=runs.tiny)
     line = error_line(runs.arguments(out, flags))
     assert all(word in line for word in words), line
     assert not out.exists()

@@ -259,13 +259,13 @@ def test_a_file_that_holds_no_settings_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_settings_of_a_run_are_those_of_its_command_line(tmp_path: Path) -> None:
-    """Also what would be refused on a command line for being without effect there."""
+    """But for what does nothing there, such as the rate of a stage that is none."""
     line = "--pcgrad --tasks para sts --seed 3 --lr 1e-4 --pairs siamese --head mlp --name first --option finetune"
     run = replace(settings(f"{line} --out {tmp_path / 'run'}"), draws_per_step=16, threads=2, mlm_lr=1e-3)
     layout = {"layout": {"tasks": {}}, "stages": [], "commit": None, "gpu": None}
     file = written(tmp_path / "config.json", json.dumps({**run.to_dict(), **layout}))
     found = settings(file)
-    assert {**found.to_dict(), "config": ""} == {**run.to_dict(), "out": "", "name": ""}
+    assert {**found.to_dict(), "config": ""} == {**run.to_dict(), "out": "", "name": "", "mlm_lr": 0.0}
     found = settings(f"{file} --gradvac --gradvac_beta 0.5 --seed 4 --out new")
     assert (found.treatment, found.seed, found.out, found.pairs) == ("gradvac", 4, "new", "siamese")
     for key, value, expected in (
@@ -277,6 +277,28 @@ def test_the_settings_of_a_run_are_those_of_its_command_line(tmp_path: Path) -> 
     ):
         (problem,) = problems(written(tmp_path / "bad.json", json.dumps({**run.to_dict(), **layout, key: value})))
         assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("beside", "kept"),
+    [
+        ("--option pretrain", "--seed 3 --pretrain_lr 0.1 --augment eda --head mlp --mlp_layers 2"),
+        ("--option test --checkpoint none", "--seed 3 --head mlp --mlp_layers 2"),
+        ("--tasks sst", "--seed 3 --pretrain_lr 0.1 --augment eda --head mlp --mlp_layers 2 --average ema"
+         " --ema_decay 0.9 --rdrop --rdrop_alpha 2"),
+    ],
+)  # fmt: skip
+def test_what_does_nothing_with_the_flags_beside_a_run_is_left_out(beside: str, kept: str, tmp_path: Path) -> None:
+    line = "--pcgrad --granularity layer --average ema --ema_decay 0.9 --task_weights sts=2 --rdrop --rdrop_alpha 2"
+    line += " --seed 3 --pretrain_lr 0.1 --augment eda --head mlp --mlp_layers 2"
+    values = {**settings(line).to_dict(), "layout": {"tasks": {}}}
+    found = settings(f"{written(tmp_path / 'config.json', json.dumps(values))} {beside}")
+    assert replace(found, config="").to_dict() == settings(f"{beside} {kept}").to_dict()
+
+
+def test_a_settings_file_names_no_other(tmp_path: Path) -> None:
+    line = written(tmp_path / "run.toml", 'config = "other.toml"')
+    assert problems(line) == [f"{line}: --config: expected on the command line alone, leave it out"]
 
 
 @pytest.mark.parametrize("line", cases("accepted.txt"))

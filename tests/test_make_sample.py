@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from data import make_sample
 from data.bag_of_words import bag_of_words_scores
+from helpers import Capture
 from tasks import TASKS
 
 DATA = Path(__file__).parent.parent / "data"
@@ -46,9 +47,9 @@ def test_committed_files_are_those_that_the_generator_writes_and_no_others(fresh
 
 
 def test_the_command_writes_other_rows_from_another_seed_into_the_folder_it_is_given(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Fewer of them: they take their time."""
+    """Fewer of them: they take their time. Not over files that are there."""
     read = make_sample.read_tables
     monkeypatch.setattr(make_sample, "read_tables", lambda name: {**read(name), "num_rows": dict.fromkeys(SPLITS, 9)})
     monkeypatch.setattr(sys, "argv", ["make_sample.py", "--out", str(tmp_path / "new" / "folder"), "--seed", "2"])
@@ -56,6 +57,9 @@ def test_the_command_writes_other_rows_from_another_seed_into_the_folder_it_is_g
     for name in FILES:
         found = (tmp_path / "new" / "folder" / name).read_text().splitlines()
         assert len(found) == 10 and not {*found[1:]} & {*(fresh / name).read_text().splitlines()}
+    with pytest.raises(SystemExit):
+        make_sample.main()
+    assert "ids-sst-dev.csv is there already, expected a folder without csv files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stem", NUM_ROWS)

@@ -268,7 +268,7 @@ def test_texts_of_a_line_and_what_is_wrong_with_one() -> None:
     assert texts_of_line(b"a\t", TASKS["para"]) == ("a", "")
     for task, line, message in (
         ("sst", b" \t ", "the line is empty, expected sentence"),
-        ("sst", b"a\tfilm", "1 tabs, expected 0: sentence"),
+        ("sst", b"a\tfilm", "1 tab, expected 0: sentence"),
         ("sst", b"fi\xfflm", "byte 0xff is not valid UTF-8, expected UTF-8"),
         ("sst", b"a" * (LINE_BYTES + 1), "longer than 1048576 bytes, expected sentence"),
         ("para", b"a film", "0 tabs, expected 1: sentence1 <tab> sentence2"),
