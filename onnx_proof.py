@@ -93,7 +93,7 @@ def write_within(
         )
     for layer in _by_movement(source, target, layers, program, dev):
         found = attempt([*found["in_float"], layer])
-        say(f"{target.name}: {layer} stays in float: largest loss {found['largest_loss']:.4f}")
+        say(f"{target.name}: {layer} stays in float: largest loss {found['largest_loss']:.5f}")
         if found["largest_loss"] <= max_loss:
             break
     return found

@@ -728,11 +728,14 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         source = f"{config.soup} soup of {len(config.checkpoints)} checkpoints"
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     layers += f", pooling {config.pooling}, pairs {config.pairs}"
+    is_equal = counts["total"] - counts["shared"] == counts["per_task"] * len(config.tasks)
+    up_to = "" if is_equal else "up to "
     lines = [
         f"model       {source}: {layers}; {config.device}{threads}, {precision}",
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),
         f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
-        f"{counts['per_task'] / 1e3:.1f} k a task (separate models would hold {counts['separate_models'] / 1e6:.1f} M)",
+        f"{up_to}{counts['per_task'] / 1e3:.1f} k a task (separate models would hold "
+        f"{counts['separate_models'] / 1e6:.1f} M)",
         f"data        {', '.join(dict.fromkeys(TASKS[task].folder or config.data for task in config.tasks))}",
     ]
     for task in config.tasks:

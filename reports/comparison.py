@@ -129,11 +129,11 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
         configs = [{**Config().to_dict(), **completed(config)} for config in configs]
     flags: list[dict[str, Any]] = [{name: config.get(name) for name in names} for config in configs]
-    in_vain = [_in_vain(config) if config.get("option", FINETUNE) != FINETUNE else set() for config in configs]
+    idle = [in_vain(config) for config in configs]
     for name in names:
-        used = [of[name] for of, unused in zip(flags, in_vain, strict=True) if name not in unused]
+        used = [of[name] for of, unused in zip(flags, idle, strict=True) if name not in unused]
         same = used[0] if used and all(value == used[0] for value in used) else None
-        for of, unused in zip(flags, in_vain, strict=True):
+        for of, unused in zip(flags, idle, strict=True):
             of[name] = same if name in unused else of[name]
     for run, of in zip(runs, flags, strict=True):
         own_seed = re.compile(rf"seed{run.config['seed']}(?!\d)")
@@ -146,8 +146,10 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     return flags
 
 
-def _in_vain(config: Mapping[str, Any]) -> set[str]:
-    """The flags that do nothing in this run, which does not fine-tune."""
+def in_vain(config: Mapping[str, Any]) -> set[str]:
+    """The flags that do nothing under a run's --option, none of a fine-tuning's."""
+    if config.get("option", FINETUNE) == FINETUNE:
+        return set()
     from config import flags_in_vain, from_dict  # loads torch
 
     return {"treatment", *(name for name, _ in flags_in_vain(from_dict(config), config))}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reports.comparison import NOT_COMPARED, in_vain
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
 from run_record import CONFIG, RunError, checksum_problem, read_json, write_checksums, write_json
@@ -20,6 +21,21 @@ a checkpoint for `transformers.AutoModel`; the heads need the program:
 
     load("DIR").predict({task!r}, [{text}])"""
 FLATTERED = "The model it began as was tuned on pairs that include Quora duplicates: the paraphrase score flatters it."
+BASIC = {
+    "option",
+    "scheduler",
+    "treatment",
+    "pooling",
+    "pairs",
+    "epochs",
+    "pretrain_epochs",
+    "batch_size",
+    "lr",
+    "seed",
+}
+BASIC |= {"pretrain_lr", "average", "amp"}
+PLACES = {"model", "checkpoint", "checkpoints"}
+OWN_SAMPLE = "the program's own sample"
 LIMITS = "Scores are of the dev files, by which the epoch was chosen: expect a little less of other texts of the kind."
 
 
@@ -31,12 +47,13 @@ def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[S
 
     found, rows = list[EvalResult](), []
     for task in (TASKS[name] for name in run.tasks):
+        title = task.title if task.folder or run.config["data"] != "sample" else f"{task.title} ({OWN_SAMPLE})"
         kind = "text-classification" if task.output.class_names else "sentence-similarity"
         answers = ", ".join(task.output.class_names) or task.output.allowed
         for metric, value in run.results["dev"][task.name].items():
-            data: dict[str, Any] = {"dataset_type": task.name, "dataset_name": task.title, "dataset_split": "dev"}
+            data: dict[str, Any] = {"dataset_type": task.name, "dataset_name": title, "dataset_split": "dev"}
             found.append(EvalResult(task_type=kind, metric_type=metric, metric_value=round(value, 4), **data))
-            rows.append([task.name, task.title, " + ".join(task.text_columns), answers, metric, f"{value:.3f}"])
+            rows.append([task.name, title, " + ".join(task.text_columns), answers, metric, f"{value:.3f}"])
     rows.append(["", MEAN, "", "", "", f"{run.score(MEAN):.3f}"])
     base = str(run.config.get("model", ""))
     head = ModelCardData(
@@ -77,11 +94,17 @@ def _data(run: FinishedRun) -> str:
 
 
 def _settings(run: FinishedRun) -> Iterator[str]:
-    """The flags that say how it was trained, without places on the machine."""
-    names = ("option", "scheduler", "treatment", "regularizers", "head", "pooling", "pairs", "augment", "epochs")
-    for name in (*names, "pretrain_epochs", "batch_size", "lr", "pretrain_lr", "average", "amp", "seed"):
-        if (value := run.config.get(name)) not in (None, "", [], False):
-            yield f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    """The flags that say how it was trained, without places on the machine: the basic ones, and what else is not as by
+    default."""
+    from config import Config  # which imports torch
+
+    defaults, idle = Config().to_dict(), in_vain(run.config)
+    for name in defaults:
+        value = run.config.get(name, defaults[name])
+        is_basic = name in BASIC or (value != defaults[name] and name not in NOT_COMPARED | PLACES)
+        if is_basic and name not in idle and value not in ("", []):
+            words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield name if value is True else f"no {name}" if value is False else f"{name} {words}"
 
 
 def write_model(run: FinishedRun, folder: Path, name: str) -> None:

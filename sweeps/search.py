@@ -259,7 +259,9 @@ def described(trial: FrozenTrial) -> str:
     mean = "" if trial.value is None else f"{trial.value:.4f}"
     flags = "the defaults" if is_default(trial) else shlex.join(trial.user_attrs.get("flags", []))
     problem = f"  ({trial.user_attrs['error']})" if "error" in trial.user_attrs else ""
-    return f"{trial.number:>5}  {trial.state.name.lower():<9}{mean:>7}  {flags}{problem}".rstrip()
+    is_stopped = trial.state == TrialState.FAIL and not problem  # a later trial repeats it
+    state = "stopped" if is_stopped else trial.state.name.lower()
+    return f"{trial.number:>5}  {state:<9}{mean:>7}  {flags}{problem}".rstrip()
 
 
 def report(study: optuna.Study, space: Space) -> list[str]:

@@ -225,8 +225,8 @@ def test_the_costliest_layers_stay_in_float_until_the_loss_is_small_enough(monke
     best = written_within(0.005, told)
     assert best["in_float"] == ["b", "d"] and best["largest_loss"] == pytest.approx(0.003)
     assert told == [
-        "small.onnx: b stays in float: largest loss 0.0130",
-        "small.onnx: d stays in float: largest loss 0.0030",
+        "small.onnx: b stays in float: largest loss 0.01300",
+        "small.onnx: d stays in float: largest loss 0.00300",
     ]
     assert written_within(0.05, told)["in_float"] == [] and len(told) == 2
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,30 @@ def test_the_card_holds_tasks_scores_and_settings(treated_run: Path) -> None:
     assert found == {(t, m): pytest.approx(v, abs=1e-4) for t in run.tasks for m, v in dev[t].items()}
     assert "very negative, negative, neutral" in card.text and f"{dev['mean']:.3f}" in card.text
     assert "treatment pcgrad" in card.text and str(treated_run) not in card.content
+
+
+def test_the_card_says_how_it_was_trained(treated_run: Path) -> None:
+    """Also what is off or 0 where one would think otherwise; nothing of methods that had no part in it."""
+    run = FinishedRun.read(treated_run)
+    flags = {"rdrop": True, "rdrop_alpha": 3.0, "pal": True, "copy_top_layers": 2, "pretrain_epochs": 0, "seed": 0}
+
+    def settings_of(**changed: Any) -> list[str]:
+        card = model_card(replace(run, config={**run.config, **changed}), "me/mine")
+        return " ".join(card.partition("## Settings")[2].split()).split(", ")
+
+    found = settings_of(**flags)
+    assert {"rdrop", "rdrop_alpha 3.0", "pal", "copy_top_layers 2", "pretrain_epochs 0", "seed 0"} <= {*found}
+    assert {"treatment pcgrad", "draws_per_step 4", "steps_per_epoch 3", "batch_size 4"} <= {*found}
+    frozen = settings_of(**flags, option="pretrain", treatment="sum", pcgrad=False)
+    assert {"option pretrain", "pretrain_lr 0.01", "pretrain_epochs 0"} <= {*frozen}
+    assert not {"rdrop", "pal", "treatment sum", "epochs 2"} & {*frozen}
+
+
+def test_a_card_of_the_sample_says_so(treated_run: Path) -> None:
+    run = FinishedRun.read(treated_run)
+    for data, name in (("sample", "SST-5 sentiment (the program's own sample)"), ("/data/sst", "SST-5 sentiment")):
+        results = ModelCard(model_card(replace(run, config={**run.config, "data": data}), "me/mine")).data.eval_results
+        assert results is not None and results[0].dataset_name == name
 
 
 def test_a_push_is_the_best_checkpoint_with_its_card(
