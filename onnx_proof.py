@@ -81,7 +81,7 @@ def write_within(
     def attempt(in_float: Collection[str]) -> dict[str, Any]:
         write_smaller(source, target, table_bits, [name for layer in in_float for name in layers[layer]])
         found = prove(target, 1, program, dev)
-        return found | {"in_float": list(in_float), "largest_loss": max(losses(found, whole).values())}
+        return found | {"in_float": list(in_float), "largest_loss": round(max(losses(found, whole).values()), 9)}
 
     found = attempt([])
     if found["largest_loss"] <= max_loss:

@@ -147,9 +147,9 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def in_vain(config: Mapping[str, Any]) -> set[str]:
-    """The flags that do nothing under a run's --option, none of a fine-tuning's."""
+    """The flags that do nothing under a run's --option."""
     if config.get("option", FINETUNE) == FINETUNE:
-        return set()
+        return {"soup"}
     from config import flags_in_vain, from_dict  # loads torch
 
     return {"treatment", *(name for name, _ in flags_in_vain(from_dict(config), config))}

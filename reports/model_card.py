@@ -34,9 +34,9 @@ BASIC = {
     "seed",
 }
 BASIC |= {"pretrain_lr", "average", "amp"}
-PLACES = {"model", "checkpoint", "checkpoints"}
+PLACES = {"model", "checkpoint", "checkpoints", "soup"}
 OWN_SAMPLE = "the program's own sample"
-LIMITS = "Scores are of the dev files, by which the epoch was chosen: expect a little less of other texts of the kind."
+LIMITS = "Scores are of the dev files, by which {} chosen: expect a little less of other texts of the kind."
 
 
 def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[Section] = ()) -> str:
@@ -79,7 +79,7 @@ def _caveats(run: FinishedRun) -> Iterator[str]:
     """What the scores do not say by themselves."""
     from checkpoints import EMBEDDED_MODEL
 
-    yield LIMITS
+    yield LIMITS.format("the epoch was" if run.config.get("option") != "soup" else "its checkpoints were")
     if run.config.get("model") == EMBEDDED_MODEL and "para" in run.tasks:
         yield FLATTERED
     yield from run.remarks
@@ -98,9 +98,11 @@ def _settings(run: FinishedRun) -> Iterator[str]:
     default."""
     from config import Config  # which imports torch
 
-    defaults, idle = Config().to_dict(), in_vain(run.config)
+    defaults, idle = Config().to_dict(), in_vain(run.config) | ({"seed"} if run.config.get("checkpoints") else set())
     for name in defaults:
         value = run.config.get(name, defaults[name])
+        if name == "checkpoints" and value:
+            yield f"{run.config.get('soup', 'uniform')} soup of {len(value)} checkpoints"
         is_basic = name in BASIC or (value != defaults[name] and name not in NOT_COMPARED | PLACES)
         if is_basic and name not in idle and value not in ("", []):
             words = " ".join(map(str, value)) if isinstance(value, list) else str(value)

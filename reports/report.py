@@ -31,6 +31,7 @@ from reports.comparison import (
     best_of,
     common_values,
     compare,
+    in_vain,
     row_intervals,
     score_names,
     settings_of,
@@ -150,7 +151,8 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
         on_data = [s for s in settings if s.data == data]
         of_mean = _mean_guess(on_data[0].runs[0]) if len({s.tasks for s in on_data}) == 1 else None
         guesses = {**on_data[0].runs[0].guesses, MEAN: of_mean}
-        rows.append({"setting": GUESS, **{title: guesses.get(name) for name, title in names.items()}})
+        name = GUESS if len({s.data for s in settings}) == 1 else f"{GUESS} ({data})"
+        rows.append({"setting": name, **{title: guesses.get(n) for n, title in names.items()}})
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
         "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
@@ -212,7 +214,7 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
     from task files come behind those of the others.
 
     The model is the checkpoint that a run began with, if it did. The last column holds all its settings as JSON. What
-    a run does not have is empty.
+    a run does not have or use is empty.
     """
     metrics = {f"{task}_{metric}": (task, metric) for task in TASKS for metric in TASKS[task].output.metrics}
     ends = ("training_seconds", "peak_memory_mb", "parameters", "settings")
@@ -224,7 +226,7 @@ def print_csv(runs: Sequence[FinishedRun]) -> None:
         scores = {column: dev.get(task, {}).get(metric) for column, (task, metric) in metrics.items()}
         others = (results["seconds"]["training"], results.get("peak_memory_mb"), results["parameters"]["total"])
         names = {"run": str(run.path), "model": _source(run.config), "tasks": " ".join(run.tasks)}
-        row = {**run.config, **names, **scores, MEAN: dev[MEAN]}
+        row = {**run.config, **dict.fromkeys(in_vain(run.config)), **names, **scores, MEAN: dev[MEAN]}
         row = {name: printable(of) if isinstance(of, str) else of for name, of in row.items()}
         writer.writerow(row | dict(zip(ends, [*others, json.dumps(run.config)], strict=True)))
 

@@ -231,6 +231,12 @@ def test_the_costliest_layers_stay_in_float_until_the_loss_is_small_enough(monke
     assert written_within(0.05, told)["in_float"] == [] and len(told) == 2
 
 
+def test_two_rows_of_four_hundred_are_a_loss_of_five_thousandths(monkeypatch: Patch) -> None:
+    assert 0.9 - (0.9 - 0.005) > 0.005
+    fake_forms(monkeypatch, {"a": 0.005})
+    assert written_within(0.005, [])["in_float"] == []
+
+
 def test_a_loss_that_no_layer_mends_is_refused(monkeypatch: Patch) -> None:
     fake_forms(monkeypatch, {"a": 0.0, "b": 0.0, "c": 0.02})
     assert written_within(0.001, [])["in_float"] == ["c"]

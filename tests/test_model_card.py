@@ -96,6 +96,15 @@ def test_the_card_says_how_it_was_trained(treated_run: Path) -> None:
     assert not {"rdrop", "pal", "treatment sum", "epochs 2"} & {*frozen}
 
 
+def test_the_card_of_a_soup_says_so(treated_run: Path) -> None:
+    run = FinishedRun.read(treated_run)
+    of_soup = {"option": "soup", "soup": "greedy", "checkpoints": ["/runs/a", "/runs/b"], "pcgrad": False}
+    card = model_card(replace(run, config={**run.config, **of_soup, "treatment": "sum"}), "me/mine")
+    assert "by which its checkpoints were chosen" in card and "greedy soup of 2 checkpoints" in card
+    settings = card.partition("## Settings")[2]
+    assert not any(word in settings for word in ("seed", "epochs", "scheduler", "treatment", "/runs"))
+
+
 def test_a_card_of_the_sample_says_so(treated_run: Path) -> None:
     run = FinishedRun.read(treated_run)
     for data, name in (("sample", "SST-5 sentiment (the program's own sample)"), ("/data/sst", "SST-5 sentiment")):

@@ -190,6 +190,27 @@ def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, caps
         assert float(row["lr"]) == of.config["lr"] and json.loads(row["settings"]) == of.config
 
 
+def test_csv_leaves_empty_what_a_run_did_not_use(files: Path, capsys: Capture) -> None:
+    options = {"finetune": {}, "pretrain": {}, "test": {"checkpoint": "runs/finetune"}}
+    paths = [made(files, option, option=option, **of, lr=0.5) for option, of in options.items()]
+    rows = list(csv.DictReader(io.StringIO(run(capsys, *paths, "--csv")[0])))
+    of_training = ("scheduler", "treatment", "epochs", "batch_size", "lr")
+    assert [[row[name] for name in of_training] for row in rows] == [
+        ["pal", "sum", "5", "32", "0.5"],
+        ["pal", "", "", "32", ""],
+        ["", "", "", "", ""],
+    ]
+    assert [row["model"] for row in rows] == ["minilm", "minilm", "runs/finetune"]
+    assert all(json.loads(row["settings"])["lr"] == 0.5 for row in rows)
+
+
+def test_the_constant_of_each_data_is_named(files: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "b").mkdir()
+    other = write_dev_files(tmp_path / "b" / "data", 300, seed=1)
+    out, _ = run(capsys, made(files, "one"), made(other, "two"))
+    assert re.findall(r"^constant \((.+?)\)  ", out, flags=re.MULTILINE) == ["data #1", "data #2"]
+
+
 def test_csv_has_no_control_characters(files: Path, capsys: Capture) -> None:
     """Names of directories and settings, which a terminal would obey."""
     path = made(files, "a\x1b[2Jb", name="red\x1b[31m", model="\r\x07\x9b")
