@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tasks import TASKS
 
 CARD = "README.md"
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
-ABOUT = """One encoder with a head for each of the tasks below, trained together by multitask-bert. The encoder alone is
+ABOUT = """One encoder with a head for each of the tasks below, trained {how} by multitask-bert. The encoder alone is
 a checkpoint for `transformers.AutoModel`; the heads need the program:
 
     from predictor import load
@@ -66,10 +66,11 @@ def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[S
     )
     first = TASKS[run.tasks[0]]
     text = '"a text"' if len(first.text_columns) == 1 else '("a text", "another")'
+    how = "one by one" if run.config.get("option") == "individual_pretrain" else "together"
     columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
-    scores = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run)])
-    parts = [f"# {name.split('/')[-1]}", about.format(task=first.name, text=text)]
-    settings = Section("Settings", [", ".join(_settings(run))])
+    scores = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run.config)])
+    parts = [f"# {name.split('/')[-1]}", about.format(task=first.name, text=text, how=how)]
+    settings = Section("Settings", ["\n\n".join([", ".join(_settings(run.config)), *_history(run.config, set())])])
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(
         [*parts, to_text([scores, *more, settings], is_markdown=True)]
     )
@@ -85,28 +86,46 @@ def _caveats(run: FinishedRun) -> Iterator[str]:
     yield from run.remarks
 
 
-def _data(run: FinishedRun) -> str:
-    """How many rows it was trained on and compared with."""
-    files = run.config["data_files"]
-    keys = {f"{task} {split}": TASKS[task].file_key(split) for split in ("train", "dev") for task in run.tasks}
-    counts = {name: files.get(key, {}).get("rows") for name, key in keys.items()}
+def _data(config: Mapping[str, Any]) -> str:
+    """How many rows a run was trained on and compared with."""
+    keys = [(f"{task} {split}", TASKS[task].file_key(split)) for split in ("train", "dev") for task in config["tasks"]]
+    counts = {name: config["data_files"].get(key, {}).get("rows") for name, key in keys}
     return "Rows of data: " + ", ".join(f"{name} {count}" for name, count in counts.items() if count)
 
 
-def _settings(run: FinishedRun) -> Iterator[str]:
-    """The flags that say how it was trained, without places on the machine: the basic ones, and what else is not as by
-    default."""
-    from config import Config  # which imports torch
+def _settings(config: Mapping[str, Any]) -> Iterator[str]:
+    """The flags that say how a run was trained, without places on the machine: the basic ones, and what else is not as
+    by default."""
+    from config import Config, flags_in_vain, from_dict  # which imports torch
 
-    defaults, idle = Config().to_dict(), in_vain(run.config) | ({"seed"} if run.config.get("checkpoints") else set())
+    defaults = Config().to_dict()
+    idle = in_vain(config) | {name for name, _ in flags_in_vain(from_dict(config), config)}
+    idle |= {"seed"} if config.get("checkpoints") else set()
     for name in defaults:
-        value = run.config.get(name, defaults[name])
+        value = config.get(name, defaults[name])
         if name == "checkpoints" and value:
-            yield f"{run.config.get('soup', 'uniform')} soup of {len(value)} checkpoints"
+            yield f"{config.get('soup', 'uniform')} soup of {len(value)} checkpoints"
         is_basic = name in BASIC or (value != defaults[name] and name not in NOT_COMPARED | PLACES)
         if is_basic and name not in idle and value not in ("", []):
             words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield name if value is True else f"no {name}" if value is False else f"{name} {words}"
+
+
+def _history(config: Mapping[str, Any], known: set[Path]) -> Iterator[str]:
+    """A line for each run whose checkpoint this one began with, those of its own before it."""
+    for start in map(Path, filter(None, [config.get("checkpoint"), *config.get("checkpoints", ())])):
+        path = start.parent if start.name in ("best", "last") else start
+        if path in known:
+            continue
+        known.add(path)
+        try:
+            before = read_json(path / CONFIG)
+            line = f"{', '.join(_settings(before))}. {_data(before)}"
+        except (RunError, LookupError, TypeError, AttributeError, ValueError):  # moved, or no run's
+            yield f"It began with {path.name}, of which no more is known."
+        else:
+            yield from _history(before, known)
+            yield f"It began with {path.name}: {line}"
 
 
 def write_model(run: FinishedRun, folder: Path, name: str) -> None:

@@ -292,7 +292,7 @@ def report(args: argparse.Namespace) -> None:
         print(f"left out: {printable(problem)}", file=sys.stderr)
     if args.csv:
         return print_csv(runs)
-    if args.push:
+    if args.push is not None:
         if len(runs) > 1:
             raise RunError(f"--push {args.push}: {len(runs)} runs, expected one")
         return print(push(runs[0], args.push))

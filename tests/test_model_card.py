@@ -96,6 +96,19 @@ def test_the_card_says_how_it_was_trained(treated_run: Path) -> None:
     assert not {"rdrop", "pal", "treatment sum", "epochs 2"} & {*frozen}
 
 
+def test_the_card_tells_of_the_runs_before(treated_run: Path, tmp_path: Path) -> None:
+    run = FinishedRun.read(treated_run)
+    config = {**run.config, "treatment": "sum", "pcgrad": False, "pretrain_epochs": 0}
+    for start, words in (
+        (treated_run / "best", ["It began with run: option finetune, ", "treatment pcgrad", "Rows of data: sst train"]),
+        (tmp_path / "gone", ["It began with gone, of which no more is known."]),
+    ):
+        card = model_card(replace(run, config={**config, "checkpoint": str(start)}), "me/mine")
+        own, _, before = " ".join(card.partition("## Settings")[2].split()).partition("It began with ")
+        assert "treatment sum" in own and "pretrain_lr" not in own and str(start.parent) not in card
+        assert all(word in f"It began with {before}" for word in words)
+
+
 def test_the_card_of_a_soup_says_so(treated_run: Path) -> None:
     run = FinishedRun.read(treated_run)
     of_soup = {"option": "soup", "soup": "greedy", "checkpoints": ["/runs/a", "/runs/b"], "pcgrad": False}
