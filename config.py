@@ -449,23 +449,13 @@ def parse(arguments: Sequence[str]) -> Config:
         default["data"] = ""  # the run's
     while True:
         config = from_dict(_over({**default, **of_run}, given))
-        if not (idle := _idle(config, of_run) - given.keys()):
+        if not (in_vain := idle_flags(config, of_run) - given.keys()):
             break
-        of_run = {name: value for name, value in of_run.items() if name not in idle}
+        of_run = {name: value for name, value in of_run.items() if name not in in_vain}
     if problems := [*_wrong_values(config, {**of_run, **given}), *_contradictions(config, given)]:
         of_file = {p: path and p.split()[0].strip("-:") not in on_line for p in problems}
         raise FlagError(*(f"--config {path}: {p}" if is_there else p for p, is_there in of_file.items()))
     return config
-
-
-def _idle(config: Config, of_run: Mapping[str, Any]) -> set[str]:
-    """The settings of another run that do nothing in this one, such as methods of fine-tuning in a frozen stage."""
-    idle = {name for name, _ in flags_in_vain(config, of_run)}
-    if config.option != "finetune" or len(config.tasks) == 1:
-        idle |= {"treatment", *TREATMENTS} & {
-            name for name, value in of_run.items() if value not in (False, NO_TREATMENT)
-        }
-    return idle
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
@@ -690,6 +680,15 @@ def flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[st
         needs.append((name in config.chosen(table), f"expected only with {way}", (flag.name,)))
     for is_met, reason, names in needs:
         yield from ((name, reason) for name in names if not is_met and given.get(name, False) is not False)
+
+
+def idle_flags(config: Config, values: Mapping[str, Any]) -> set[str]:
+    """Those of a run's flags that do nothing in a run of these settings, such as methods of fine-tuning in a frozen
+    stage."""
+    idle = {name for name, _ in flags_in_vain(config, values)}
+    if config.option != "finetune" or len(config.tasks) == 1:  # _conflicts has the reasons
+        idle |= {"treatment", *TREATMENTS} & values.keys()
+    return idle
 
 
 def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:

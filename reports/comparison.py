@@ -150,9 +150,9 @@ def in_vain(config: Mapping[str, Any]) -> set[str]:
     """The flags that do nothing under a run's --option."""
     if config.get("option", FINETUNE) == FINETUNE:
         return {"soup"}
-    from config import flags_in_vain, from_dict  # loads torch
+    from config import from_dict, idle_flags  # loads torch
 
-    return {"treatment", *(name for name, _ in flags_in_vain(from_dict(config), config))}
+    return idle_flags(from_dict(config), config)
 
 
 def _cells(values: Sequence[Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reports.comparison import NOT_COMPARED, in_vain
+from reports.comparison import NOT_COMPARED
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
 from run_record import CONFIG, RunError, checksum_problem, read_json, write_checksums, write_json
@@ -21,19 +21,8 @@ a checkpoint for `transformers.AutoModel`; the heads need the program:
 
     load("DIR").predict({task!r}, [{text}])"""
 FLATTERED = "The model it began as was tuned on pairs that include Quora duplicates: the paraphrase score flatters it."
-BASIC = {
-    "option",
-    "scheduler",
-    "treatment",
-    "pooling",
-    "pairs",
-    "epochs",
-    "pretrain_epochs",
-    "batch_size",
-    "lr",
-    "seed",
-}
-BASIC |= {"pretrain_lr", "average", "amp"}
+BASIC = {"option", "scheduler", "treatment", "pooling", "pairs", "epochs", "pretrain_epochs", "batch_size", "lr"}
+BASIC |= {"pretrain_lr", "average", "seed", "amp"}
 PLACES = {"model", "checkpoint", "checkpoints", "soup"}
 OWN_SAMPLE = "the program's own sample"
 LIMITS = "Scores are of the dev files, by which {} chosen: expect a little less of other texts of the kind."
@@ -96,11 +85,10 @@ def _data(config: Mapping[str, Any]) -> str:
 def _settings(config: Mapping[str, Any]) -> Iterator[str]:
     """The flags that say how a run was trained, without places on the machine: the basic ones, and what else is not as
     by default."""
-    from config import Config, flags_in_vain, from_dict  # which imports torch
+    from config import Config, from_dict, idle_flags  # which imports torch
 
     defaults = Config().to_dict()
-    idle = in_vain(config) | {name for name, _ in flags_in_vain(from_dict(config), config)}
-    idle |= {"seed"} if config.get("checkpoints") else set()
+    idle = idle_flags(from_dict(config), config) | ({"seed"} if config.get("checkpoints") else set())
     for name in defaults:
         value = config.get(name, defaults[name])
         if name == "checkpoints" and value:

@@ -147,18 +147,19 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
         own = {"runs": ", ".join(r.path.name for r in s.runs), "training": training}
         key.append({"setting": s.name, **own, "parameters": _size(s.runs[0].results["parameters"]["total"])})
         key[-1]["differs in"] = flags
-    for data in dict.fromkeys(s.data for s in settings):
+    all_data = dict.fromkeys(s.data for s in settings)
+    for data in all_data:
         on_data = [s for s in settings if s.data == data]
         of_mean = _mean_guess(on_data[0].runs[0]) if len({s.tasks for s in on_data}) == 1 else None
         guesses = {**on_data[0].runs[0].guesses, MEAN: of_mean}
-        name = GUESS if len({s.data for s in settings}) == 1 else f"{GUESS} ({data})"
-        rows.append({"setting": name, **{title: guesses.get(n) for n, title in names.items()}})
+        row = {"setting": f"{GUESS} ({data})" if len(all_data) > 1 else GUESS}
+        rows.append({**row, **{title: guesses.get(name) for name, title in names.items()}})
     marked = {(row, 1 + i) for i, name in enumerate(names) for row in best_of(settings, name)}
     remarks = {
         "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
         "What is marked is the best of its column.": bool(marked),
         f"{GUESS_IN_WORDS}.": True,
-        "Runs on different data are listed apart and not compared.": len({s.data for s in settings}) > 1,
+        "Runs on different data are listed apart and not compared.": len(all_data) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,
         "All runs have the same settings but for the seed: there are no settings to compare.": len(settings) == 1,
     }
