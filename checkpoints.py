@@ -100,9 +100,8 @@ def checkpoint_folder(path: Path) -> Path:
     """
     for folder in (path / "best", path / "best.new", path, path.parent / f"{path.name}.new"):
         if folder == path and (path / "metrics.jsonl").exists():
-            raise CheckpointError(
-                f"{path}: a run that has no best checkpoint yet, expected a later one; to go on: {resume_command(path)}"
-            )
+            expected = f"expected one that was evaluated; to go on: {resume_command(path)}"
+            raise CheckpointError(f"{path}: a run without a best checkpoint yet, {expected}")
         if folder.is_dir():
             return folder
     raise CheckpointError(f"{path}: no such directory, expected a run or a checkpoint folder")

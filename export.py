@@ -22,7 +22,7 @@ from evaluation import Precision, predict_all
 from onnx_graph import answer, one_task, write_graph
 from onnx_proof import PROGRAM, ProofError, compare, losses, measure_memory, measure_times, prove, write_within
 from predictor import Predictor, load
-from run_record import CONFIG, read_json, write_json
+from run_record import CONFIG, read_json, run_of, write_json
 from tasks import TASKS
 from vocabulary import VocabularyError, kept_pieces, without_others
 
@@ -48,10 +48,11 @@ def export(config: Config, console: Console) -> int:
         )
     from reports.export_report import draw, ended, show, write_card
 
-    target = Path(config.out or Path(config.checkpoint) / "export")
+    whole = run_of(Path(config.checkpoint))
+    target = Path(config.out or whole / "export")
     if os.path.lexists(target):
         raise ExportError(f"--out {target}: exists already, expected a new directory")
-    run = ended(Path(config.checkpoint))
+    run = None if Path(config.checkpoint) == whole / "last" else ended(whole)
     predictor = load(config.checkpoint, "cpu", max_length=config.max_length)
     texts = {split: _texts(config, predictor, split) for split in ("train", "dev")}
     console.say(f"{target}: a file in float32 and smaller ones, each tried on every dev row; that takes minutes")
@@ -81,7 +82,7 @@ def export(config: Config, console: Console) -> int:
 
 def _texts(config: Config, predictor: Predictor, split: str) -> Texts:
     """The rows of the run's data, or of `--data`."""
-    record = Path(config.checkpoint) / CONFIG
+    record = run_of(Path(config.checkpoint)) / CONFIG
     folder = data_folder(config.data or (read_json(record).get("data") if record.is_file() else None) or "sample")
     files = {task: read_examples(TASKS[task].path(split, folder), TASKS[task], True) for task in predictor.tasks}
     cpu = torch.device("cpu")

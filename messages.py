@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 IS_INSTALLED = Path(__file__).parent.name == "multitask_bert"  # by entry_point.py
-COMMAND = ("multitask-bert",) if IS_INSTALLED else ("python", "multitask_classifier.py")
+SCRIPT = Path(__file__).with_name("multitask_classifier.py")
+COMMAND = ("multitask-bert",) if IS_INSTALLED else ("python", SCRIPT.name)
 VALUE_WIDTH, LINE_WIDTH = 60, 1000  # characters shown
 
 
@@ -43,8 +44,10 @@ def resume_command(path: object, num_processes: int = 1, num_machines: int = 1) 
     """The command that goes on with a run, with so many processes on each of so many machines."""
     machines = (f"--nnodes={num_machines}",) if num_machines > 1 else ()
     how = (*machines, f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
-    is_one = num_processes == num_machines == 1
-    return command(*(COMMAND if is_one else ("torchrun", *how, COMMAND[-1])), f"--resume={path}")
+    is_here = os.path.exists(SCRIPT.name) and SCRIPT.samefile(SCRIPT.name)
+    program = COMMAND[-1] if IS_INSTALLED or is_here else SCRIPT
+    words = (*COMMAND[:-1],) if num_processes == num_machines == 1 else ("torchrun", *how)
+    return command(*words, program, f"--resume={path}")
 
 
 def machine_failure(error: BaseException) -> str:

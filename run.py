@@ -66,7 +66,7 @@ from parameters import Choice
 from pcgrad import find_treatment
 from remarks import guess_scores, remarks
 from run_data import Data, load_data
-from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_json, replace_folder
+from run_record import CONFIG, MetricsLog, RunDirectory, RunError, read_json, replace_folder, run_of
 from run_state import read_state, saved_settings, write_state
 from schedulers import SCHEDULERS, Setting
 from seeding import derive_seed
@@ -707,11 +707,6 @@ def check_same(settings: dict[str, Any], processes: ProcessGroup) -> None:
         found = f"process {processes.rank} has other {shown(', '.join(names))} than process 0"
         raise RunError(f"{found}, expected the same flags and data files on all machines")
     processes.greatest(0)  # nothing is written before all have come as far
-
-
-def run_of(path: Path) -> Path:
-    """The directory of a run, of which a checkpoint may be named too."""
-    return path.parent if path.name in ("best", "last") and (path.parent / CONFIG).is_file() else path
 
 
 def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:

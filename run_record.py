@@ -97,6 +97,11 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def run_of(path: Path) -> Path:
+    """The directory of a run, of which a checkpoint may be named too."""
+    return path.parent if path.name in ("best", "last") and (path.parent / CONFIG).is_file() else path
+
+
 def mismatch(value: Any, shape: Any, place: str = "") -> str:
     """Where a JSON value has not this shape, in words, or ""."""
     if isinstance(shape, tuple):

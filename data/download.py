@@ -105,7 +105,12 @@ def fetch(file: RemoteFile, folder: Path, base_url: str, retries: int) -> str:
             raise FileError(f"{target}: {problem}; left as it is, move it away to fetch the public file")
         return "already there, verified"
     fetcher = pooch.create(folder, base_url, registry={file.name: file.sha256}, retry_if_failed=retries)
-    fetcher.fetch(file.name, downloader=partial(transfer, file, target))
+    try:
+        fetcher.fetch(file.name, downloader=partial(transfer, file, target))
+    finally:
+        part = target.with_name(f"{target.name}.part")
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
     return "fetched, verified"
 
 

@@ -51,6 +51,7 @@ RESULTS_BESIDE_SCORES = {
     "gradients": (None, {...: {...: {...: GAP}}}),
     "best_epoch": (None, int | dict),
     "peak_memory_mb": GAP,
+    "soup": (None, [{"checkpoint": str, "kept": bool}]),
 }
 RECORD = {
     "stage": str,

@@ -9,7 +9,7 @@ from typing import Any
 from reports.comparison import NOT_COMPARED
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
-from run_record import CONFIG, RunError, checksum_problem, read_json, write_checksums, write_json
+from run_record import CONFIG, RunError, checksum_problem, read_json, run_of, write_checksums, write_json
 from tasks import TASKS
 
 CARD = "README.md"
@@ -59,7 +59,8 @@ def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[S
     columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
     scores = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run.config)])
     parts = [f"# {name.split('/')[-1]}", about.format(task=first.name, text=text, how=how)]
-    settings = Section("Settings", ["\n\n".join([", ".join(_settings(run.config)), *_history(run.config, set())])])
+    lines = [", ".join(_settings(run.config)), *_mixed(run.results), *_history(run.config, set())]
+    settings = Section("Settings", ["\n\n".join(lines)])
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(
         [*parts, to_text([scores, *more, settings], is_markdown=True)]
     )
@@ -99,10 +100,17 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
             yield name if value is True else f"no {name}" if value is False else f"{name} {words}"
 
 
+def _mixed(results: Mapping[str, Any]) -> Iterator[str]:
+    """Of a soup whose checkpoints are in the mean."""
+    if found := results.get("soup"):
+        kept = [of["checkpoint"] for of in found if of["kept"]]
+        yield f"{len(kept)} of {len(found)} are in the mean: {', '.join(run_of(Path(path)).name for path in kept)}"
+
+
 def _history(config: Mapping[str, Any], known: set[Path]) -> Iterator[str]:
     """A line for each run whose checkpoint this one began with, those of its own before it."""
     for start in map(Path, filter(None, [config.get("checkpoint"), *config.get("checkpoints", ())])):
-        path = start.parent if start.name in ("best", "last") else start
+        path = run_of(start)
         if path in known:
             continue
         known.add(path)

@@ -4,6 +4,7 @@ Minutes, and therefore not part of the tests. Each process is forked from this o
 killed run, once it has ended, must be to the bit what an undisturbed one is, and hold the same files.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -118,7 +119,12 @@ def place(run: Path) -> str:
 
 
 def main() -> None:
-    folder, num_kills, seed = Path(sys.argv[1]), int([*sys.argv, "100"][2]), int([*sys.argv, "", "0"][3] or 0)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a new one, for the runs")
+    parser.add_argument("kills", type=int, nargs="?", default=100)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    args = parser.parse_args()
+    folder, num_kills, seed = args.folder, args.kills, args.seed
     torch.set_num_threads(1)
     os.environ["SOURCE_DATE_EPOCH"], matplotlib.rcParams["svg.hashsalt"] = "0", "salt"  # of pictures as svg
     Figure.__init__ = plain_figure  # type: ignore[method-assign]

@@ -398,7 +398,7 @@ def test_a_description_that_the_program_does_not_know_is_refused(
 def test_a_run_directory_names_its_best_checkpoint_also_where_its_replacement_was_cut_off(tmp_path: Path) -> None:
     assert checkpoint_folder(tmp_path) == tmp_path and checkpoint_folder(Path(".")) == Path(".")
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(CheckpointError, match="a run that has no best checkpoint yet, expected a later one"):
+    with pytest.raises(CheckpointError, match="a run without a best checkpoint yet, expected one that was evaluated"):
         checkpoint_folder(tmp_path)
     for name in ("best.new", "last.new", "best.old", "best.tmp"):
         (tmp_path / name).mkdir()

@@ -195,6 +195,7 @@ def test_a_server_out_of_reach_is_one_line_with_the_ways_out(
     assert shown == "there.csv: already there, verified\n", "what is there is checked without a network"
     ways = f"--base-url URL, or put sst.csv, there.csv into {server.folder} by hand"
     assert error.count("\n") == 1 and reason in error and ways in error
+    assert server.files() == ["there.csv"], "nothing has come, nothing is kept"
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(server: Server, capsys: Capture) -> None:

@@ -508,6 +508,26 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before and not list(out.glob("*"))
 
 
+@pytest.mark.parametrize("named", ["", "best", "last"])
+def test_an_export_of_a_runs_checkpoint_is_proved_on_the_runs_data(
+    named: str, exported: Path, treated_run: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Its card, with the scores of the best checkpoint, is not the last one's."""
+    run = shutil.copytree(treated_run, tmp_path / "run")
+    report, seen = json.loads((exported / "report.json").read_text()), list[int]()
+
+    def write_files(folder: Path, config: Any, predictor: Any, texts: Any, say: Any) -> tuple[Any, dict[str, str]]:
+        seen.extend(len(rows) for rows in texts["dev"](predictor.tokenizer).values())
+        return report, {}
+
+    monkeypatch.setattr("export.write_files", write_files)
+    assert multitask_classifier.main(f"--option export --checkpoint {run / named}".split()) == 0
+    files = json.loads((run / "config.json").read_text())["data_files"]
+    assert seen == [of["rows"] for name, of in files.items() if "dev" in name]
+    assert (run / "export" / "report.json").exists()
+    assert (run / "export" / "model_card.md").exists() == (named != "last")
+
+
 def test_an_export_that_is_told_to_stop_leaves_nothing(treated_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "export"
     command = [sys.executable, ROOT / "multitask_classifier.py", "--option", "export", "--checkpoint", treated_run]

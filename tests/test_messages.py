@@ -2,13 +2,14 @@
 
 import errno
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from config import FlagError
 from console import Console
-from helpers import Capture
+from helpers import ROOT, Capture
 from messages import LINE_WIDTH, command, counted, machine_failure, print_error, printable, resume_command, shown
 
 WORDS = [
@@ -26,7 +27,8 @@ WORDS = [
 ]
 
 
-def test_a_command_gives_its_words_to_bash_as_they_are() -> None:
+def test_a_command_gives_its_words_to_bash_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
     line = command("printf", "%s\\0", *WORDS)
     assert line.isprintable()
     found = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
@@ -36,6 +38,9 @@ def test_a_command_gives_its_words_to_bash_as_they_are() -> None:
     assert resume_command("run", 8) == expected
     assert resume_command("run", 8, 2) == expected.replace("--nproc", "--nnodes=2 --nproc")
     assert resume_command("run", 1, 2) == expected.replace("--nproc_per_node=8", "--nnodes=2 --nproc_per_node=1")
+    monkeypatch.chdir(tmp_path)  # from elsewhere it names where the program is
+    assert resume_command("run") == f"python {ROOT / 'multitask_classifier.py'} --resume=run"
+    assert resume_command("run", 8) == expected.replace("multitask", f"{ROOT}/multitask")
 
 
 def test_one_is_not_told_as_many() -> None:

@@ -112,8 +112,11 @@ def test_the_card_tells_of_the_runs_before(treated_run: Path, tmp_path: Path) ->
 def test_the_card_of_a_soup_says_so(treated_run: Path) -> None:
     run = FinishedRun.read(treated_run)
     of_soup = {"option": "soup", "soup": "greedy", "checkpoints": ["/runs/a", "/runs/b"], "pcgrad": False}
-    card = model_card(replace(run, config={**run.config, **of_soup, "treatment": "sum"}), "me/mine")
+    mixed = [{"checkpoint": "/runs/a", "kept": False}, {"checkpoint": str(treated_run / "best"), "kept": True}]
+    changed = {**run.config, **of_soup, "treatment": "sum"}
+    card = model_card(replace(run, config=changed, results={**run.results, "soup": mixed}), "me/mine")
     assert "by which its checkpoints were chosen" in card and "greedy soup of 2 checkpoints" in card
+    assert "\n1 of 2 are in the mean: run " in card
     settings = card.partition("## Settings")[2]
     assert not any(word in settings for word in ("seed", "epochs", "scheduler", "treatment", "/runs"))
 
