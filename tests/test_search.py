@@ -27,6 +27,7 @@ from filelock import FileLock
 
 from config import Config, parse
 from helpers import ROOT, Capture, Patch, forked
+from run_record import write_json
 from sweeps import search
 from sweeps.search import ONLY_WITH, SPACE, CategoricalDistribution, Space, dev_means, last_line
 
@@ -52,9 +53,8 @@ class Fake:
         self.plan()
 
     def plan(self, plans: dict[Any, dict[str, Any]] | None = None) -> None:
-        (self.folder / "plan.json").write_text(
-            json.dumps({k if k == "*" else f"trial-{k}": v for k, v in (plans or {}).items()})
-        )
+        of_trials = {k if k == "*" else f"trial-{k}": v for k, v in (plans or {}).items()}
+        write_json(self.folder / "plan.json", of_trials)
 
     def run(self, trials: int, *more: str, fixed: list[str] | None = None) -> int:
         if not self.out.exists() and not more:
@@ -400,18 +400,22 @@ def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(
     fake: Fake, postgresql: tuple[str, Callable[[], object]]
 ) -> None:
     url, restart = postgresql
-    fake.plan({"*": {"means": [0.1, 0.3, 0.2], "pause": 0.3}})
+    plan = {"means": [0.1, 0.3, 0.2], "pause": 0.3}
+    fake.plan({0: {**plan, "pause": 60}, "*": plan})
 
     def worker(name: str) -> multiprocessing.context.ForkServerProcess:
         own = ["--trials", "9", "--storage", url, "--out", str(fake.folder / name), "--", *fake.fixed]
         return forked(fake.folder / f"{name}.log", search_apart, search.COMMAND, own)
 
     workers = {name: worker(name) for name in "abc"}
-    while not list(fake.folder.glob("b/trial-*/metrics.jsonl")) and workers["b"].is_alive():
+    while not (found := list(fake.folder.glob("?/trial-0/metrics.jsonl"))):
+        assert any(process.is_alive() for process in workers.values())
         time.sleep(0.02)
-    workers["b"].kill()
-    workers["b"].join()
-    workers["b"] = worker("b")
+    first = found[0].parent.parent.name
+    workers[first].kill()
+    workers[first].join()
+    fake.plan({"*": plan})
+    workers[first] = worker(first)
     for process in workers.values():
         process.join(240)
     shown = [path.read_text() for path in fake.folder.glob("?.log")]
