@@ -217,7 +217,7 @@ class Config:
     log: str = parameter(
         "", f"a tracker that gets the run's numbers too: {', '.join(TRACKERS)}", choices=["", *TRACKERS]
     )
-    name: str = parameter("", "what reports call the run's setting (default: by the flags in which it differs)")
+    name: str = parameter("", "what reports call the run's setting (default: flags in which it differs)")
     format: str = parameter("png", "of the run's plots: png, pdf or svg", choices=FORMATS)
 
     method_parameters: Mapping[str, Any] = field(default_factory=dict)  # by flag: those of the tables' entries
@@ -465,7 +465,7 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     if unknown:
         known = {name: f"; did you mean --option {name}?" for name in OPTIONS}
         wrong = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown[:1]
-        flags = parser._option_string_actions
+        flags = [flag for flag in parser._option_string_actions if wrong[0].startswith("-")]
         hints = {word: known.get(word) or nearest(word, flags) or "; --help lists all flags" for word in wrong}
         raise FlagError(*(f"{shown(word)}: unknown{hint}" for word, hint in hints.items()))
     return vars(parsed)

@@ -20,14 +20,14 @@ from console import Console
 from datasets import TokenizedRows, Tokenizer, data_folder, read_examples, tokenize
 from evaluation import Precision, predict_all
 from onnx_graph import answer, one_task, write_graph
-from onnx_proof import PROGRAM, ProofError, compare, losses, measure_memory, measure_times, prove, write_within
+from onnx_proof import FLOAT, PROGRAM, ProofError, compare, losses, measure_memory, measure_times, prove, write_within
 from predictor import Predictor, load
 from run_record import CONFIG, read_json, run_of, write_json
 from tasks import TASKS
 from vocabulary import VocabularyError, kept_pieces, without_others
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-FLOAT, INT8, BATCH_SIZE = "model.onnx", "model.int8.onnx", 32
+INT8, BATCH_SIZE = "model.int8.onnx", 32
 SMALLER = {
     INT8: (8, 1),
     "model.small.onnx": (4, 2),
@@ -109,6 +109,7 @@ def write_files(
             shutil.copyfile(source / name, folder / name)
     tokenizer.save(folder / "tokenizer.json")
     if config.vocabulary == "data":
+        pieces = model.encoder.config.vocab_size
         kept = kept_pieces(folder, [of.tokens.ids for of in texts["train"](tokenizer).values()])
         model = without_others(model, folder, kept)
     tokenizer = Tokenizer(folder, tokenizer.max_length, tokenizer.is_siamese)  # raises for one that is not whole
@@ -119,6 +120,8 @@ def write_files(
 
     write_graph(model, folder / FLOAT)
     report[FLOAT] = prove(folder / FLOAT, BATCH_SIZE, program, rows)
+    if config.vocabulary == "data":
+        report[FLOAT] |= {"max_loss": config.max_loss, "vocabulary": {"kept": len(kept), "pieces": pieces}}
     say(f"{FLOAT}: tried on every dev row")
     lost, task = max((loss, task) for task, loss in losses(report[FLOAT], report[PROGRAM]).items())
     if config.vocabulary == "data" and lost > config.max_loss:
@@ -133,7 +136,7 @@ def write_files(
             say(f"{name}: tried on every dev row")
             if same := [of for of in SMALLER if of in report and filecmp.cmp(folder / of, folder / name, False)]:
                 raise ProofError(f"{name}: the same as {same[0]}, no table of it is large enough for {bits} bits")
-            report[name] = found
+            report[name] = {**found, "max_loss": config.max_loss * factor}
         except ProofError as error:
             (folder / name).unlink()
             failures[name] = f"{error}; it was left out"

@@ -20,6 +20,8 @@ from ops import DropoutMasks, Packing
 from parameters import NoParameters, parameter
 from routing import Routing
 
+ABSORBED = 1e-2  # of the largest logit, as which two logits are the same but for rounding
+
 
 class Reads(Flag):
     """What a head reads; the encoder computes no more than that."""
@@ -115,6 +117,15 @@ class MlpHead(nn.Module):
 
     def absorb(self, mean: Tensor, deviation: Tensor) -> None:
         _absorb(cast(nn.Linear, self.hidden[0]), mean, deviation)
+
+
+@torch.no_grad()
+def absorb_scale(head: PooledHead, features: Tensor, mean: Tensor, deviation: Tensor) -> None:
+    """`absorb`, tried on features (B, F). Raises ValueError if the head does not give for them what it gave before."""
+    before = head((features - mean) / deviation, None)  # (B, K)
+    head.absorb(mean, deviation)
+    if float((head(features, None) - before).abs().max()) > ABSORBED * float(before.abs().max()):
+        raise ValueError("after absorb(mean, deviation) it gives other logits, expected those of standardized features")
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from predictor import Predictor
 from tasks import TASKS
 
 LENGTHS, TURNS, FIRST_TURNS = (16, 32, 128), 60, 3  # tokens of a row that is timed; how often, and how often before
-PROGRAM = "program"
+PROGRAM, FLOAT = "program", "model.onnx"
 NUM_ROWS = 50  # of each task by which layers are compared
 
 Rows = Mapping[str, TokenizedRows]

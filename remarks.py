@@ -48,7 +48,7 @@ def remarks(
             best[record["stage"]] = max(best.get(record["stage"], mean), mean)
     if {"pretrain", "finetune"} <= best.keys() and best["finetune"] < best["pretrain"]:
         lines.append(
-            f"fine-tuning ended below its frozen stage (best means {best['finetune']:.3f} and {best['pretrain']:.3f}; "
+            f"fine-tuning ended below its frozen stage (best means {best['finetune']:.4f} and {best['pretrain']:.4f}; "
             "the model kept is the fine-tuned one; another --lr or more --epochs may help)"
         )
     return [f"warning: {line}" for line in lines]

@@ -30,7 +30,7 @@ from checkpoints import (
     save_checkpoint,
 )
 from config import Config, FlagError, automatic
-from console import Console, duration
+from console import Console, duration, size
 from datasets import (
     DataError,
     DeferredRows,
@@ -57,7 +57,7 @@ from evaluation import (
     write_dev_rows,
     write_predictions,
 )
-from heads import PooledHead
+from heads import PooledHead, absorb_scale
 from messages import counted, machine_failure, resume_command, shown
 from mlm import MLM, MaskedHead, make_masked_head, masked_trainer
 from model import FrozenEncoder, Layout, MultitaskBert, TaskModel, Trained, parameter_counts
@@ -75,6 +75,7 @@ from soup import check_ingredients, cook
 from tasks import SPLITS, TASKS
 from trackers import Tracking
 
+NUM_TRIED = 64  # rows on which a head that has absorbed a scale is tried
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -474,8 +475,11 @@ class Run:
                 raise
         if stage.is_frozen:
             for task in filter(self.model.has_features, stage.tasks):
-                moments = self.raw_features(stage, self.data.train[task]).moments
-                cast(PooledHead, self.model.heads[task]).absorb(*moments)
+                rows = self.raw_features(stage, self.data.train[task])
+                try:
+                    absorb_scale(cast(PooledHead, self.model.heads[task]), rows.features[:NUM_TRIED], *rows.moments)
+                except ValueError as error:
+                    raise RunError(f"head {self.model.layout.heads[task].name}: {error}") from None
             self.known_features.clear()
         self.masked_head = None
         self.seconds[stage.name] = round(progress.seconds, 3)
@@ -721,6 +725,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     source = config.checkpoint or config.model
     if config.checkpoints:
         source = f"{config.soup} soup of {len(config.checkpoints)} checkpoints"
+    total, shared, own, separate = (size(counts[of]) for of in ("total", "shared", "per_task", "separate_models"))
     layers = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     layers += f", pooling {config.pooling}, pairs {config.pairs}"
     is_equal = counts["total"] - counts["shared"] == counts["per_task"] * len(config.tasks)
@@ -728,9 +733,7 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
     lines = [
         f"model       {source}: {layers}; {config.device}{threads}, {precision}",
         *([f"            slower than it could be, nothing is compiled for this processor: {speed}"] if is_slow else []),
-        f"parameters  {counts['total'] / 1e6:.1f} M: {counts['shared'] / 1e6:.1f} M shared, "
-        f"{up_to}{counts['per_task'] / 1e3:.1f} k a task (separate models would hold "
-        f"{counts['separate_models'] / 1e6:.1f} M)",
+        f"parameters  {total}: {shared} shared, {up_to}{own} a task (separate models would hold {separate})",
         f"data        {', '.join(dict.fromkeys(TASKS[task].folder or config.data for task in config.tasks))}",
     ]
     for task in config.tasks:
@@ -753,25 +756,29 @@ def start_block(run: Run, new_parts: Sequence[str]) -> list[str]:
         sampling = "every task once in each step" if is_fixed else f"tasks sampled by {config.scheduler}"
         sampling = "each task alone" if config.option == "individual_pretrain" else sampling
         sampling = sampling if len(config.tasks) > 1 else "single task"
-        lines.append(f"methods     {', '.join([sampling, *_methods(config)])}")
+        lines.append(f"methods     {', '.join([sampling, *_methods(config, run.model.layout)])}")
     if new_parts:
         lines.append(f"new         {', '.join(new_parts)}: not in the checkpoint, initialized")
     return [*lines, f"run         {config.out}", *run.data.notes, ""]
 
 
-def _methods(config: Config) -> list[str]:
+def _methods(config: Config, layout: Layout) -> list[str]:
     """What is chosen beside the scheduler, in words."""
+    heads = {task: head.name for task, head in layout.heads.items() if head.name != "linear"}
+    is_same = len(set(heads.values())) == 1 and len(heads) == len(layout.tasks)
     treatment = f"gradients aggregated by {config.treatment} ({config.granularity}, {config.gradient_scale} lengths)"
     weights = ", ".join(f"{task} {weight:.4g}" for task, weight in config.loss_weights.items())
     return [
         *([f"losses weighted ({weights})"] if config.task_weights else []),
         *([treatment] if config.is_treated else []),
         *config.regularizers,
+        *([f"head {heads[layout.tasks[0]]}"] if is_same else [f"head {task} {name}" for task, name in heads.items()]),
         *([f"adapters {config.adapter}"] if config.adapter else []),
         *([f"the top {config.copy_top_layers} layers each task's own"] if config.copy_top_layers else []),
         *([f"training only {config.train}"] if config.train == config.adapter else []),
         *([f"weights averaged (decay {config.ema_decay:g})"] if config.average == "ema" else []),
         *(f"augmentation {name}" for name in config.chosen("augment")),
+        *([f"the longest {config.drop_longest:.3g} of the rows dropped"] if config.drop_longest else []),
     ]
 
 

@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ NUM_NOTES = 5  # on what could not be tested, at most
 LEVEL = 0.05  # a smaller p is called a difference
 ROUNDING = 1e-12  # scores that lie no further apart are equal
 NOTHING = "-"  # the cell of a flag without a value
+NONE = ("no", "none", "off")  # values that say that a method is not used
+AND = "and"  # in a setting's name before the number of its flags that are not in it
 FINETUNE = "finetune"  # the --option of most runs
 ROWS_AT_ONCE = 4_000_000  # resampled row numbers held in memory
 
@@ -73,7 +75,8 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
         repeats[repeat] += 1
     columns = {"data": data} | {name: _cells([of[name] for of in flags]) for name in flags[0]}
     shown = [{n: cells[group[0]] for n, cells in columns.items() if len(set(cells)) > 1} for group in groups.values()]
-    names = short_names(shown)
+    automatic = [{n for j in group for n in runs[j].config.get("automatic", ())} for group in groups.values()]
+    names = short_names(shown, automatic)
     for i, group in enumerate(groups.values()):
         given = {str(runs[j].config.get("name") or "") for j in group} - {""}
         names[i] = given.pop() if len(given) == 1 else names[i]
@@ -86,11 +89,12 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
     return sorted(settings, key=lambda s: (s.data, -len(s.tasks), s.tasks, -float(s.scores(MEAN).mean())))
 
 
-def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
+def short_names(flags: Sequence[Mapping[str, str]], automatic: Sequence[Set[str]]) -> list[str]:
     """Names of settings: as few flags as tell them apart, words before numbers such as a learning rate.
 
     A value that most settings have is not named; "base" has no other. A setting that is told apart by having none of
-    what the others are named by has the name of its first other value. flags: of each setting the same flags.
+    what the others are named by has the name of its first other value. What else a setting has is counted. flags: of
+    each setting the same flags. automatic: of each those that were left to the program, and are not counted.
     """
     columns = {name: [of[name] for of in flags] for name in flags[0]}
     numbers = {name for name, cells in columns.items() if all(re.fullmatch(r"[-+.e\d]+", cell) for cell in cells)}
@@ -100,13 +104,16 @@ def short_names(flags: Sequence[Mapping[str, str]]) -> list[str]:
     for name in ordered:
         before, after = ({tuple(of[n] for n in names) for of in flags} for names in (chosen, [*chosen, name]))
         chosen += [name] if len(after) > len(before) else []
-    parts = []
-    for of in flags:
+    found = []
+    for of, own in zip(flags, automatic, strict=True):
         rare = [name for name in ordered if of[name] != common.get(name)]
         has = [name for name in rare if of[name] != NOTHING]
         named = [name for name in has if name in chosen] or has[:1] or rare[:1]
-        parts.append([shown.get(of[name], "{0} {1}").format(name, of[name]) for name in named])
-    return [", ".join(sorted(own, key=len)) or ("base" if chosen else "") for own in parts]
+        parts = sorted((shown.get(of[name], "{0} {1}").format(name, of[name]) for name in named), key=len)
+        others = [name for name in has if name not in (*named, *own) and of[name] not in NONE]
+        more = f" {AND} {len(others)} more" if others else ""
+        found.append(", ".join(parts) + more if parts else "base" if chosen else "")
+    return found
 
 
 def common_values(flags: Sequence[Mapping[str, str]]) -> dict[str, str]:

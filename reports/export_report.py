@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_proof import LENGTHS, PROGRAM, score_of
+from onnx_proof import FLOAT, LENGTHS, PROGRAM, score_of
 from reports.document import Section, Table, to_text
 from reports.finished_run import MEAN, FinishedRun
 from reports.model_card import model_card
@@ -15,7 +15,8 @@ from run_record import RESULTS
 CARD = "model_card.md"
 ABOUT = """One encoder with a head for each of the tasks below, as graphs for onnxruntime: token ids in, the answers of
 all tasks out. labels.json says what each output is and which tokens stand around texts, tokenizer.json makes the ids,
-report.json holds what was measured."""
+report.json holds what was measured. The scores in the next table are model.onnx's; those of all
+files stand below it."""
 
 
 def show(report: Mapping[str, Any]) -> str:
@@ -34,8 +35,14 @@ def export_section(report: Mapping[str, Any]) -> Section:
     times = [[name, *(f"{of[n][key]:.1f}" for n in lengths for key in ("median", "p99"))] for name, of in timed.items()]
     several = f"{len(tasks)} models"
     sizes = [[name, *_sizes(of, of["separate"])] for name, of in report.items() if name != PROGRAM]
+    allowed = ", ".join(f"{name} {of['max_loss']:g}" for name, of in report.items() if "max_loss" in of)
+    notes = [f"at most to be lost of a task's score: {allowed}"] if allowed else []
+    for of in (of["vocabulary"] for of in report.values() if "vocabulary" in of):
+        kept = f"{of['kept']:,} of {of['pieces']:,} word pieces"
+        notes.append(f"vocabulary of the training texts: {kept}, and what other words are made of")
     columns_of_sizes = ["MB", "one model", several, "ratio", "memory of one", several, "ratio"]
-    return Section("Exported files", [scores, Table(columns, times), Table(columns_of_sizes, sizes)])
+    tables = [scores, *notes, Table(columns, times), Table(columns_of_sizes, sizes)]
+    return Section("Exported files", tables)
 
 
 def _scores(name: str, form: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[str]:
@@ -86,5 +93,6 @@ def ended(run: Path) -> FinishedRun | None:
 
 def write_card(folder: Path, run: FinishedRun, report: Mapping[str, Any]) -> None:
     """The model card."""
-    card = model_card(run, run.path.resolve().name, ABOUT, [export_section(report)])
+    found = report[FLOAT]["dev"]
+    card = model_card(run, run.path.resolve().name, ABOUT, [export_section(report)], found)
     (folder / CARD).write_text(card, "utf-8")

@@ -155,6 +155,9 @@ class FinishedRun:
         allowed = np.isin([rows.labels, rows.predictions], range(num_classes or 0)).all() or num_classes is None
         if width != num_classes or not allowed:
             raise RunError(f"{path}: not the dev rows of {task}, expected {TASKS[task].output.allowed}")
+        expected = self.config["data_files"].get(TASKS[task].file_key("dev"), {}).get("rows", len(rows.labels))
+        if len(rows.labels) != expected:
+            raise RunError(f"{path}: {len(rows.labels)} rows, expected the {expected} of the dev file")
         return rows
 
 

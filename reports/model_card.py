@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from reports.comparison import NOT_COMPARED
@@ -15,11 +16,12 @@ from tasks import TASKS
 CARD = "README.md"
 EMBEDDED = "sentence-transformers/all-MiniLM-L6-v2"
 ABOUT = """One encoder with a head for each of the tasks below, trained {how} by multitask-bert. The encoder alone is
-a checkpoint for `transformers.AutoModel`; the heads need the program:
+a checkpoint for `transformers.AutoModel`; the heads need the program, in whose folder this answers:
 
+    from huggingface_hub import snapshot_download
     from predictor import load
 
-    load("DIR").predict({task!r}, [{text}])"""
+    load(snapshot_download("{name}")).predict("{task}", [{text}])"""
 FLATTERED = "The model it began as was tuned on pairs that include Quora duplicates: the paraphrase score flatters it."
 BASIC = {"option", "scheduler", "treatment", "pooling", "pairs", "epochs", "pretrain_epochs", "batch_size", "lr"}
 BASIC |= {"pretrain_lr", "average", "seed", "amp"}
@@ -28,22 +30,31 @@ OWN_SAMPLE = "the program's own sample"
 LIMITS = "Scores are of the dev files, by which {} chosen: expect a little less of other texts of the kind."
 
 
-def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[Section] = ()) -> str:
-    """The card as markdown behind the head that hubs read. name: of the model on the hub. more: before the settings."""
+def model_card(
+    run: FinishedRun,
+    name: str,
+    about: str = ABOUT,
+    more: Sequence[Section] = (),
+    scores: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """The card as markdown behind the head that hubs read.
+
+    name: of the model on the hub. more: before the settings. scores: of the dev files, by default the run's.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     from checkpoints import EMBEDDED_MODEL  # which imports torch
 
-    found, rows = list[EvalResult](), []
+    found, rows, dev = list[EvalResult](), [], scores or run.results["dev"]
     for task in (TASKS[name] for name in run.tasks):
         title = task.title if task.folder or run.config["data"] != "sample" else f"{task.title} ({OWN_SAMPLE})"
         kind = "text-classification" if task.output.class_names else "sentence-similarity"
         answers = ", ".join(task.output.class_names) or task.output.allowed
-        for metric, value in run.results["dev"][task.name].items():
+        for metric, value in dev[task.name].items():
             data: dict[str, Any] = {"dataset_type": task.name, "dataset_name": title, "dataset_split": "dev"}
             found.append(EvalResult(task_type=kind, metric_type=metric, metric_value=round(value, 4), **data))
             rows.append([task.name, title, " + ".join(task.text_columns), answers, metric, f"{value:.3f}"])
-    rows.append(["", MEAN, "", "", "", f"{run.score(MEAN):.3f}"])
+    rows.append(["", MEAN, "", "", "", f"{dev[MEAN]:.3f}"])
     base = str(run.config.get("model", ""))
     head = ModelCardData(
         language="en",
@@ -57,12 +68,14 @@ def model_card(run: FinishedRun, name: str, about: str = ABOUT, more: Sequence[S
     text = '"a text"' if len(first.text_columns) == 1 else '("a text", "another")'
     how = "one by one" if run.config.get("option") == "individual_pretrain" else "together"
     columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
-    scores = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run.config)])
-    parts = [f"# {name.split('/')[-1]}", about.format(task=first.name, text=text, how=how)]
-    lines = [", ".join(_settings(run.config)), *_mixed(run.results), *_history(run.config, set())]
+    of_tasks = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run.config)])
+    parts = [f"# {name.split('/')[-1]}", about.format(name=name, task=first.name, text=text, how=how)]
+    mixed = [of["checkpoint"] for of in run.results.get("soup") or [] if of["kept"]]
+    config = {**run.config, **({"checkpoints": mixed} if mixed else {})}
+    lines = [", ".join(_settings(run.config)), *_mixed(run.config, mixed), *_history(config, "It", set())]
     settings = Section("Settings", ["\n\n".join(lines)])
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(
-        [*parts, to_text([scores, *more, settings], is_markdown=True)]
+        [*parts, to_text([of_tasks, *more, settings], is_markdown=True)]
     )
 
 
@@ -100,15 +113,15 @@ def _settings(config: Mapping[str, Any]) -> Iterator[str]:
             yield name if value is True else f"no {name}" if value is False else f"{name} {words}"
 
 
-def _mixed(results: Mapping[str, Any]) -> Iterator[str]:
-    """Of a soup whose checkpoints are in the mean."""
-    if found := results.get("soup"):
-        kept = [of["checkpoint"] for of in found if of["kept"]]
-        yield f"{len(kept)} of {len(found)} are in the mean: {', '.join(run_of(Path(path)).name for path in kept)}"
+def _mixed(config: Mapping[str, Any], kept: Sequence[str]) -> Iterator[str]:
+    """Which of a soup's checkpoints are in the mean."""
+    if kept:
+        names = ", ".join(run_of(Path(path)).name for path in kept)
+        yield f"{len(kept)} of {len(config['checkpoints'])} are in the mean: {names}"
 
 
-def _history(config: Mapping[str, Any], known: set[Path]) -> Iterator[str]:
-    """A line for each run whose checkpoint this one began with, those of its own before it."""
+def _history(config: Mapping[str, Any], name: str, known: set[Path]) -> Iterator[str]:
+    """A line for each run whose checkpoint the named one began with, and for those before it."""
     for start in map(Path, filter(None, [config.get("checkpoint"), *config.get("checkpoints", ())])):
         path = run_of(start)
         if path in known:
@@ -118,10 +131,10 @@ def _history(config: Mapping[str, Any], known: set[Path]) -> Iterator[str]:
             before = read_json(path / CONFIG)
             line = f"{', '.join(_settings(before))}. {_data(before)}"
         except (RunError, LookupError, TypeError, AttributeError, ValueError):  # moved, or no run's
-            yield f"It began with {path.name}, of which no more is known."
+            yield f"{name} began with {path.name}, of which no more is known."
         else:
-            yield from _history(before, known)
-            yield f"It began with {path.name}: {line}"
+            yield f"{name} began with {path.name}: {line}"
+            yield from _history(before, path.name, known)
 
 
 def write_model(run: FinishedRun, folder: Path, name: str) -> None:
@@ -150,9 +163,11 @@ def push(run: FinishedRun, name: str) -> str:
         folder = Path(place) / "model"
         write_model(run, folder, name)
         try:
-            address = str(HfApi().create_repo(name, exist_ok=True))
-            HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"The model of {run.path.name}")
+            address = HfApi().create_repo(name, exist_ok=True)
+            HfApi().upload_folder(
+                repo_id=address.repo_id, folder_path=folder, commit_message=f"The model of {run.path.name}"
+            )
         except Exception as error:  # the hub client raises a dozen kinds: names, tokens, connections
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"--push {name}: the hub did not take it ({reason}); the run is as it was") from None
-    return address
+    return str(address)

@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence, Set
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from console import duration
+from console import duration, size
 from messages import machine_failure, printable
 from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
 from reports.comparison import (
+    AND,
     FINETUNE,
     LEVEL,
     NOTHING,
@@ -41,7 +43,7 @@ from reports.error_analysis import by_class, by_length, most_wrong
 from reports.finished_run import MEAN, FinishedRun
 from reports.model_card import push
 from reports.plots import Plot, draw_comparison, run_plots, write_plots
-from run_record import FORMATS, RunError, write_atomically
+from run_record import FORMATS, RunError, run_of, write_atomically
 from tasks import TASKS, Task
 
 NUM_WRONG = 5  # rows listed of each task
@@ -82,7 +84,7 @@ def _scores_section(run: FinishedRun) -> Section:
     epochs = ", ".join(f"{stage} {epoch}" for stage, epoch in best.items()) if isinstance(best, dict) else best
     text = (
         f"{config['option']} of {_source(config)} on {config['data']}, seed {config['seed']}\n"
-        f"training {duration(results['seconds']['training'])}, {_size(results['parameters']['total'])} parameters"
+        f"training {duration(results['seconds']['training'])}, {size(results['parameters']['total'])} parameters"
         + (f", best epoch {epochs}" if best else "")
     )
     return Section(f"Run {run.path}", [text, _table(rows), "\n".join([f"({GUESS_IN_WORDS})", *_remarks(run)])])
@@ -137,17 +139,18 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
     """The settings side by side, what their names stand for, and tests of their differences from the best."""
     names, rows, key = score_names(settings), list[dict[str, Any]](), []
     common = common_values([s.flags for s in settings])
+    all_data = dict.fromkeys(s.data for s in settings)
     for s in settings:
-        rows.append({"setting": s.name, **{title: _scores_cell(s, name) for name, title in names.items()}})
+        row_name = s.name if len(all_data) == 1 or s.data in s.name else f"{s.name} ({s.data})"
+        rows.append({"setting": row_name, **{title: _scores_cell(s, name) for name, title in names.items()}})
         seconds = float(np.mean([run.results["seconds"]["training"] for run in s.runs]))
         is_full = s.runs[0].config.get("option") == FINETUNE  # of others, what does nothing there is not named
         others = {flag: value for flag, value in s.flags.items() if value != common.get(flag)}
         flags = ", ".join(f"{flag} {value}" for flag, value in others.items() if is_full or value != NOTHING) or NOTHING
         training = duration(seconds) if seconds else NOTHING  # none of a run that scores what others trained
         own = {"runs": ", ".join(r.path.name for r in s.runs), "training": training}
-        key.append({"setting": s.name, **own, "parameters": _size(s.runs[0].results["parameters"]["total"])})
+        key.append({"setting": s.name, **own, "parameters": size(s.runs[0].results["parameters"]["total"])})
         key[-1]["differs in"] = flags
-    all_data = dict.fromkeys(s.data for s in settings)
     for data in all_data:
         on_data = [s for s in settings if s.data == data]
         of_mean = _mean_guess(on_data[0].runs[0]) if len({s.tasks for s in on_data}) == 1 else None
@@ -159,6 +162,9 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
         "± is the sample standard deviation over the seeds.": any(len(s.runs) > 1 for s in settings),
         "What is marked is the best of its column.": bool(marked),
         f"{GUESS_IN_WORDS}.": True,
+        f"{AND} N more: flags that a setting's name leaves out; those in which it differs stand below.": any(
+            re.search(rf" {AND} \d+ more$", s.name) for s in settings
+        ),
         "Runs on different data are listed apart and not compared.": len(all_data) > 1,
         "Means over different tasks are not compared.": len({s.tasks for s in settings}) > 1,
         "All runs have the same settings but for the seed: there are no settings to compare.": len(settings) == 1,
@@ -251,10 +257,6 @@ def _cell(value: Any) -> str:
     return "-"
 
 
-def _size(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.1f} k"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 where no run can be used or the page cannot be written."""
     text = "Report on a run that has ended: draw its plots, analyse its errors. On several: compare them."
@@ -319,7 +321,7 @@ def report(args: argparse.Namespace) -> None:
 def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     """The runs that can be used, each once, and a line for each directory that cannot."""
     runs, problems = [], []
-    for path in {path.resolve(): path for path in paths}.values():
+    for path in {path.resolve(): path for path in map(run_of, paths)}.values():
         try:
             runs.append(FinishedRun.read(path))
         except RunError as error:

@@ -29,6 +29,7 @@ from ops.dropout import DropoutBits
 from parameters import Choice
 from tasks import TASKS, Classes, Score
 
+THREE = ("sst", "para", "sts")  # the program's own tasks, whatever is added to them
 ROOT = Path(__file__).resolve().parent.parent
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 TEXT = "a the film plot song is was not very good bad fine dull bright how do i you learn cook read play fast slow"
@@ -102,7 +103,7 @@ def shaken(model: MultitaskBert, seed: int = 40) -> MultitaskBert:
 
 
 @torch.no_grad()
-def outputs(model: MultitaskBert, tasks: Sequence[str] = tuple(TASKS)) -> Tensor:
+def outputs(model: MultitaskBert, tasks: Sequence[str] = THREE) -> Tensor:
     """Logits of the tasks, one behind the other."""
     batches = {task: random_batch(task, 6, is_split=model.layout.is_split(task)) for task in tasks}
     return torch.cat([model(task, batch).flatten() for task, batch in batches.items()])
@@ -145,7 +146,7 @@ def random_batch(
 
 
 def tiny_model(
-    tasks: Sequence[str] = ("sst", "para", "sts"),
+    tasks: Sequence[str] = THREE,
     adapter: Choice | None = None,
     head: Choice = LINEAR,
     seed: int = 0,
@@ -236,7 +237,7 @@ def write_data(folder: Path) -> Path:
     """CS224N's nine files with a handful of rows each; classes of unequal size."""
     folder.mkdir(exist_ok=True)
     draw = np.random.default_rng(0)
-    for name, task in TASKS.items():
+    for name, task in ((name, TASKS[name]) for name in THREE):
         for split, num_rows in (("train", 26), ("dev", 8), ("test", 6)):
             columns = ["", "id", *task.text_columns, *([task.label_column] if split != "test" else [])]
             lines = ["\t".join(columns)]

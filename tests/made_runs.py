@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from config import Config
+from helpers import THREE
 from reports.finished_run import FinishedRun
 from run_record import DevRows
 from tasks import TASKS
@@ -21,7 +22,7 @@ def write_dev_files(folder: Path, num_rows: int = ROWS, seed: int = 0) -> Path:
     """Dev files of all tasks with texts of different lengths and random labels."""
     folder.mkdir(exist_ok=True)
     draw = np.random.default_rng(seed)
-    for name, task in TASKS.items():
+    for name, task in ((name, TASKS[name]) for name in THREE):
         lines = ["\t".join(["", "id", *task.text_columns, task.label_column])]
         for i in range(num_rows):
             texts = [" ".join(f"word{j}" for j in range(draw.integers(1, 20))) for _ in task.text_columns]
@@ -100,7 +101,7 @@ def made_run(
     name: str,
     /,
     noise: float = 0.3,
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] = THREE,
     treated: bool = True,
     **flags: Any,
 ) -> FinishedRun:
@@ -118,7 +119,7 @@ def training_records(num_steps: int = 40, num_epochs: int = 2, is_treated: bool 
         for step in range(1, num_steps + 1):
             epoch = 1 + (step - 1) * num_epochs // num_steps
             every = is_treated and stage == "finetune"
-            plan = list(TASKS) if every else [list(TASKS)[step % 3]]
+            plan = list(THREE) if every else [THREE[step % 3]]
             record: dict[str, Any] = {"stage": stage, "epoch": epoch, "step": step, "lr": 1e-3 / step}
             record["losses"] = {task: float(draw.uniform(0.5, 2)) for task in plan}
             if every:

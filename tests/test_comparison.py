@@ -100,7 +100,7 @@ def test_a_run_that_does_not_fine_tune_is_not_named_by_what_it_did_not_use(files
     assert {name: setting.name for name, setting in found.items()} == {
         "smart": "smart, option finetune",
         "plain": "option finetune",
-        "scored": "option test",
+        "scored": "option test and 1 more",
         "frozen": "option pretrain",
     }
     assert found["frozen"].flags == {"option": "pretrain", "model": "minilm", "checkpoint": "-", "smart": "no"}
@@ -182,23 +182,30 @@ def flags(**columns: str) -> list[dict[str, str]]:
             ["smart", "copied 2", "scheduler random"],
         ),
         ({"lr": "1 2 1 2 1", "pal": "no no yes yes yes", "seeds": "3 4 3 4 5"},
-         ["no pal, seeds 3", "no pal, seeds 4", "seeds 3", "seeds 4", "seeds 5"]),
+         ["no pal, seeds 3", "no pal, seeds 4 and 1 more", "seeds 3", "seeds 4 and 1 more", "seeds 5"]),
         # A flag without a value names nothing, unless there is nothing else.
         ({"model": "minilm - -", "checkpoint": "- one two"}, ["model minilm", "checkpoint one", "checkpoint two"]),
         ({"head": "lstm lstm -", "lr": "1 2 1"}, ["base", "lr 2", "no head"]),
         # Long names are cut down to the flags that are needed, and never to equal ones.
-        ({"model": f"{'a' * 50} {'b' * 50}", "head": "mlp lstm"}, [f"model {'a' * 50}", f"model {'b' * 50}"]),
+        ({"model": f"{'a' * 50} {'b' * 50}", "head": "mlp lstm"}, [f"model {x * 50} and 1 more" for x in "ab"]),
     ],
 )  # fmt: skip
 def test_names_are_short_and_different(columns: dict[str, str], names: list[str]) -> None:
-    assert short_names(flags(**columns)) == names
+    settings = flags(**columns)
+    assert short_names(settings, [{"draws"}] * len(settings)) == names
+
+
+def test_a_name_says_how_many_flags_it_leaves_out() -> None:
+    """But for what means that a method is not used, and what the program chose."""
+    settings = flags(treatment="sum pcgrad", smart="no yes", scale="equal own", average="none ema", draws="1 16")
+    assert short_names(settings, [{"draws"}, set()]) == ["treatment sum and 1 more", "treatment pcgrad and 4 more"]
 
 
 def test_names_of_any_settings_are_different() -> None:
     draw, answers = np.random.default_rng(0), ["yes", "no", "word", "7", "8.5"]
     for _ in range(50):
         settings = flags(**{f"flag{'x' * 9 * k}": " ".join(draw.choice(answers, 6)) for k in range(5)})
-        assert len(set(short_names(settings))) == len({tuple(of.values()) for of in settings})
+        assert len(set(short_names(settings, [set()] * 6))) == len({tuple(of.values()) for of in settings})
 
 
 def by_seed(values: np.ndarray, first: int = 0) -> dict[int, float]:

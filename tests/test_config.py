@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import DRAWS_WITH_TREATMENT, OPTIONS, TABLES, Config, FlagError, from_dict, make_parser, parse
-from helpers import cases, write_data
+from helpers import THREE, cases, write_data
 from parameters import Choice, Flag, flags_of, parameters_type
 from tasks import TASKS
 
@@ -82,7 +82,7 @@ def test_what_is_not_known_is_answered_with_the_nearest_that_is(line: str, word:
 
 def test_the_default_tasks_are_those_that_have_files(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    assert settings(f"--data {data}").tasks == tuple(TASKS) == settings("--data nowhere").tasks
+    assert settings(f"--data {data}").tasks == THREE and settings("--data nowhere").tasks == tuple(TASKS)
     for file in data.glob("quora-*"):
         file.unlink()
     assert settings(f"--data {data}").tasks == ("sst", "sts")
@@ -101,7 +101,7 @@ def test_a_parameter_goes_with_its_method_only(table: str, name: str, flag: Flag
 def test_defaults() -> None:
     config = parse([])
     assert (config.option, config.model, config.data) == ("finetune", "minilm", "sample")
-    assert config.tasks == tuple(TASKS) == ("sst", "para", "sts")
+    assert config.tasks == THREE
     assert (config.treatment, config.regularizers, config.adapter, config.amp) == ("sum", (), "", "off")
     assert (config.accumulation_steps, config.max_grad_norm, config.device) == (1, 1.0, "auto")
     values = config.to_dict()
@@ -147,7 +147,7 @@ def test_draws_and_rows_of_a_step(line: str, draws: int, rows: int) -> None:
     [("", []), ("--head mlp", ["mlp"] * 3), ("--head mlp sts=linear", ["mlp", "mlp", "linear"])],
 )
 def test_heads_of_all_tasks_and_of_single_ones(line: str, heads: list[str]) -> None:
-    assert settings(line).heads == dict(zip(TASKS, heads, strict=bool(heads)))
+    assert settings(line).heads == dict(zip(THREE, heads, strict=bool(heads)))
     assert settings("--head para=mlp").heads == {"para": "mlp"}
 
 

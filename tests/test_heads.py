@@ -1,5 +1,6 @@
 """Heads against their formula."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import Batch
-from heads import HEADS, Encoded, LstmHead, MlpHead, Reads, RoutingHead
+from heads import HEADS, Encoded, LinearHead, LstmHead, MlpHead, Reads, RoutingHead, absorb_scale
 from helpers import (
     RecordedMasks,
     generator,
@@ -23,7 +24,7 @@ from helpers import (
 from model import FrozenEncoder, Layout, MultitaskBert
 from ops import DropoutMasks, Packing
 from pal import ProjectedAttention
-from parameters import Choice, NoParameters
+from parameters import Choice, NoParameters, parameters_type
 from routing import Routing
 
 LSTM = Choice("lstm", LstmHead.Parameters(6))
@@ -53,7 +54,7 @@ def test_a_head_is_dropout_and_linear_behind_its_hidden_layers(name: str, num_hi
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.reads == Reads.POOLED])
 def test_a_head_that_absorbs_a_scale_gives_for_features_what_it_gave_for_standardized_ones(name: str) -> None:
-    parameters = MlpHead.Parameters(2) if name == "mlp" else NoParameters()
+    parameters = MlpHead.Parameters(2) if name == "mlp" else parameters_type(HEADS[name])()
     head = HEADS[name](parameters, tiny_config(), 40, 5)
     assert isinstance(head, torch.nn.Module)
     randomize_vectors(head, 3)
@@ -62,6 +63,19 @@ def test_a_head_that_absorbs_a_scale_gives_for_features_what_it_gave_for_standar
     expected = head((features - shift) / scale, None)
     head.absorb(shift, scale)
     torch.testing.assert_close(head(features, None), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_whose_absorb_does_not_fit_is_refused() -> None:
+    class Unfit(LinearHead):
+        def forward(self, pooled: Tensor, masks: Any) -> Tensor:
+            return super().forward(nn.functional.normalize(pooled), masks)
+
+    features, moments = torch.randn(7, 40, generator=generator(1)) + 3, (torch.full((40,), 3.0), torch.ones(40))
+    for kind in (LinearHead, Unfit):
+        head = kind(NoParameters(), tiny_config(), 40, 5)
+        randomize_vectors(head, 3)
+        with pytest.raises(ValueError, match="gives other logits") if kind is Unfit else nullcontext():
+            absorb_scale(head, features, *moments)
 
 
 # ------------------------------------------------------------------------------------------ on hidden states

@@ -14,6 +14,7 @@ from datasets import Batch, Example, Tokenizer, tokenize
 from heads import MlpHead
 from helpers import (
     LINEAR,
+    THREE,
     RecordedMasks,
     generator,
     outputs,
@@ -32,7 +33,6 @@ from pal import ProjectedAttention
 from parameters import Choice
 from tasks import TASKS
 
-ALL = tuple(TASKS)
 MLP = Choice("mlp", MlpHead.Parameters(1))
 PAL = Choice("pal", ProjectedAttention.Parameters())
 
@@ -114,7 +114,7 @@ def test_a_pooler_that_is_not_read_is_neither_trained_nor_counted(pooling: str) 
 
 def test_heads_read_the_pooled_output_and_have_the_widths_of_their_tasks() -> None:
     model = shaken(tiny_model(adapter=PAL, head=MLP))
-    for task in ALL:
+    for task in THREE:
         batch = random_batch(task, 6)
         assert batch.tokens is not None
         states = model.encoder(batch.tokens, adapter=model.adapter(task))[batch.tokens.first_tokens]
@@ -129,7 +129,7 @@ def test_heads_read_the_pooled_output_and_have_the_widths_of_their_tasks() -> No
 def test_copied_top_layers_start_with_the_identical_output(copied: int, adapter: Choice | None) -> None:
     plain, model = tiny_model(adapter=adapter), tiny_model(adapter=adapter, copied=copied)
     assert torch.equal(outputs(model), outputs(plain))
-    for task in ALL:
+    for task in THREE:
         batch = random_batch(task, 6)
         assert torch.equal(model(task, batch, DropoutMasks(1)), plain(task, batch, DropoutMasks(1)))
         for i, layer in enumerate(model.top_layers_of(task), 2 - copied):
@@ -141,7 +141,7 @@ def test_copied_top_layers_start_with_the_identical_output(copied: int, adapter:
 def test_each_task_reads_through_the_shared_layers_and_then_its_own(copied: int) -> None:
     model = shaken(tiny_model(adapter=PAL, copied=copied, num_hidden_layers=3))
     assert len(model.encoder.layers) == 3 - copied and not model.shares_passes
-    for task in ALL:
+    for task in THREE:
         batch, whole = random_batch(task, 6), tiny_encoder(num_hidden_layers=3)
         state = model.encoder.state_dict()
         for i in range(copied):
@@ -171,7 +171,7 @@ def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPat
     model, together = shaken(tiny_model(adapter=PAL, head=MLP)), random_tokens(9)
     rows = together.input_ids[: together.num_tokens].split(together.packing.lengths.tolist())
     types = together.token_type_ids[: together.num_tokens].split(together.packing.lengths.tolist())
-    for task in ALL:
+    for task in THREE:
         expected = model(task, Batch(torch.zeros(9), tokens=together))
         for i, multiple in zip(range(9), (1, 7, 32) * 3, strict=True):
             monkeypatch.setattr(ops.packed, "rows_multiple", lambda *_, multiple=multiple: multiple)
@@ -181,7 +181,7 @@ def test_a_prediction_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPat
 
 def test_a_frozen_encoder_gives_the_logits_of_the_whole_model() -> None:
     model = shaken(tiny_model(adapter=PAL, head=MLP, copied=1))
-    for task in ALL:
+    for task in THREE:
         batch = random_batch(task, 5)
         features = Batch(batch.labels, features=model.pooled(task, batch).detach())
         assert torch.equal(FrozenEncoder(model)(task, features), model(task, batch))
@@ -217,7 +217,7 @@ def test_every_parameter_is_shared_or_one_task_s(adapter: Choice | None, copied:
     names, named = [name for group in groups for name in group], dict(model.named_parameters())
     assert sorted(names) == sorted(named) and parts.shared == model.shared_parameters()
     assert all(group[name] is named[name] for group in groups for name in group)
-    assert all(name.startswith("encoder.") for name in parts.shared) and tuple(parts.own) == ALL
+    assert all(name.startswith("encoder.") for name in parts.shared) and tuple(parts.own) == THREE
     for task, own in parts.own.items():
         assert all(name.split(".")[1] == task for name in own)
         others = {**model.head_parameters(task), **model.adapter_parameters(task)}

@@ -104,6 +104,7 @@ def test_the_card_tells_of_the_runs_before(treated_run: Path, tmp_path: Path) ->
         (tmp_path / "gone", ["It began with gone, of which no more is known."]),
     ):
         card = model_card(replace(run, config={**config, "checkpoint": str(start)}), "me/mine")
+        assert 'load(snapshot_download("me/mine")).predict("sst", ["a text"])' in card
         own, _, before = " ".join(card.partition("## Settings")[2].split()).partition("It began with ")
         assert "treatment sum" in own and "pretrain_lr" not in own and str(start.parent) not in card
         assert all(word in f"It began with {before}" for word in words)
@@ -117,8 +118,9 @@ def test_the_card_of_a_soup_says_so(treated_run: Path) -> None:
     card = model_card(replace(run, config=changed, results={**run.results, "soup": mixed}), "me/mine")
     assert "by which its checkpoints were chosen" in card and "greedy soup of 2 checkpoints" in card
     assert "\n1 of 2 are in the mean: run " in card
-    settings = card.partition("## Settings")[2]
+    settings, _, before = card.partition("## Settings")[2].partition("It began with run: ")
     assert not any(word in settings for word in ("seed", "epochs", "scheduler", "treatment", "/runs"))
+    assert "treatment pcgrad" in before and "began with a" not in card, "what is not in the mean is not told of"
 
 
 def test_a_card_of_the_sample_says_so(treated_run: Path) -> None:

@@ -220,7 +220,7 @@ def test_tasks_that_are_absent_keep_their_targets() -> None:
 
 
 @pytest.mark.parametrize("present", [[0], [2], [0, 2], [3, 1], [0, 1, 2, 3]])
-@pytest.mark.parametrize("name", TREATMENTS)
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac"])
 def test_any_subset_of_the_tasks_is_treated_as_if_it_were_all(name: str, present: list[int]) -> None:
     rows = gradients_of("conflicting", 4, seed=3)
     found = update(make(name, 4), rows, present, 5, [[slice(0, P)]])

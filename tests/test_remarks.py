@@ -40,7 +40,7 @@ def test_one_answer_throughout_is_remarked_by_task_and_name() -> None:
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        (epochs("pretrain", 0.3, 0.5) + epochs("finetune", 0.4, 0.499), "(best means 0.499 and 0.500;"),
+        (epochs("pretrain", 0.3, 0.5) + epochs("finetune", 0.4, 0.499), "(best means 0.4990 and 0.5000;"),
         (epochs("pretrain", 0.3, 0.5) + epochs("finetune", 0.5, 0.1), None),
         (epochs("pretrain", 0.5) + epochs("finetune", None), None),
         (epochs("pretrain", 0.5) + epochs("finetune"), None),

@@ -92,7 +92,7 @@ function show(answers) {
 for (const [name, task] of Object.entries(labels.tasks)) {
   const card = document.getElementById("card").content.cloneNode(true);
   card.querySelector("section").id = `task-${name}`;
-  card.querySelector("h2").textContent = `${task.title}, ${task.texts.length === 1 ? "of the first sentence" : "of both"}`;
+  card.querySelector("h2").textContent = `${task.title}, ${task.texts.length === 1 ? "of a sentence, the first" : "of both"}`;
   document.getElementById("answers").append(card);
 }
 
