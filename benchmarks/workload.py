@@ -11,7 +11,7 @@ import torch
 
 from bert import BertConfig
 from checkpoints import find_checkpoint, load_model, read_bert_config
-from datasets import Rows, RowStream, TokenizedRows, Tokenizer, TokenRows, data_folder, read_examples
+from datasets import Rows, RowStream, TokenizedRows, Tokenizer, TokenRows, data_folder, read_examples, tasks_in
 from engine import Methods, Stage, StageData, Trainer, rows_of_plan
 from evaluation import Precision
 from model import Layout, MultitaskBert, TaskModel, Trained
@@ -50,7 +50,8 @@ class Checkpoint:
     def rows(self, data: Path, split: str) -> dict[str, TokenizedRows]:
         """The rows of a split of all tasks. Raises DataError for a file that cannot be used."""
         folder, tokenizer = data_folder(str(data)), self.tokenizer()
-        files = {task: read_examples(folder / task.file_name(split), task, labelled=True) for task in TASKS.values()}
+        tasks = [TASKS[name] for name in tasks_in(str(data))]
+        files = {task: read_examples(folder / task.file_name(split), task, labelled=True) for task in tasks}
         device = torch.device("cpu")
         return {task.name: tokenize_file(file, task, tokenizer, device).rows for task, file in files.items()}
 

@@ -43,6 +43,7 @@ SETTINGS = {
     "data_files": {...: {"sha256": str}},
     "checkpoint": (None, str),
     "checkpoints": (None, [str]),
+    "automatic": (None, [str]),
 }
 RESULTS_BESIDE_SCORES = {
     "parameters": {"total": NUMBER},

@@ -32,11 +32,10 @@ from checkpoints import (
 )
 from flat_parameters import FlatParameters
 from heads import LstmHead, MlpHead, RoutingHead
-from helpers import LINEAR, Patch, generator, outputs, shaken, tiny_config, tiny_model, write_vocabulary
+from helpers import LINEAR, THREE, Patch, generator, outputs, shaken, tiny_config, tiny_model, write_vocabulary
 from model import Layout, MultitaskBert
 from pal import ProjectedAttention
 from parameters import Choice
-from tasks import TASKS
 
 MLP = Choice("mlp", MlpHead.Parameters(2))
 LSTM, ROUTING = Choice("lstm", LstmHead.Parameters(6)), Choice("routing", RoutingHead.Parameters(3, 2))
@@ -293,7 +292,7 @@ def test_adding_adapters_to_a_fine_tuned_checkpoint_starts_from_the_identical_ou
     folder = saved(plain, tmp_path)
     for adapter in (PAL, LOW_RANK):
         found = loaded(folder, Layout(plain.layout.heads, adapter))
-        assert found.new_parts == tuple(f"adapter {task}" for task in TASKS)
+        assert found.new_parts == tuple(f"adapter {task}" for task in THREE)
         assert torch.equal(outputs(found.model), outputs(plain))
         assert any(p.any() for p in found.model.adapters.parameters())
 

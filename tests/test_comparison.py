@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score
 
 from config import Config
-from helpers import Patch
+from helpers import THREE, Patch
 from made_runs import made_run, write_dev_files
 from reports.comparison import (
     NOT_COMPARED,
@@ -307,8 +307,8 @@ def test_predictions_that_are_all_equal_have_no_correlation() -> None:
 def test_the_interval_of_a_score_is_the_middle_of_its_resamples(files: Path) -> None:
     runs = [made_run(files, f"r{s}", seed=s) for s in range(2)]
     found = row_intervals(runs)
-    assert list(found) == [*TASKS, "mean"]
-    samples = {t: np.mean([resampled_scores(t, run.dev_rows(t)) for run in runs], axis=0) for t in TASKS}
+    assert list(found) == [*THREE, "mean"]
+    samples = {t: np.mean([resampled_scores(t, run.dev_rows(t)) for run in runs], axis=0) for t in THREE}
     assert found["sst"] == pytest.approx(np.quantile(samples["sst"], [0.025, 0.975]))
     assert found["mean"] == pytest.approx(np.quantile(np.mean(list(samples.values()), axis=0), [0.025, 0.975]))
     (runs[0].path / "predictions" / "para-dev-rows.csv").unlink()
@@ -331,7 +331,7 @@ def test_a_planted_difference_is_found(files: Path) -> None:
 def test_the_score_of_several_seeds_on_a_resample_is_their_mean(files: Path) -> None:
     runs = [made_run(files, f"r{s}", 0.1 + 0.1 * s, seed=s, lr=float(s == 2)) for s in range(3)]
     (mean,) = [c for c in compare(settings_of(runs))[0] if c.name == "mean"]
-    samples = [np.mean([resampled_scores(task, run.dev_rows(task)) for task in TASKS], axis=0) for run in runs]
+    samples = [np.mean([resampled_scores(task, run.dev_rows(task)) for task in THREE], axis=0) for run in runs]
     differences = samples[2] - np.mean(samples[:2], axis=0)
     assert mean.over_rows.low == pytest.approx(np.quantile(differences, 0.025), abs=1e-9)
     assert mean.over_rows.high == pytest.approx(np.quantile(differences, 0.975), abs=1e-9)

@@ -47,11 +47,11 @@ def test_all_train_together(extended: Path, tiny: Path, data: Path, tmp_path: Pa
     for split in ("train", "dev", "test"):
         like = TASKS["para"]
         content = (data / like.file_name(split)).read_text().replace(like.label_column, "relation")
-        (tmp_path / "data" / f"nli-{'test-student' if split == 'test' else split}.csv").write_text(content)
+        (tmp_path / "data" / f"mnli-{'test-student' if split == 'test' else split}.csv").write_text(content)
     places = ["--model", tiny, "--data", tmp_path / "data", "--out", tmp_path / "run"]
     subprocess.run([sys.executable, extended / "multitask_classifier.py", *places, *FLAGS.split()], check=True)
     dev = json.loads((tmp_path / "run" / "results.json").read_text())["dev"]
-    assert set(dev) == {"sst", "para", "sts", "nli", "mean"}
+    assert set(dev) == {"sst", "para", "sts", "mnli", "mean"}
 
 
 def test_the_other_tests_hold_with_them(extended: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import multitask_classifier
 from bert import BertConfig, empty_bert, initialize
@@ -63,7 +64,8 @@ from onnx_graph import (  # noqa: E402
     write_smaller,
 )
 from onnx_proof import score_of  # noqa: E402
-from reports.export_report import export_section  # noqa: E402
+from reports.export_report import export_section, write_card  # noqa: E402
+from reports.finished_run import FinishedRun  # noqa: E402
 from vocabulary import kept_pieces, without_others  # noqa: E402
 
 MLP = Choice("mlp", MlpHead.Parameters(layers=1))
@@ -431,6 +433,23 @@ def test_a_vocabulary_of_the_training_texts_serves_the_graph_and_what_stands_bes
         best = (int(found.argmax()), float(found.max())) if task == "sst" else float(found)
         assert best == pytest.approx(expected, abs=1e-4)
     assert len(tensors_of(out / "model.onnx")["model.encoder.word_embeddings.weight"]) == len(pieces)
+    found = json.loads((out / "report.json").read_text())["model.onnx"]
+    assert found["vocabulary"] == {"kept": len(pieces), "pieces": len(pieces) + 1} and found["max_loss"] == 1
+
+
+def test_the_card_of_an_export_has_the_scores_of_its_file_and_what_it_may_lose(
+    exported: Path, treated_run: Path, tmp_path: Path
+) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    report["model.onnx"]["dev"]["sst"]["accuracy"], report["model.onnx"]["dev"]["mean"] = 0.123, 0.321
+    report["model.onnx"]["vocabulary"] = {"kept": 1200, "pieces": 3000}
+    write_card(tmp_path, FinishedRun.read(treated_run), report)
+    card = (tmp_path / "model_card.md").read_text()
+    results = ModelCard(card).data.eval_results
+    assert results is not None and results[0].metric_value == 0.123
+    scores, _, files = card.partition("## Exported files")
+    assert " 0.321 " in scores and f"{report['program']['dev']['mean']:.3f} " not in scores
+    assert "1,200 of 3,000 word pieces" in files and "model.int8.onnx 1, model.small.onnx 2" in files
 
 
 def test_the_command_writes_and_proves_three_files(exported: Path, treated_run: Path) -> None:

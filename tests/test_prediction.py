@@ -23,7 +23,7 @@ import prediction
 from bert import initialize
 from checkpoints import load_model, save_checkpoint
 from datasets import Batch, Tokenizer, read_examples
-from helpers import LINEAR, ROOT, WORDS, Capture, Patch, generator, pack
+from helpers import LINEAR, ROOT, THREE, WORDS, Capture, Patch, generator, pack
 from model import Layout
 from prediction import LINE_BYTES, PredictionError, chunks_of_lines, texts_of_line
 from predictor import Predictor, load
@@ -39,7 +39,7 @@ def start_point(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     bert = load_model(tiny, layout, generator()).model
     initialize(bert.heads, 1.0, generator(2))
     predictor = Predictor(bert, Tokenizer(tiny, 64), torch.device("cpu"), 64, nullcontext)
-    for task in TASKS:
+    for task in THREE:
         middle = np.median(logits_of(predictor, task, random_rows(task, 30)), 0)
         bias: torch.Tensor = bert.get_parameter(f"heads.{task}.output.bias").data
         bias.add_(2.5 * (task == "sts") - torch.from_numpy(middle))
@@ -133,7 +133,7 @@ def values_of_file(run: Path, task: str) -> list[str]:
     return [line.rsplit(" , ", 1)[1].removesuffix(" ") for line in lines]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_predictions_are_those_of_the_runs_prediction_file(
     task: str, predicted: Lines, trained: Path, data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -150,13 +150,13 @@ def test_a_checkpoint_is_predicted_with_as_it_was_trained(
     predicted: Lines, siamese: Path, data: Path, tmp_path: Path
 ) -> None:
     run = train(tmp_path / "again", siamese, data, "--lr 1e-12")
-    for task in TASKS:
+    for task in THREE:
         expected = values_of_file(siamese, task)
         assert [line.split("\t")[0] for line in predicted(task, content(dev_rows(data, task)), siamese)] == expected
         assert values_of_file(run, task) == expected
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_the_probability_is_that_of_the_predicted_answer_and_the_python_form_gives_the_same(
     task: str, predicted: Lines, trained: Path
 ) -> None:
@@ -195,7 +195,7 @@ def logits_of(predictor: Predictor, task: str, rows: Sequence[tuple[str, ...]]) 
     return np.asarray(torch.cat(parts))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", THREE)
 def test_predictions_come_in_the_order_of_the_input_whatever_the_chunks(
     task: str, predicted: Lines, trained: Path, monkeypatch: Patch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import multitask_classifier
-from helpers import ROOT, Capture, Patch, run_python
+from helpers import ROOT, THREE, Capture, Patch, run_python
 from made_runs import labels_of, noisy, training_records, write_dev_files, write_run
 from reports.finished_run import FinishedRun
 from reports.report import main
@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def made(files: Path, name: str, /, noise: float = 0.3, **flags: Any) -> Path:
-    predictions = {task: noisy(files, task, noise, flags.get("seed", 0)) for task in TASKS}
+    predictions = {task: noisy(files, task, noise, flags.get("seed", 0)) for task in THREE}
     return write_run(files.parent / name, files, predictions, training_records(is_treated=True), **flags)
 
 
@@ -53,13 +53,13 @@ def test_one_run_has_its_plots_scores_errors_and_paths(treated_run: Path, tmp_pa
     found = sections_of(out)
     results = json.loads((copy / "results.json").read_text())
     scores = found[f"Run {copy}"]
-    for task in TASKS:
+    for task in THREE:
         for name, value in results["dev"][task].items():
             assert re.search(rf"{re.escape(TASKS[task].title)} +8  {name} +{re.escape(f'{value:.3f}')}", scores)
     assert len(re.findall(r"-?\d\.\d{3} to -?\d\.\d{3}", scores)) == 4  # each task and the mean
     gradients = found["Task gradients under pcgrad"]
     assert f"{results['gradients']['finetune']['cosine']['sst-sts']:.3f}" in gradients
-    assert {f"{task.title}: errors" for task in TASKS.values()} <= set(found)
+    assert {f"{task.title}: errors" for task in (TASKS[name] for name in THREE)} <= set(found)
     for path in (*(copy / "plots").iterdir(), copy / "results.json", copy / "predictions", copy / "best"):
         assert str(path) in found["Files"]
 
@@ -142,7 +142,7 @@ def test_several_runs_are_a_table_of_settings_with_tests(files: Path, capsys: Ca
         r"^lr 2.0 +bad0, bad1, bad2 +1 min 41 s +22.7 M +lr 2.0$", "\n".join(lines), flags=re.MULTILINE
     )  # the key
     assert "scheduler" not in out and "threads" not in out
-    constant = [FinishedRun.read(good[0]).guesses[task] for task in TASKS]
+    constant = [FinishedRun.read(good[0]).guesses[task] for task in THREE]
     cells = [f"{score:.3f}" for score in (*constant, statistics.mean(constant))]
     assert lines[5].split() == ["constant", *cells] and constant[0] == pytest.approx(0.2, abs=0.1)
     assert "fine-tuning ended below its frozen stage: bad0, bad1, bad2, good0, good1, good2" in " ".join(out.split())
@@ -181,7 +181,7 @@ def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, caps
     assert [row["model"] for row in rows] == [*[FinishedRun.read(single).config["model"]] * 2, "runs/first"]
     for row in rows:
         of = FinishedRun.read(Path(row["run"]))
-        for task in TASKS:
+        for task in THREE:
             for metric in ("pearson", "spearman") if task == "sts" else ("accuracy", "macro_f1"):
                 expected = of.results["dev"].get(task, {}).get(metric, "")
                 assert row[f"{task}_{metric}"] == str(expected)

@@ -1,4 +1,4 @@
-"""The figures of docs/results.md are those of the runs beside it, the diffs of CONTRIBUTING.md those of the code."""
+"""The figures of docs/results.md are those of the runs beside it."""
 
 import json
 import re
@@ -40,19 +40,3 @@ def test_a_line_is_the_mean_and_deviation_of_its_runs(name: str, cells: str, _: 
         assert float(shown) == pytest.approx(mean(column), abs=0.00051)
         if len(runs) > 1:
             assert float(deviation) == pytest.approx(stdev(column), abs=0.00051)
-
-
-DIFFS = re.findall(
-    r"^\*\*[^*]+\*\* \(`(\w+\.py)`\).*?```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M | re.S
-)
-
-
-@pytest.mark.parametrize(("name", "diff"), DIFFS, ids=[name for name, _ in DIFFS])
-def test_a_diff_takes_away_and_keeps_lines_that_stand_in_its_file(name: str, diff: str) -> None:
-    code = (ROOT / name).read_text("utf-8").splitlines()
-    kept = [line[1:] for line in diff.splitlines() if line[:1] in ("-", " ")]
-    assert kept and [line for line in kept if line not in code] == []
-
-
-def test_each_variation_has_its_diff() -> None:
-    assert [name for name, _ in DIFFS] == ["tasks.py", "schedulers.py", "pcgrad.py", "smart.py", "heads.py", "pal.py"]

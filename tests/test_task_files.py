@@ -15,7 +15,7 @@ import run as running
 from bert import CheckpointError
 from config import FlagError, parse
 from datasets import DataError, read_examples
-from helpers import WORDS, Capture, Patch, cases
+from helpers import THREE, WORDS, Capture, Patch, cases
 from predictor import load
 from reports.data_report import main as describe
 from reports.finished_run import FinishedRun
@@ -269,7 +269,7 @@ def test_all_tasks_train_together_and_their_file_is_not_needed_again(
     five: Path, file: Path, runs: Runs, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     saved = json.loads((five / "config.json").read_text())
-    assert saved["tasks"] == [*TASKS, "nli", "valence"] and saved["data_files"]["nli-dev"]["rows"] == 100
+    assert saved["tasks"] == [*THREE, "nli", "valence"] and saved["data_files"]["nli-dev"]["rows"] == 100
     scores = json.loads((five / "results.json").read_text())
     assert len(scores["confusion"]["nli"]) == 3 and set(scores["dev"]["valence"]) == {"pearson", "spearman"}
     written = (five / "predictions" / "nli-test-output.csv").read_text().splitlines()
