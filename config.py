@@ -643,12 +643,16 @@ def _contradictions(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield from _conflicts(config, given)
 
 
+def has_frozen_stage(config: Config) -> bool:
+    """Whether heads are trained on the frozen encoder, or would be if the run trains: a checkpoint's are trained."""
+    return config.option != "finetune" or not (config.checkpoint or config.pretrain_epochs == 0)
+
+
 def flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Each flag that lacks what it needs, and why it would do nothing."""
     option, is_full = f"--option {config.option}", config.option == "finetune"
     of_several = ("draws_per_step", "scheduler", "task_weights", "copy_top_layers")
     of_checkpoint = ("checkpoint", "model", "head", "pooling", "pairs")
-    has_frozen_stage = not (is_full and (config.checkpoint or config.pretrain_epochs == 0))
     tuning = (*REGULARIZERS, *ADAPTERS, "train", "epochs", "lr", "draws_per_step", "average", *of_several[2:])
     training = ["augment", "drop_longest", "steps_per_epoch", "accumulation_steps", "warmup", "scheduler", "patience"]
     training += ["weight_decay", "pretrain_epochs", "pretrain_lr", "pretrain_weight_decay", "save_every"]
@@ -670,7 +674,7 @@ def flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[st
         (config.option != "soup", f"{option} takes it from --checkpoints", of_checkpoint),
         (config.option != "individual_pretrain", "individual_pretrain trains one task at a time", ("scheduler",)),
         (config.mlm_epochs > 0, "expected only with --mlm_epochs", ("mlm_lr",)),
-        (has_frozen_stage, "there is no frozen stage", ("pretrain_lr", "pretrain_weight_decay")),
+        (has_frozen_stage(config), "there is no frozen stage", ("pretrain_lr", "pretrain_weight_decay")),
         (has_pairs, f"no task of {' '.join(config.tasks)} compares two texts", ("pairs",)),
         (reads_pooled, "no head reads a pooled vector", ("pooling",)),
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
@@ -688,7 +692,7 @@ def idle_flags(config: Config, values: Mapping[str, Any]) -> set[str]:
     idle = {name for name, _ in flags_in_vain(config, values)}
     if config.option != "finetune" or len(config.tasks) == 1:  # _conflicts has the reasons
         idle |= {"treatment", *TREATMENTS} & values.keys()
-    return idle
+    return idle | ({"pretrain_epochs"} if config.option == "finetune" and config.checkpoint else set())
 
 
 def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:

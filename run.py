@@ -29,7 +29,7 @@ from checkpoints import (
     read_layout,
     save_checkpoint,
 )
-from config import Config, FlagError, automatic
+from config import Config, FlagError, automatic, has_frozen_stage
 from console import Console, duration, size
 from datasets import (
     DataError,
@@ -154,6 +154,7 @@ def resolve(config: Config, processes: ProcessGroup = ALONE) -> tuple[Config, Pa
         checkpoint=str(Path(config.checkpoint).resolve()) if config.checkpoint else "",
         checkpoints=tuple(str(Path(name).resolve()) for name in config.checkpoints),
         lr=config.lr or default_learning_rate(encoder.hidden_size),
+        pretrain_epochs=0 if config.option == "finetune" and config.checkpoint else config.pretrain_epochs,
         mlm_lr=config.mlm_lr or (default_learning_rate(encoder.hidden_size) if config.mlm_epochs else 0.0),
         draws_per_step=config.draws,
         max_length=config.max_length or most,
@@ -230,7 +231,7 @@ def plan_stages(config: Config, data: Data) -> list[Stage]:
     frozen = make_stage(config, data, "pretrain", config.tasks, is_frozen=True)
     if config.option == "pretrain":
         return [*first, frozen]
-    first += [frozen] if config.pretrain_epochs > 0 and not config.checkpoint else []
+    first += [frozen] if has_frozen_stage(config) else []
     return [*first, make_stage(config, data, "finetune", config.tasks, is_frozen=False)]
 
 

@@ -89,6 +89,12 @@ def settings_of(runs: Sequence[FinishedRun]) -> list[Setting]:
     return sorted(settings, key=lambda s: (s.data, -len(s.tasks), s.tasks, -float(s.scores(MEAN).mean())))
 
 
+def titles(settings: Sequence[Setting]) -> list[str]:
+    """The names of settings, with their data where those differ."""
+    is_same = len({s.data for s in settings}) == 1
+    return [s.name if is_same or s.data in s.name else f"{s.name} ({s.data})" for s in settings]
+
+
 def short_names(flags: Sequence[Mapping[str, str]], automatic: Sequence[Set[str]]) -> list[str]:
     """Names of settings: as few flags as tell them apart, words before numbers such as a learning rate.
 
@@ -156,7 +162,7 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 def in_vain(config: Mapping[str, Any]) -> set[str]:
     """The flags that do nothing under a run's --option."""
     if config.get("option", FINETUNE) == FINETUNE:
-        return {"soup"}
+        return {"soup", *(["pretrain_epochs"] if config.get("checkpoint") else [])}
     from config import from_dict, idle_flags  # loads torch
 
     return idle_flags(from_dict(config), config)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from reports.comparison import Setting, row_intervals, score_names
+from reports.comparison import Setting, row_intervals, score_names, titles
 from reports.finished_run import MEAN, FinishedRun
 from run_record import CONFIG, DevRows, RunError, read_json, write_atomically
 from tasks import TASKS, Task, is_degenerate
@@ -299,7 +299,7 @@ def write_run_plots(path: Path, results: Mapping[str, Any], format: str) -> None
 def draw_comparison(settings: Sequence[Setting]) -> Plot:
     """Scores of each setting."""
     names = score_names(settings)
-    labels = [textwrap.fill(setting.name, 36) for setting in settings]
+    labels = [textwrap.fill(title, 36) for title in titles(settings)]
     height = 0.14 * sum(1 + text.count("\n") for text in labels) + 0.25 * len(settings) + 0.8
     size = (2.1 + 2.6 / len(names), height)
     figure, axes = panels(list(names.values()), "score on the dev file", "", size=size, sharey=True)

@@ -37,6 +37,7 @@ from reports.comparison import (
     row_intervals,
     score_names,
     settings_of,
+    titles,
 )
 from reports.document import NO_BREAK, Section, Table, to_html, to_text
 from reports.error_analysis import by_class, by_length, most_wrong
@@ -140,9 +141,8 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
     names, rows, key = score_names(settings), list[dict[str, Any]](), []
     common = common_values([s.flags for s in settings])
     all_data = dict.fromkeys(s.data for s in settings)
-    for s in settings:
-        row_name = s.name if len(all_data) == 1 or s.data in s.name else f"{s.name} ({s.data})"
-        rows.append({"setting": row_name, **{title: _scores_cell(s, name) for name, title in names.items()}})
+    for s, own_title in zip(settings, titles(settings), strict=True):
+        rows.append({"setting": own_title, **{title: _scores_cell(s, name) for name, title in names.items()}})
         seconds = float(np.mean([run.results["seconds"]["training"] for run in s.runs]))
         is_full = s.runs[0].config.get("option") == FINETUNE  # of others, what does nothing there is not named
         others = {flag: value for flag, value in s.flags.items() if value != common.get(flag)}

@@ -381,6 +381,8 @@ def test_the_model_of_a_run_that_begins_with_a_checkpoint_is_that_of_the_checkpo
     """Of a folder that belongs to no run it is not known, and a new head reads its pooler as of any new model."""
     flags = "--epochs 1 --steps_per_epoch 1"
     first = runs.run(tmp_path / "first", f"{flags} --checkpoint {runs.whole()}")
+    begun = read(first / "config.json")
+    assert begun["pretrain_epochs"] == 0 and "pretrain_epochs" in begun["automatic"], "there is no frozen stage"
     soup = "--option soup --checkpoints {0} {0}/last --data {1} --out {2} --no-tensorboard --cache off --device cpu"
     run(soup.format(first, runs.data, tmp_path / "soup").split())
     assert [read(of / "config.json")["model"] for of in (first, tmp_path / "soup")] == [str(runs.tiny)] * 2

@@ -98,7 +98,7 @@ def test_the_card_says_how_it_was_trained(treated_run: Path) -> None:
 
 def test_the_card_tells_of_the_runs_before(treated_run: Path, tmp_path: Path) -> None:
     run = FinishedRun.read(treated_run)
-    config = {**run.config, "treatment": "sum", "pcgrad": False, "pretrain_epochs": 0}
+    config = {**run.config, "treatment": "sum", "pcgrad": False, "pretrain_epochs": 25}
     for start, words in (
         (treated_run / "best", ["It began with run: option finetune, ", "treatment pcgrad", "Rows of data: sst train"]),
         (tmp_path / "gone", ["It began with gone, of which no more is known."]),
@@ -106,7 +106,7 @@ def test_the_card_tells_of_the_runs_before(treated_run: Path, tmp_path: Path) ->
         card = model_card(replace(run, config={**config, "checkpoint": str(start)}), "me/mine")
         assert 'load(snapshot_download("me/mine")).predict("sst", ["a text"])' in card
         own, _, before = " ".join(card.partition("## Settings")[2].split()).partition("It began with ")
-        assert "treatment sum" in own and "pretrain_lr" not in own and str(start.parent) not in card
+        assert "treatment sum" in own and "pretrain_" not in own and str(start.parent) not in card
         assert all(word in f"It began with {before}" for word in words)
 
 

@@ -17,7 +17,9 @@ import pytest
 import multitask_classifier
 from helpers import ROOT, THREE, Capture, Patch, run_python
 from made_runs import labels_of, noisy, training_records, write_dev_files, write_run
+from reports.comparison import settings_of, titles
 from reports.finished_run import FinishedRun
+from reports.plots import draw_comparison
 from reports.report import main
 from tasks import TASKS
 
@@ -169,6 +171,11 @@ def test_other_data_and_other_tasks_are_not_mixed(files: Path, tmp_path: Path, c
     assert "Runs on different data are listed apart" in out and "Means over different tasks are not compared" in out
     rows = [line for line in sections_of(out)["Differences from the best"].splitlines() if line.startswith("tasks")]
     assert len(rows) == 1 and re.match(r"tasks sst  sst +\+0\.083 ", rows[0])
+    named = made(write_dev_files(tmp_path / "b" / "data", 120, seed=1), "named", name="mine", lr=9.0)
+    settings = settings_of([FinishedRun.read(path) for path in (made(files, "first"), other, named)])
+    assert "mine (data #2)" in titles(settings) and not any("#2 (" in title for title in titles(settings))
+    labels = [text.get_text() for text in draw_comparison(settings).figure.axes[0].get_yticklabels()]
+    assert labels == titles(settings)
 
 
 def test_csv_has_a_row_a_run_and_the_same_columns_for_all_runs(files: Path, capsys: Capture) -> None:

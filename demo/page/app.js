@@ -92,14 +92,15 @@ function show(answers) {
 for (const [name, task] of Object.entries(labels.tasks)) {
   const card = document.getElementById("card").content.cloneNode(true);
   card.querySelector("section").id = `task-${name}`;
-  card.querySelector("h2").textContent = `${task.title}, ${task.texts.length === 1 ? "of a sentence, the first" : "of both"}`;
+  card.querySelector("h2").textContent = `${task.title}, ${task.texts.length === 1 ? "of the first sentence" : "of both"}`;
   document.getElementById("answers").append(card);
 }
 
 let number = 0;
 async function update() {
   const mine = ++number;
-  const given = texts.map((text) => text.value).filter((text) => text.trim());
+  const values = texts.map((text) => text.value);
+  const given = values[0].trim() ? values.filter((text) => text.trim()) : []; // one sentence is the first
   try {
     const { answers, milliseconds } = given.length ? await answer(given) : { answers: {} };
     if (mine !== number) return;
