@@ -291,7 +291,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def automatic(asked: Config, resolved: Config) -> list[str]:
     """The flags that were left to the program, by what was asked for and what run.resolve made of it."""
     values = resolved.to_dict()
-    return [name for name, value in asked.to_dict().items() if value in (0, "", "auto") and value != values[name]]
+    changed = {name: value for name, value in asked.to_dict().items() if value != values[name]}
+    return [name for name, value in changed.items() if value in (0, "", "auto") or name == "pretrain_epochs"]
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -692,7 +693,9 @@ def idle_flags(config: Config, values: Mapping[str, Any]) -> set[str]:
     idle = {name for name, _ in flags_in_vain(config, values)}
     if config.option != "finetune" or len(config.tasks) == 1:  # _conflicts has the reasons
         idle |= {"treatment", *TREATMENTS} & values.keys()
-    return idle | ({"pretrain_epochs"} if config.option == "finetune" and config.checkpoint else set())
+    if config.option == "finetune" and config.checkpoint:
+        idle |= {"pretrain_epochs"} & values.keys()
+    return idle
 
 
 def _conflicts(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
