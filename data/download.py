@@ -69,12 +69,11 @@ FILES = (
 )
 
 
-def transfer(file: RemoteFile, target: Path, url: str, output_file: str, fetcher: Any) -> None:
-    """pooch's way to a file, collected beside its target: an attempt goes on where the last one stopped.
+def transfer(file: RemoteFile, path: Path, url: str, output_file: str, fetcher: Any) -> None:
+    """pooch's way to a file, collected in path: an attempt goes on where the last one stopped.
 
     pooch tries again after a RequestException, but not after a FileError.
     """
-    path = target.with_name(f"{target.name}.part")
     with path.open("ab") as part:
         start = part.tell()
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
@@ -105,10 +104,10 @@ def fetch(file: RemoteFile, folder: Path, base_url: str, retries: int) -> str:
             raise FileError(f"{target}: {problem}; left as it is, move it away to fetch the public file")
         return "already there, verified"
     fetcher = pooch.create(folder, base_url, registry={file.name: file.sha256}, retry_if_failed=retries)
+    part = target.with_name(f"{target.name}.part")
     try:
-        fetcher.fetch(file.name, downloader=partial(transfer, file, target))
+        fetcher.fetch(file.name, downloader=partial(transfer, file, part))
     finally:
-        part = target.with_name(f"{target.name}.part")
         if part.exists() and not part.stat().st_size:
             part.unlink()
     return "fetched, verified"
