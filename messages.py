@@ -40,12 +40,17 @@ def _quoted(word: str) -> str:
     return "$'" + "".join(c if c.isalnum() else code for c, code in zip(word, hexes, strict=True)) + "'"
 
 
+def here(script: Path = SCRIPT) -> Path:
+    """How a script of ours is called from the working directory: from our folder short, else with its whole path."""
+    short = script.relative_to(SCRIPT.parent)
+    return short if short.exists() and script.samefile(short) else script
+
+
 def resume_command(path: object, num_processes: int = 1, num_machines: int = 1) -> str:
     """The command that goes on with a run, with so many processes on each of so many machines."""
     machines = (f"--nnodes={num_machines}",) if num_machines > 1 else ()
     how = (*machines, f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
-    is_here = os.path.exists(SCRIPT.name) and SCRIPT.samefile(SCRIPT.name)
-    program = COMMAND[-1] if IS_INSTALLED or is_here else SCRIPT
+    program = COMMAND[-1] if IS_INSTALLED else here()
     words = (*COMMAND[:-1],) if num_processes == num_machines == 1 else ("torchrun", *how)
     return command(*words, program, f"--resume={path}")
 

@@ -89,7 +89,7 @@ fail() { echo "$1" | tee -a "$failures"; }
 # run_once HOW NAME FLAGS...: HOW is what to do where another sweep has the run: wait for it, or only try. Without flags
 # it has those of before.
 run_once() {
-    local how=$1 name=$2 folder=$OUT/$2 flags status child
+    local how=$1 name=$2 folder=$OUT/$2 flags status child line
     shift 2
     exec 9>"$folder.lock" # held by the run too, as long as it lives
     [ "$how" = wait ] && flock 9 2>/dev/null
@@ -127,7 +127,10 @@ run_once() {
         do :; done
         trap - TERM
         if [ "$status" -eq 0 ]; then echo "$name: done"
-        else fail "$name: exit status $status, $(tail -n 1 "$folder.log")"; fi
+        else
+            line=$(tail -n 1 "$folder.log")
+            fail "$name: exit status $status${line:+, $line}"
+        fi
     fi
     exec 9>&-
 }

@@ -28,17 +28,18 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert import CheckpointError
 from config import FlagError, make_parser, parse
-from messages import print_error
+from messages import SCRIPT, command, here, print_error
 from run import resolve
 from run_record import CONFIG, METRICS, RESULTS, RunError, parse_records, read_json
 
-COMMAND = (sys.executable, str(Path(__file__).resolve().parent.parent / "multitask_classifier.py"))
+COMMAND = (sys.executable, str(SCRIPT))
 POLL_SECONDS = 0.5
 RANDOM_TRIALS = 10  # before the sampler goes by what it has seen
 TRIALS_BEFORE_PRUNING = 5
@@ -270,8 +271,8 @@ def report(study: optuna.Study, space: Space) -> list[str]:
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         return [*lines, "", "no trial has finished"]
     best = study.best_trial
-    command = ["python", "multitask_classifier.py", *space.fixed, *best.user_attrs["flags"]]
-    lines += ["", f"best: trial {best.number}, mean {best.value:.4f}", f"    {shlex.join(command)}"]
+    flags = [*space.fixed, *best.user_attrs["flags"]]
+    lines += ["", f"best: trial {best.number}, mean {best.value:.4f}", f"    {command('python', here(), *flags)}"]
     if any(is_default(trial) and trial.value == best.value for trial in study.trials):
         lines.append("no trial beat the defaults")
     return lines
@@ -281,7 +282,7 @@ def open_study(own: argparse.Namespace, space: Space, out: Path) -> tuple[optuna
     """The study in the database, and whether it is new. Raises SearchError if it cannot be had or is another's."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    url, place = own.storage or f"sqlite:///{out / 'study.db'}", f"--storage {own.storage or out}"
+    url, place = own.storage or f"sqlite:///{out / 'study.db'}", f"--storage {without_password(own.storage) or out}"
     pruner = optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, n_warmup_steps=FIRST_PRUNED_EPOCH)
     options: Any = {"study_name": own.study, "pruner": pruner}
     try:
@@ -304,6 +305,14 @@ def open_study(own: argparse.Namespace, space: Space, out: Path) -> tuple[optuna
         problem = "was begun with other flags behind --, or another's runs are in --out"
         raise SearchError(f"--study {own.study}: {problem}, expected another --study and --out")
     return study, is_new
+
+
+def without_password(url: str) -> str:
+    """The address of a database as it may be shown."""
+    try:
+        return make_url(url).render_as_string()
+    except ArgumentError:
+        return url
 
 
 def make_storage(url: str) -> RDBStorage:
@@ -337,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.excepthook = lambda _: None  # the heartbeat's thread: where the database fails it, it fails the search
-    out = Path(own.out).resolve()
+    out, storage = Path(own.out).resolve(), without_password(own.storage)
     try:
         if own.trials < 1:
             raise SearchError(f"--trials {own.trials}: expected a number above 0")
@@ -356,10 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (StorageInternalError, UnboundLocalError) as error:  # the second is Optuna's, at the end of a trial
         problem = f"has failed ({first_cause(error)}); the same command goes on"
-        print_error(SearchError(f"--storage {own.storage or out}: {problem}"))
+        print_error(SearchError(f"--storage {storage or out}: {problem}"))
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; to go on: {shlex.join(['python', 'sweeps/search.py', *arguments])}")
+        words = [word.replace(own.storage, storage) if own.storage else word for word in arguments]
+        print(f"stopped; to go on: {command('python', here(Path(__file__).resolve()), *words)}")
         return 130
 
 

@@ -248,9 +248,10 @@ def test_a_stop_ends_the_run_cleanly_and_the_same_command_resumes_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(search, "dev_means", stop_after_an_epoch)
+        patch.chdir(fake.folder)  # from elsewhere it names where the program is
         assert fake.run(2) == 130
     arguments = shlex.join(["--trials", "2", "--out", str(fake.out), "--", *fake.fixed])
-    assert capsys.readouterr().out.endswith(f"stopped; to go on: python sweeps/search.py {arguments}\n")
+    assert capsys.readouterr().out.endswith(f"stopped; to go on: python {search.__file__} {arguments}\n")
     assert (fake.out / "trial-1.log").read_text() == "stopped\n"
     fake.plan({1: {"means": [0.2, 0.9]}})
     assert fake.run(2) == 0
@@ -441,6 +442,7 @@ def test_workers_share_a_study_in_postgresql_and_one_may_be_killed(
         ("", "--option pretrain", "--option pretrain: expected no such flag behind --, a search fine-tunes"),
         ("", "--warmup 3", "--warmup 3.0: expected a number from 0 to below 1"),
         ("--storage nonsense", "", "--storage nonsense: cannot be used"),
+        ("--storage mysql://me:secret@host/x", "", "--storage mysql://me:***@host/x: its driver is not installed"),
         ("--storage sqlite:///{folder}/study.db", "", "--storage sqlite:///{folder}/study.db: cannot be used"),
         ("--trials 0", "", "--trials 0: expected a number above 0"),
         ("--out /dev/null/x", "", "/dev/null/x: Not a directory"),
