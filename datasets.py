@@ -1,7 +1,7 @@
 """From csv files to batches: rows are read and checked, tokenized once, and packed.
 
 CS224N's files are tab-separated despite their name. Columns are found by name; a row whose label is empty is skipped
-and reported; anything else that is wrong is one `DataError` with file and line.
+and reported; anything else that is wrong is a `DataError` with file and line, and up to ROWS_NAMED such rows at once.
 
 Shape letters: R rows of a data set, N packed tokens, B rows of a batch.
 """
@@ -30,11 +30,12 @@ from tsv import DELIMITERS, json_rows, numbered_rows
 
 SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
 ROBERTAS = {"PAD": "<pad>", "UNK": "<unk>", "CLS": "<s>", "SEP": "</s>", "MASK": "<mask>"}  # for BERT's [PAD], ...
+ROWS_NAMED = 5  # of a file's that cannot be used
 ROWS_PER_CALL = 4096  # the tokenizer's results hold a hundred times the memory of the ids that are kept of them
 
 
 class DataError(ValueError):
-    """A data file cannot be used; the message is one line with file, line, what was found and what is allowed."""
+    """A data file cannot be used; each argument is a line with file, line, what was found and what is allowed."""
 
 
 class OutputError(ValueError):
@@ -99,13 +100,21 @@ def parse_examples(path: Path, content: bytes, task: Task, labelled: bool) -> Da
     if header is None:
         raise DataError(f"{path}: the file is empty, expected a header line and rows")
     columns = _columns(path, header[1], wanted, delimiter)
-    examples, skipped = [], []
+    examples, skipped, problems = list[Example](), list[int](), list[str]()
     for line, cells in rows:
-        example = _example(path, line, cells, len(header[1]), columns, task)
+        try:
+            example = _example(path, line, cells, len(header[1]), columns, task)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         if labelled and np.isnan(example.label):
             skipped.append(line)
         else:
             examples.append(example)
+    if problems:
+        rest = len(problems) - ROWS_NAMED
+        more = [f"{path}: {counted(rest, 'more row')} that cannot be used"] if rest > 0 else []
+        raise DataError(*problems[:ROWS_NAMED], *more)
     if not examples:
         place = " below the header" * bool(delimiter)
         raise DataError(f"{path}: no rows{' with a label' * bool(skipped)}{place}, expected at least one")

@@ -143,7 +143,7 @@ class FinishedRun:
             path = TASKS[task].path("dev", data_folder(self.config["data"], ""))
             file = read_examples(path, TASKS[task], labelled=True)
         except DataError as error:
-            raise RunError(str(error)) from None
+            raise RunError(*error.args) from None
         if file.sha256 != self.data_checksums("dev").get(TASKS[task].file_key("dev")):
             raise RunError(f"{path}: the file has changed since the run {self.path}")
         return file.examples

@@ -143,6 +143,18 @@ def test_a_bad_file_is_one_line_with_file_and_line(
     assert str(error.value).startswith(f"{tmp_path / 'rows.csv'}{message}") and "\n" not in str(error.value)
 
 
+def test_rows_that_cannot_be_used_are_named_together_up_to_a_number(tmp_path: Path) -> None:
+    for num_bad, more in ((2, []), (7, ["2 more rows"]), (6, ["1 more row"])):
+        content = "id\tsentence\tsentiment\n" + "".join(f"{i}\ttext\t{9 if i < num_bad else 0}\n" for i in range(8))
+        with pytest.raises(DataError) as error:
+            read(tmp_path, content, SST)
+        named = [
+            f"{tmp_path / 'rows.csv'}:{i + 2}: sentiment is '9', expected a whole number from 0 to 4"
+            for i in range(min(num_bad, 5))
+        ]
+        assert list(error.value.args) == named + [f"{tmp_path / 'rows.csv'}: {of} that cannot be used" for of in more]
+
+
 def test_a_missing_file_and_a_missing_directory_are_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.csv", tmp_path):
         with pytest.raises(DataError) as error:
