@@ -210,46 +210,51 @@ def pack_tables(graph: Any, bits: int) -> None:
     """
     from onnx import numpy_helper
 
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = list(graph.node)
-    graph.ClearField("node")
-    for node in nodes:
-        tensor = tensors.get(node.input[0]) if node.op_type == "Gather" else None
-        if tensor is None or len(tensor.dims) != 2 or np.prod(tensor.dims) < SMALL_TABLE:
-            graph.node.append(node)
+    looked_up = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    is_packed_of = dict[str, bool]()
+    for tensor in [of for of in graph.initializer if of.name in looked_up]:
+        if len(tensor.dims) != 2 or np.prod(tensor.dims) < SMALL_TABLE:
             continue
         table = numpy_helper.to_array(tensor)
         is_packed = bits == 4 and table.size >= LARGE_TABLE and table.shape[1] % 2 == 0
+        is_packed_of[tensor.name] = is_packed
         block = BLOCK if is_packed and table.shape[1] % BLOCK == 0 else table.shape[1]
         whole, scales = quantized_blocks(table, 4 if is_packed else 8, block)
-        constants = {"scales": scales, "whole": whole, "blocks": [0, *scales.shape[1:2], block], "row": [0, -1]}
+        constants = {"scales": scales, "whole": whole, "blocks": [0, *scales.shape[1:2], block], "row": [0, table.shape[1]]}
         if is_packed:
             low, high = np.split((whole + 8).astype(np.uint8), 2, axis=1)  # (V, N / 2) each
             constants |= {"whole": low | high << 4, "mask": np.uint8(15), "shift": np.uint8(4), "middle": np.float32(8)}
         graph.initializer.remove(tensor)
         for name, value in constants.items():
             graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{tensor.name}.{name}"))
-        graph.node.extend(_lookup(tensor.name, node.input[1], node.output[0], is_packed))
+    nodes = list(graph.node)
+    graph.ClearField("node")
+    for node in nodes:
+        is_lookup = node.op_type == "Gather" and node.input[0] in is_packed_of
+        graph.node.extend(_lookup(node, is_packed_of[node.input[0]]) if is_lookup else [node])
 
 
-def _lookup(table: str, ids: str, output: str, is_packed: bool) -> Iterator[Any]:
-    """The nodes that look up the rows (T, N) of ids (T,), whose constants are named behind the table."""
+def _lookup(node: Any, is_packed: bool) -> Iterator[Any]:
+    """The nodes that look up the rows (T, N) of ids (T,) in place of one whose table has become constants."""
     from onnx import TensorProto, helper
 
-    unpacked: list[tuple[str, str, str, dict[str, Any]]] = [
+    (table, ids), (output,) = node.input, node.output
+    unpacked = [
         ("BitwiseAnd", "rows mask", "low", {}),
         ("BitShift", "rows shift", "high", {"direction": "RIGHT"}),
         ("Concat", "low high", "unpacked", {"axis": 1}),  # (T, N / 2) -> (T, N)
         ("Cast", "unpacked", "unsigned", {"to": TensorProto.FLOAT}),
         ("Sub", "unsigned middle", "floats", {}),
     ]
-    for kind, inputs, name, attributes in (
+    nodes: list[tuple[str, str, str, dict[str, Any]]] = [
         ("Gather", "whole ids", "rows", {}),
         *(unpacked if is_packed else [("Cast", "rows", "floats", {"to": TensorProto.FLOAT})]),
         ("Reshape", "floats blocks", "in_blocks", {}),  # (T, N) -> (T, N / block, block)
         ("Gather", "scales ids", "scales_of_rows", {}),  # (T, N / block, 1)
         ("Mul", "in_blocks scales_of_rows", "multiplied", {}),
         ("Reshape", "multiplied row", "output", {}),
-    ):
-        given = [ids if of == "ids" else f"{table}.{of}" for of in inputs.split()]
-        yield helper.make_node(kind, given, [output if name == "output" else f"{table}.{name}"], **attributes)
+    ]
+    names = {"ids": ids} | {name: f"{output}.{name}" for _, _, name, _ in nodes} | {"output": output}
+    for kind, inputs, name, attributes in nodes:
+        given = [names.get(of, f"{table}.{of}") for of in inputs.split()]
+        yield helper.make_node(kind, given, [names[name]], **attributes)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,18 +97,68 @@ MODELS: dict[str, tuple[BertConfig, Layout]] = {
 }
 
 
+GraphOf = Callable[[str], tuple[MultitaskBert, Path]]
+
+
+@pytest.fixture(scope="session")
+def graph_of(tmp_path_factory: pytest.TempPathFactory) -> GraphOf:
+    """A model and its graph, made once a process: torch.export takes an LSTM's lengths for constants the next time."""
+
+    @cache
+    def made(name: str) -> tuple[MultitaskBert, Path]:
+        config, layout = MODELS[name]
+        encoder = empty_bert(config)
+        initialize(encoder, STD, generator(0))
+        model = MultitaskBert(encoder, layout, generator(2))
+        initialize(model.heads, STD, generator(3))
+        shaken(model)
+        for parameter in model.heads["sts"].parameters() if "sts" in layout.heads else ():
+            parameter.data += 2.5 * (parameter.shape == (1,))  # its bias: not all scores are at an end of the scale
+        path = tmp_path_factory.mktemp("graph") / "model.onnx"
+        write_graph(model, path)
+        return model, path
+
+    return made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_graph_gives_the_programs_answers(name: str, tmp_path: Path, capsys: Capture) -> None:
-    config, layout = MODELS[name]
-    encoder = empty_bert(config)
-    initialize(encoder, STD, generator(0))
-    model = MultitaskBert(encoder, layout, generator(2))
-    initialize(model.heads, STD, generator(3))
-    shaken(model)
-    for parameter in model.heads["sts"].parameters() if "sts" in layout.heads else ():
-        parameter.data += 2.5 * (parameter.shape == (1,))  # its bias: not all scores are at an end of the scale
-    write_graph(model, tmp_path / "model.onnx")
-    session = open_session(tmp_path / "model.onnx")
+def test_a_smaller_graph_gives_the_answers_of_its_rounded_numbers(
+    name: str, bits: int, graph_of: GraphOf, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """All tables count as large and all layers stay in float; beside it the graph with its numbers replaced."""
+    monkeypatch.setattr(onnx_graph, "SMALL_TABLE", 0)
+    monkeypatch.setattr(onnx_graph, "LARGE_TABLE", 0)
+    (model, whole), smaller, rounded = graph_of(name), tmp_path / "smaller.onnx", tmp_path / "rounded.onnx"
+    write_smaller(whole, smaller, bits, list(chain(*layers_of(whole).values())))
+    replaced = onnx.load(whole)
+    kinds = {of: node.op_type for node in replaced.graph.node for of in node.input}
+    num_tables = 0
+    for tensor in replaced.graph.initializer:
+        numbers = onnx.numpy_helper.to_array(tensor)
+        if kinds[tensor.name] == "Gather" and numbers.ndim == 2:
+            integers, scales = quantized_blocks(numbers, bits, numbers.shape[1])
+            tensor.CopyFrom(onnx.numpy_helper.from_array((integers * scales[:, 0]).astype(np.float32), tensor.name))
+            num_tables += 1
+        elif kinds[tensor.name] in ("Gemm", "MatMul") and numbers.ndim == 2:
+            half = numbers.astype(np.float16).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(half, tensor.name))
+    onnx.save(replaced, rounded)
+    assert num_tables == len([of for of in model.encoder.modules() if isinstance(of, torch.nn.Embedding)])
+    for task in model.layout.tasks:
+        tokens = random_rows(task, model.layout.is_split(task))
+        for batch_size in (1, 3):
+            found, expected, before = (
+                answers(open_session(path), task, tokens, batch_size) for path in (smaller, rounded, whole)
+            )
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+            assert np.abs(found - before).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_graph_gives_the_programs_answers(name: str, graph_of: GraphOf) -> None:
+    model, path = graph_of(name)
+    layout, session = model.layout, open_session(path)
     for task in layout.tasks:
         tokens = random_rows(task, model.layout.is_split(task))
         rows = TokenizedRows(TASKS[task], [""] * 7, np.zeros(7, np.float32), tokens, torch.device("cpu"))
@@ -136,21 +188,22 @@ def test_a_packed_table_gives_its_rows_multiplied_out(bits: int, tmp_path: Path,
     monkeypatch.setattr("onnx_graph.LARGE_TABLE", 0)
     table = np.random.default_rng(0).normal(size=(200, 128)).astype(np.float32)
     graph = helper.make_graph(
-        [helper.make_node("Gather", ["table", "ids"], ["rows"])],
+        [helper.make_node("Gather", ["table", ids], [rows]) for ids, rows in (("ids", "rows"), ("others", "more"))],
         "lookup",
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])],
-        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", 128])],
+        [helper.make_tensor_value_info(ids, TensorProto.INT64, ["n"]) for ids in ("ids", "others")],
+        [helper.make_tensor_value_info(rows, TensorProto.FLOAT, ["n", 128]) for rows in ("rows", "more")],
         [numpy_helper.from_array(table, "table")],
     )
     pack_tables(graph, bits)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(made, tmp_path / "lookup.onnx")
-    ids = np.array([0, 199, 7, 7])
-    found = open_session(tmp_path / "lookup.onnx").run(None, {"ids": ids})[0]
+    ids, others = np.array([0, 199, 7, 7]), np.array([1, 2, 0, 198])
+    found, more = open_session(tmp_path / "lookup.onnx").run(None, {"ids": ids, "others": others})
     block = {8: 128, 4: 64}[bits]
     whole, scales = quantized_blocks(table, bits, block)
     expected = (whole.reshape(200, -1, block) * scales).reshape(200, 128)
     np.testing.assert_allclose(found, expected[ids], rtol=1e-6)
+    np.testing.assert_allclose(more, expected[others], rtol=1e-6)
     assert np.abs(found - table[ids]).mean() < np.abs(table).max() / {8: 127, 4: 7}[bits] / 2
     assert sum(len(tensor.raw_data) for tensor in graph.initializer) < table.nbytes * (bits + 1.3) / 32
 
