@@ -417,7 +417,7 @@ def _add(group: Any, flag: Flag) -> None:
     help = flag.help + ("" if "(default" in flag.help else f" (default {shown})")
     choices = flag.choices if not all(choice in flag.help for choice in flag.choices) else ()
     metavar = flag.metavar or ("{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME"))
-    options: dict[str, Any] = {"nargs": "+"} if kind is tuple else {"type": kind}
+    options: dict[str, Any] = {"nargs": "+", "action": "extend"} if kind is tuple else {"type": kind}
     if flag.name == "amp":
         options |= {"nargs": "?", "const": "bf16"}
     group.add_argument(f"--{flag.name}", metavar=metavar, help=help.replace("%", "%%"), **options)

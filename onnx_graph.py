@@ -220,7 +220,12 @@ def pack_tables(graph: Any, bits: int) -> None:
         is_packed_of[tensor.name] = is_packed
         block = BLOCK if is_packed and table.shape[1] % BLOCK == 0 else table.shape[1]
         whole, scales = quantized_blocks(table, 4 if is_packed else 8, block)
-        constants = {"scales": scales, "whole": whole, "blocks": [0, *scales.shape[1:2], block], "row": [0, table.shape[1]]}
+        constants = {
+            "scales": scales,
+            "whole": whole,
+            "blocks": [0, *scales.shape[1:2], block],
+            "row": [0, table.shape[1]],
+        }
         if is_packed:
             low, high = np.split((whole + 8).astype(np.uint8), 2, axis=1)  # (V, N / 2) each
             constants |= {"whole": low | high << 4, "mask": np.uint8(15), "shift": np.uint8(4), "middle": np.float32(8)}

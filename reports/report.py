@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from console import duration, size
-from messages import machine_failure, printable
+from messages import counted, machine_failure, printable
 from remarks import GUESS, GUESS_IN_WORDS
 from reports.command import Parser, check_new_file, run_command
 from reports.comparison import (
@@ -177,7 +177,7 @@ def comparison_sections(runs: Sequence[FinishedRun], settings: Sequence[Setting]
     text = "\n".join([*(text for text, is_so in remarks.items() if is_so), *notes])
     blocks = [_table(rows, marked), *filter(None, [text]), _table(key)]
     differences = _differences(settings)
-    sections = [Section(f"{len(runs)} runs of {len(settings)} settings", blocks)]
+    sections = [Section(f"{counted(len(runs), 'run')} of {counted(len(settings), 'setting')}", blocks)]
     return [*sections, Section("Differences from the best", differences)] if differences else sections
 
 

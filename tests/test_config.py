@@ -151,6 +151,20 @@ def test_heads_of_all_tasks_and_of_single_ones(line: str, heads: list[str]) -> N
     assert settings("--head para=mlp").heads == {"para": "mlp"}
 
 
+def test_a_flag_of_several_values_may_be_given_several_times() -> None:
+    for flag, values in (
+        ("head", ["mlp", "sst=linear"]),
+        ("tasks", ["sst", "sts"]),
+        ("task_weights", ["sts=2", "para=0.5"]),
+    ):
+        once, each = parse([f"--{flag}", *values]), parse([word for value in values for word in (f"--{flag}", value)])
+        assert once == each and list(getattr(each, flag)) == values
+    with pytest.raises(
+        FlagError, match="--head sst=mlp sst=linear: expected one head for all tasks, and each task once"
+    ):
+        settings("--head sst=mlp --head sst=linear")
+
+
 def test_settings_survive_the_run_directory() -> None:
     line = "--tasks para sts --scheduler temperature --temperature_tau 3 --gradvac --gradvac_beta 0.2 --amp fp16"
     line += " --lr 1e-4 --task_weights para=3 --smart --bregman --pal --pal_size 6 --head mlp sts=linear --mlp_layers 2"
@@ -216,8 +230,10 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
     line += " --task_weights sts=2"
     file = written(tmp_path / "run.toml", text)
     assert replace(settings(file), config="") == settings(line)
-    for flag in ("--epochs 3", "--tensorboard", "--gradvac", "--treatment UPGrad", "--no-pcgrad", "--tasks sts sst"):
-        without = line.replace("--pcgrad", "") if flag in ("--gradvac", "--treatment UPGrad", "--no-pcgrad") else line
+    replaced = {of: "--pcgrad" for of in ("--gradvac", "--treatment UPGrad", "--no-pcgrad")}
+    replaced |= {"--epochs 3": "", "--tensorboard": "", "--tasks sts sst": "--tasks para sts"}
+    for flag, of in replaced.items():
+        without = line.replace(of, "")
         assert replace(settings(f"{file} {flag}"), config="") == settings(f"{without} {flag}"), flag
     file = written(tmp_path / "run.toml", 'treatment = "CAGrad"\ntreatment_arguments = ["c=0.4"]')
     found = [settings(f"{file} {flag}".strip()) for flag in ("", "--treatment CAGrad", "--pcgrad", "--treatment MGDA")]
