@@ -67,7 +67,7 @@ def export(config: Config, console: Console) -> int:
             if run:
                 write_card(beside, run, report)
             os.rename(beside, target)
-    except VocabularyError as error:
+    except (VocabularyError, ProofError) as error:
         raise ExportError(str(error)) from None
     except OSError as error:
         raise ExportError(f"--out {target}: cannot be written ({error.strerror or error})") from None

@@ -46,9 +46,12 @@ def compare(found: Answers, program: Answers, dev: Rows) -> dict[str, Any]:
 
 
 def prove(path: Path, batch_size: int, program: Answers, dev: Rows) -> dict[str, Any]:
-    """A file's size, and what its answers to the dev rows are worth."""
+    """A file's size, and what its answers to the dev rows are worth. Raises ProofError if some are no numbers."""
     session = open_session(path)
     found = {task: answers(session, task, rows.tokens, batch_size) for task, rows in dev.items()}
+    for task, of in found.items():
+        if num_bad := int((~np.isfinite(of)).reshape(len(of), -1).any(1).sum()):
+            raise ProofError(f"{path.name}: its answers to {num_bad} of {len(of)} dev rows of {task} are not finite")
     return {"bytes": path.stat().st_size, **compare(found, program, dev)}
 
 
@@ -86,6 +89,7 @@ def write_within(
     found = attempt([])
     if found["largest_loss"] <= max_loss:
         return found
+    say(f"{target.name}: a task loses {found['largest_loss']:.5f}, {max_loss:g} may be lost: which layers need floats?")
     if (least := attempt([*layers])["largest_loss"]) > max_loss:
         raise ProofError(
             f"{target.name}: a task loses {least:.4f} of its dev score, also with all layers in float; expected at "

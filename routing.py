@@ -86,5 +86,6 @@ class Routing(nn.Module):
         """E-step: (B, I, J) of each input the outputs' shares, by how well they predict it."""
         bias, of_scores = self.prediction_bias.view(self.num_outputs, -1), self.score_bias.view(-1, self.num_outputs)
         predicted = outputs @ self.prediction_matrix * self.prediction_factor + bias  # (B, J, D)
-        scores = F.logsigmoid(inputs @ predicted.transpose(1, 2) * self.score_factor + of_scores)
-        return scores.softmax(-1)
+        scores = inputs @ predicted.transpose(1, 2) * self.score_factor + of_scores
+        # The logarithm of a sigmoid: written as one, ONNX has the logarithm of 0 where scores are far below it.
+        return (-F.softplus(-scores)).softmax(-1)

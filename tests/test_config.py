@@ -230,7 +230,7 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
     line += " --task_weights sts=2"
     file = written(tmp_path / "run.toml", text)
     assert replace(settings(file), config="") == settings(line)
-    replaced = {of: "--pcgrad" for of in ("--gradvac", "--treatment UPGrad", "--no-pcgrad")}
+    replaced = dict.fromkeys(("--gradvac", "--treatment UPGrad", "--no-pcgrad"), "--pcgrad")
     replaced |= {"--epochs 3": "", "--tensorboard": "", "--tasks sts sst": "--tasks para sts"}
     for flag, of in replaced.items():
         without = line.replace(of, "")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,7 @@ from pal import ProjectedAttention
 from parameters import Choice
 from predictor import load
 from roberta import RobertaConfig
+from routing import Routing
 from tasks import TASKS
 
 onnx = pytest.importorskip("onnx", reason="requirements-export.txt is not installed")
@@ -114,6 +116,8 @@ def graph_of(tmp_path_factory: pytest.TempPathFactory) -> GraphOf:
         shaken(model)
         for parameter in model.heads["sts"].parameters() if "sts" in layout.heads else ():
             parameter.data += 2.5 * (parameter.shape == (1,))  # its bias: not all scores are at an end of the scale
+        for routing in (of for of in model.modules() if isinstance(of, Routing)):
+            routing.score_bias.data -= 200  # sigmoids are 0 in float32, their logarithms are not
         path = tmp_path_factory.mktemp("graph") / "model.onnx"
         write_graph(model, path)
         return model, path
@@ -280,10 +284,22 @@ def test_the_costliest_layers_stay_in_float_until_the_loss_is_small_enough(monke
     best = written_within(0.005, told)
     assert best["in_float"] == ["b", "d"] and best["largest_loss"] == pytest.approx(0.003)
     assert told == [
+        "small.onnx: a task loses 0.03300, 0.005 may be lost: which layers need floats?",
         "small.onnx: b stays in float: largest loss 0.01300",
         "small.onnx: d stays in float: largest loss 0.00300",
     ]
-    assert written_within(0.05, told)["in_float"] == [] and len(told) == 2
+    assert written_within(0.05, told)["in_float"] == [] and len(told) == 3
+
+
+def test_answers_that_are_not_finite_are_refused(
+    treated_run: Path, exported: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("export.write_graph", lambda model, path: shutil.copyfile(exported / "model.onnx", path))
+    monkeypatch.setattr("onnx_proof.answers", lambda session, task, tokens, size: np.full(len(tokens), np.nan))
+    flags = f"--option export --checkpoint {treated_run} --out {tmp_path / 'out'}"
+    assert multitask_classifier.main(flags.split()) == 2
+    line = r"error: model\.onnx: its answers to (\d+) of \1 dev rows of sst are not finite\n"
+    assert re.fullmatch(line, capsys.readouterr().err) and list(tmp_path.iterdir()) == []
 
 
 def test_two_rows_of_four_hundred_are_a_loss_of_five_thousandths(monkeypatch: Patch) -> None:
