@@ -215,11 +215,17 @@ class MultitaskBert(nn.Module):
         return self.layout.reads(task) == Reads.POOLED
 
     def read(
-        self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
+        self,
+        task: str,
+        batch: Batch,
+        masks: DropoutMasks | None = None,
+        perturbation: Tensor | None = None,
+        reads: Reads | None = None,
     ) -> Tensor | Encoded:
-        """What the head of a task reads."""
+        """What the head of a task reads, or another that reads these."""
         assert batch.tokens is not None, "a batch of features is for the heads alone"
-        pooling, reads, is_split = self.layout.pooling, self.layout.reads(task), self.layout.is_split(task)
+        reads = reads or self.layout.reads(task)
+        pooling, is_split = self.layout.pooling, self.layout.is_split(task)
         first_only, top = reads == Reads.POOLED and pooling != "mean", self.top_layers_of(task)
         states = self.encoder.states(batch.tokens, masks, self.adapter(task), perturbation, first_only, top)
         kept = deque(states, maxlen=None if Reads.LAYERS in reads else 1)  # (N, D) or (S, D) each
@@ -243,8 +249,8 @@ class MultitaskBert(nn.Module):
     def pooled(
         self, task: str, batch: Batch, masks: DropoutMasks | None = None, perturbation: Tensor | None = None
     ) -> Tensor:
-        """(B, F) what the head of a task reads that reads no more."""
-        read = self.read(task, batch, masks, perturbation)
+        """(B, F) the pooled vectors of rows, or the features of their two; most heads read no more."""
+        read = self.read(task, batch, masks, perturbation, Reads.POOLED)
         assert isinstance(read, Tensor)
         return read
 

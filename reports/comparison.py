@@ -142,6 +142,8 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
         configs = [{**Config().to_dict(), **completed(config)} for config in configs]
     flags: list[dict[str, Any]] = [{name: config.get(name) for name in names} for config in configs]
+    for run, of in zip(runs, flags, strict=True):
+        of["head"] = of.get("head") or _heads(run.config)
     idle = [in_vain(config) for config in configs]
     for name in names:
         used = [of[name] for of, unused in zip(flags, idle, strict=True) if name not in unused]
@@ -157,6 +159,13 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
         elif cleaned:
             of.update(model="", checkpoints=cleaned)
     return flags
+
+
+def _heads(config: Mapping[str, Any]) -> list[str]:
+    """The kind of the heads of a run that was not told of any, by its layout."""
+    tasks = (config.get("layout") or {}).get("tasks") or {}
+    kinds = {of["head"]["name"] for of in tasks.values() if isinstance(of, Mapping) and "head" in of}
+    return sorted(kinds) if len(kinds) == 1 else []
 
 
 def in_vain(config: Mapping[str, Any]) -> set[str]:

@@ -160,6 +160,16 @@ def test_a_setting_has_the_name_that_its_runs_were_given_and_none_is_merged_by_i
     assert sorted(s.name for s in mixed) == ["lr 2.0", "lr 4.0"]
 
 
+def test_heads_that_were_not_chosen_are_called_by_their_kind(files: Path) -> None:
+    def layout(kind: str) -> dict[str, Any]:
+        return {"layout": {"tasks": {task: {"head": {"name": kind, "parameters": {}}} for task in THREE}}}
+
+    runs = [made_run(files, "default", **layout("linear")), made_run(files, "mlp", head=["mlp"], **layout("mlp"))]
+    assert sorted(setting.name for setting in settings_of(runs)) == ["head linear", "head mlp"]
+    runs.append(made_run(files, "again", seed=1, head=["linear"], **layout("linear")))
+    assert [len(setting.runs) for setting in settings_of(runs) if setting.flags["head"] == "linear"] == [2]
+
+
 def flags(**columns: str) -> list[dict[str, str]]:
     """Of each setting its flags, from columns of words."""
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*map(str.split, columns.values()), strict=True)]

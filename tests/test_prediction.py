@@ -23,8 +23,22 @@ import prediction
 from bert import initialize
 from checkpoints import load_model, save_checkpoint
 from datasets import Batch, Tokenizer, read_examples
-from helpers import LINEAR, ROOT, THREE, WORDS, Capture, Patch, generator, pack
+from heads import HEADS
+from helpers import (
+    LINEAR,
+    ROOT,
+    THREE,
+    WORDS,
+    Capture,
+    Patch,
+    generator,
+    pack,
+    shaken,
+    tiny_model,
+    write_vocabulary,
+)
 from model import Layout
+from parameters import Choice, parameters_type
 from prediction import LINE_BYTES, PredictionError, chunks_of_lines, texts_of_line
 from predictor import Predictor, load
 from tasks import TASKS
@@ -260,6 +274,19 @@ def test_a_text_is_encoded_as_transformers_pools_it(kind: str, request: pytest.F
     assert predictor.encode(texts, "sts") == pytest.approx(found, abs=1e-6)
     with pytest.raises(ValueError, match=r"texts\[0\] is \('a', 'b'\), expected a string"):
         predictor.encode([("a", "b")])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("head", ["lstm", "routing"])
+def test_a_text_is_encoded_whatever_its_heads_read(head: str, tmp_path: Path) -> None:
+    parameters = parameters_type(HEADS[head])
+    folder, model = write_vocabulary(tmp_path / "model"), tiny_model(head=Choice(head, parameters()))
+    save_checkpoint(shaken(model), folder, folder)
+    predictor, bert = load(folder, "cpu"), transformers.BertModel.from_pretrained(folder).eval()
+    texts = ["a fine film", "the plot"]
+    for text, vector in zip(texts, predictor.encode(texts), strict=True):
+        with torch.no_grad():
+            states = bert(torch.from_numpy(predictor.tokenizer.encode([(text,)]).ids).long()[None])
+        assert vector == pytest.approx(states.pooler_output[0].numpy(), abs=1e-5)
 
 
 def test_texts_of_a_line_and_what_is_wrong_with_one() -> None:
