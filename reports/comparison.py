@@ -164,7 +164,8 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 def _heads(config: Mapping[str, Any]) -> list[str]:
     """The kind of the heads of a run that was not told of any, by its layout."""
     tasks = (config.get("layout") or {}).get("tasks") or {}
-    kinds = {of["head"]["name"] for of in tasks.values() if isinstance(of, Mapping) and "head" in of}
+    heads = [of.get("head") for of in tasks.values() if isinstance(of, Mapping)]
+    kinds = {str(head.get("name")) for head in heads if isinstance(head, Mapping)}
     return sorted(kinds) if len(kinds) == 1 else []
 
 
