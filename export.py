@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from checkpoints import TOKENIZER_FILES, checkpoint_folder
 from config import Config
 from console import Console
-from datasets import TokenizedRows, Tokenizer, data_folder, read_examples, tokenize
+from datasets import SAMPLE, DataFile, TokenizedRows, Tokenizer, data_folder, read_examples, tokenize
 from evaluation import Precision, predict_all
 from onnx_graph import answer, one_task, write_graph
 from onnx_proof import FLOAT, PROGRAM, ProofError, compare, losses, measure_memory, measure_times, prove, write_within
@@ -54,7 +55,9 @@ def export(config: Config, console: Console) -> int:
         raise ExportError(f"--out {target}: exists already, expected a new directory")
     run = None if Path(config.checkpoint) == whole / "last" else ended(whole)
     predictor = load(config.checkpoint, "cpu", max_length=config.max_length)
-    texts = {split: _texts(config, predictor, split) for split in ("train", "dev")}
+    folder = _data_of(config)
+    files = {split: _read(folder, predictor, split) for split in ("train", "dev")}
+    texts: dict[str, Texts] = {split: partial(_tokenized, of) for split, of in files.items()}
     console.say(f"{target}: a file in float32 and smaller ones, each tried on every dev row; that takes minutes")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +65,9 @@ def export(config: Config, console: Console) -> int:
             beside = Path(place) / target.name
             beside.mkdir()
             report, failures = write_files(beside, config, predictor, texts, console.say)
+            read = {TASKS[task].file_key("dev"): file for task, file in files["dev"].items()}
+            sums = {key: {"rows": len(file.examples), "sha256": file.sha256} for key, file in read.items()}
+            report[PROGRAM] |= {"data": "sample" if folder == SAMPLE else folder.name, "data_files": sums}
             write_json(beside / "report.json", report)
             draw(report, beside / "report.png")
             if run:
@@ -80,15 +86,19 @@ def export(config: Config, console: Console) -> int:
     return 0
 
 
-def _texts(config: Config, predictor: Predictor, split: str) -> Texts:
-    """The rows of the run's data, or of `--data`."""
+def _data_of(config: Config) -> Path:
+    """The folder of `--data`, or of the run's data."""
     record = run_of(Path(config.checkpoint)) / CONFIG
-    folder = data_folder(config.data or (read_json(record).get("data") if record.is_file() else None) or "sample")
-    files = {task: read_examples(TASKS[task].path(split, folder), TASKS[task], True) for task in predictor.tasks}
+    return data_folder(config.data or (read_json(record).get("data") if record.is_file() else None) or "sample")
+
+
+def _read(folder: Path, predictor: Predictor, split: str) -> dict[str, DataFile]:
+    return {task: read_examples(TASKS[task].path(split, folder), TASKS[task], True) for task in predictor.tasks}
+
+
+def _tokenized(files: Mapping[str, DataFile], tokenizer: Tokenizer) -> dict[str, TokenizedRows]:
     cpu = torch.device("cpu")
-    return lambda tokenizer: {
-        task: tokenize(TASKS[task], file.examples, tokenizer, cpu) for task, file in files.items()
-    }
+    return {task: tokenize(TASKS[task], file.examples, tokenizer, cpu) for task, file in files.items()}
 
 
 def write_files(

@@ -11,7 +11,10 @@ from torch import nn
 
 from model import MultitaskBert
 
-LATIN = 0x24F  # the last letter of Latin Extended-B
+KEPT = (
+    range(0x250),
+    range(0x2010, 0x20D0),
+)  # to Latin Extended-B; punctuation, such as a phone's quotes, and currencies
 
 
 class VocabularyError(ValueError):
@@ -19,9 +22,9 @@ class VocabularyError(ValueError):
 
 
 def kept_pieces(folder: Path, ids: Iterable[np.ndarray]) -> np.ndarray:
-    """(V',) the ids that stay, in their order: those of the texts, special tokens, and every single Latin character,
-    at a word's start and within, so that no word of the language is unknown. Raises VocabularyError for a tokenizer
-    without word pieces."""
+    """(V',) the ids that stay, in their order: those of the texts, special tokens, and every single character of Latin
+    script, punctuation and currencies, at a word's start and within, so that no word of the language is unknown.
+    Raises VocabularyError for a tokenizer without word pieces."""
     tokenizer = _read(folder)
     special = {token["content"] for token in tokenizer["added_tokens"]}
     pieces = tokenizer["model"]["vocab"]
@@ -29,7 +32,8 @@ def kept_pieces(folder: Path, ids: Iterable[np.ndarray]) -> np.ndarray:
     is_kept[np.unique(np.concatenate(list(ids)))] = True
     for piece, number in pieces.items():
         character = piece.removeprefix("##")
-        is_kept[number] |= piece in special or (len(character) == 1 and ord(character) <= LATIN)
+        is_single = len(character) == 1 and any(ord(character) in of for of in KEPT)
+        is_kept[number] |= piece in special or is_single
     return np.flatnonzero(is_kept)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from reports.finished_run import MEAN, FinishedRun
-from run_record import RECORD_KEYS, DevRows, RunError
+from run_record import RECORD_KEYS, DevRows, RunError, mismatch
 from tasks import TASKS
 
 NUM_RESAMPLES = 2000
@@ -163,9 +163,10 @@ def _flags(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 def _heads(config: Mapping[str, Any]) -> list[str]:
     """The kind of the heads of a run that was not told of any, by its layout."""
-    tasks = (config.get("layout") or {}).get("tasks") or {}
-    heads = [of.get("head") for of in tasks.values() if isinstance(of, Mapping)]
-    kinds = {str(head.get("name")) for head in heads if isinstance(head, Mapping)}
+    layout: Any = config.get("layout")
+    if mismatch(layout, {"tasks": {...: {"head": {"name": str}}}}):
+        return []
+    kinds = {of["head"]["name"] for of in layout["tasks"].values()}
     return sorted(kinds) if len(kinds) == 1 else []
 
 

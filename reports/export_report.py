@@ -93,6 +93,7 @@ def ended(run: Path) -> FinishedRun | None:
 
 def write_card(folder: Path, run: FinishedRun, report: Mapping[str, Any]) -> None:
     """The model card."""
-    found = report[FLOAT]["dev"]
-    card = model_card(run, run.path.resolve().name, ABOUT, [export_section(report)], found)
+    card = model_card(
+        run, run.path.resolve().name, ABOUT, [export_section(report)], report[FLOAT]["dev"], report[PROGRAM]
+    )
     (folder / CARD).write_text(card, "utf-8")

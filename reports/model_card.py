@@ -28,6 +28,7 @@ BASIC |= {"pretrain_lr", "average", "seed", "amp"}
 PLACES = {"model", "checkpoint", "checkpoints", "soup"}
 OWN_SAMPLE = "the program's own sample"
 LIMITS = "Scores are of the dev files, by which {} chosen: expect a little less of other texts of the kind."
+OTHERS = "Scores are of other dev files than those by which {} chosen."
 
 
 def model_card(
@@ -36,18 +37,23 @@ def model_card(
     about: str = ABOUT,
     more: Sequence[Section] = (),
     scores: Mapping[str, Any] = MappingProxyType({}),
+    scored: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The card as markdown behind the head that hubs read.
 
-    name: of the model on the hub. more: before the settings. scores: of the dev files, by default the run's.
+    name: of the model on the hub. more: before the settings. scores: of the dev files, by default the run's. scored:
+    the data that these are of and its dev files, as `data` and `data_files` of a run's config.json; by default its own.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     from checkpoints import EMBEDDED_MODEL  # which imports torch
 
     found, rows, dev = list[EvalResult](), [], scores or run.results["dev"]
+    files = {**run.config["data_files"], **scored.get("data_files", {})}
+    data_config = {**run.config, **scored, "data_files": files}
+    is_own = all(files[name]["sha256"] == of for name, of in run.data_checksums("dev").items())
     for task in (TASKS[name] for name in run.tasks):
-        title = task.title if task.folder or run.config["data"] != "sample" else f"{task.title} ({OWN_SAMPLE})"
+        title = task.title if task.folder or data_config["data"] != "sample" else f"{task.title} ({OWN_SAMPLE})"
         kind = "text-classification" if task.output.class_names else "sentence-similarity"
         answers = ", ".join(task.output.class_names) or task.output.allowed
         for metric, value in dev[task.name].items():
@@ -68,7 +74,7 @@ def model_card(
     text = '"a text"' if len(first.text_columns) == 1 else '("a text", "another")'
     how = "one by one" if run.config.get("option") == "individual_pretrain" else "together"
     columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
-    of_tasks = Section("Tasks and scores", [Table(columns, rows), *_caveats(run), _data(run.config)])
+    of_tasks = Section("Tasks and scores", [Table(columns, rows), *_caveats(run, is_own), _data(data_config)])
     parts = [f"# {name.split('/')[-1]}", about.format(name=name, task=first.name, text=text, how=how)]
     mixed = [of["checkpoint"] for of in run.results.get("soup") or [] if of["kept"]]
     config = {**run.config, **({"checkpoints": mixed} if mixed else {})}
@@ -79,11 +85,12 @@ def model_card(
     )
 
 
-def _caveats(run: FinishedRun) -> Iterator[str]:
-    """What the scores do not say by themselves."""
+def _caveats(run: FinishedRun, is_own: bool) -> Iterator[str]:
+    """What the scores do not say by themselves. is_own: they are of the run's dev files."""
     from checkpoints import EMBEDDED_MODEL
 
-    yield LIMITS.format("the epoch was" if run.config.get("option") != "soup" else "its checkpoints were")
+    chosen = "the epoch was" if run.config.get("option") != "soup" else "its checkpoints were"
+    yield (LIMITS if is_own else OTHERS).format(chosen)
     if run.config.get("model") == EMBEDDED_MODEL and "para" in run.tasks:
         yield FLATTERED
     yield from run.remarks

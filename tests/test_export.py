@@ -519,6 +519,21 @@ def test_the_card_of_an_export_has_the_scores_of_its_file_and_what_it_may_lose(
     scores, _, files = card.partition("## Exported files")
     assert " 0.321 " in scores and f"{report['program']['dev']['mean']:.3f} " not in scores
     assert "1,200 of 3,000 word pieces" in files and "model.int8.onnx 1, model.small.onnx 2" in files
+    assert "dev files, by which the epoch was chosen" in card
+
+
+@pytest.mark.parametrize("name", ["sample", "elsewhere"])
+def test_the_card_of_an_export_that_was_tried_on_other_rows_says_so(
+    name: str, exported: Path, treated_run: Path, tmp_path: Path
+) -> None:
+    run, report = FinishedRun.read(treated_run), json.loads((exported / "report.json").read_text())
+    assert {key: of["sha256"] for key, of in report["program"]["data_files"].items()} == run.data_checksums("dev")
+    report["program"]["data"] = name
+    report["program"]["data_files"]["ids-sst-dev.csv"] = {"rows": 77, "sha256": "0"}
+    write_card(tmp_path, run, report)
+    card = (tmp_path / "model_card.md").read_text()
+    assert "Scores are of other dev files than those by which the epoch was chosen." in card and "sst dev 77" in card
+    assert ("the program's own sample" in card) == (name == "sample")
 
 
 def test_the_command_writes_and_proves_three_files(exported: Path, treated_run: Path) -> None:
