@@ -21,7 +21,7 @@ a checkpoint for `transformers.AutoModel`; the heads need the program, in whose 
     from huggingface_hub import snapshot_download
     from predictor import load
 
-    load(snapshot_download("{name}")).predict("{task}", [{text}])"""
+    load(snapshot_download("{name}"){limit}).predict("{task}", [{text}])"""
 FLATTERED = "The model it began as was tuned on pairs that include Quora duplicates: the paraphrase score flatters it."
 BASIC = {"option", "scheduler", "treatment", "pooling", "pairs", "epochs", "pretrain_epochs", "batch_size", "lr"}
 BASIC |= {"pretrain_lr", "average", "seed", "amp"}
@@ -75,7 +75,8 @@ def model_card(
     how = "one by one" if run.config.get("option") == "individual_pretrain" else "together"
     columns = ("task", "what", "texts", "answers", "metric of the dev file", "score")
     of_tasks = Section("Tasks and scores", [Table(columns, rows), *_caveats(run, is_own), _data(data_config)])
-    parts = [f"# {name.split('/')[-1]}", about.format(name=name, task=first.name, text=text, how=how)]
+    limit = f", max_length={run.config['max_length']}" if run.config.get("max_length") else ""
+    parts = [f"# {name.split('/')[-1]}", about.format(name=name, limit=limit, task=first.name, text=text, how=how)]
     mixed = [of["checkpoint"] for of in run.results.get("soup") or [] if of["kept"]]
     config = {**run.config, **({"checkpoints": mixed} if mixed else {})}
     lines = [", ".join(_settings(run.config)), *_mixed(run.config, mixed), *_history(config, "It", set())]

@@ -104,7 +104,8 @@ def test_the_card_tells_of_the_runs_before(treated_run: Path, tmp_path: Path) ->
         (tmp_path / "gone", ["It began with gone, of which no more is known."]),
     ):
         card = model_card(replace(run, config={**config, "checkpoint": str(start)}), "me/mine")
-        assert 'load(snapshot_download("me/mine")).predict("sst", ["a text"])' in card
+        loaded = f'load(snapshot_download("me/mine"), max_length={config["max_length"]})'  # as the run reads texts
+        assert f'{loaded}.predict("sst", ["a text"])' in card
         own, _, before = " ".join(card.partition("## Settings")[2].split()).partition("It began with ")
         assert "treatment sum" in own and "pretrain_" not in own and str(start.parent) not in card
         assert all(word in f"It began with {before}" for word in words)
