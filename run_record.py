@@ -153,10 +153,12 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Completes a replacement that was cut off between its renames."""
-    complete = folder.with_name(folder.name + ".new")
+    """Completes a replacement that was cut off between its renames, or before all of the old folder was gone."""
+    complete, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     if not folder.exists() and complete.exists():
         os.rename(complete, folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -185,6 +185,19 @@ def test_a_kill_while_the_new_folder_is_written_leaves_the_old_one(old: dict[str
     assert contents(tmp_path) == {"best/first": b"3", "best/second": b"3"}
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_recovery_removes_what_is_left_of_the_old_folder(is_named: bool, tmp_path: Path) -> None:
+    """Nothing may be written again after it: a run that had only its plots to draw."""
+    folder, old = tmp_path / "last", tmp_path / "last.old"
+    replace_folder(folder, version(2))
+    old.mkdir()
+    (old / "first").write_text("1")
+    if not is_named:  # cut off between the renames
+        folder.rename(tmp_path / "last.new")
+    recover_folder(folder)
+    assert contents(tmp_path) == {"last/first": b"2", "last/second": b"2"} and not old.exists()
+
+
 def test_recovery_leaves_a_whole_folder_alone(tmp_path: Path) -> None:
     folder = tmp_path / "last"
     replace_folder(folder, version(1))
