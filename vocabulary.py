@@ -11,10 +11,8 @@ from torch import nn
 
 from model import MultitaskBert
 
-KEPT = (
-    range(0x250),
-    range(0x2010, 0x20D0),
-)  # to Latin Extended-B; punctuation, such as a phone's quotes, and currencies
+# Characters that always stay: up to Latin Extended-B; punctuation, such as a phone's quotes, and currencies.
+KEPT = (range(0x250), range(0x2010, 0x20D0))
 
 
 class VocabularyError(ValueError):

@@ -282,7 +282,7 @@ def open_study(own: argparse.Namespace, space: Space, out: Path) -> tuple[optuna
     """The study in the database, and whether it is new. Raises SearchError if it cannot be had or is another's."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    url, place = own.storage or f"sqlite:///{out / 'study.db'}", f"--storage {without_password(own.storage) or out}"
+    url, place = own.storage or f"sqlite:///{out / 'study.db'}", place_of(own, out)
     pruner = optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, n_warmup_steps=FIRST_PRUNED_EPOCH)
     options: Any = {"study_name": own.study, "pruner": pruner}
     try:
@@ -313,6 +313,11 @@ def without_password(url: str) -> str:
         return make_url(url).render_as_string()
     except ArgumentError:
         return url
+
+
+def place_of(own: argparse.Namespace, out: Path) -> str:
+    """Where the study is, for a message."""
+    return f"--storage {without_password(own.storage) or out}"
 
 
 def make_storage(url: str) -> RDBStorage:
@@ -346,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.excepthook = lambda _: None  # the heartbeat's thread: where the database fails it, it fails the search
-    out, storage = Path(own.out).resolve(), without_password(own.storage)
+    out = Path(own.out).resolve()
     try:
         if own.trials < 1:
             raise SearchError(f"--trials {own.trials}: expected a number above 0")
@@ -365,10 +370,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (StorageInternalError, UnboundLocalError) as error:  # the second is Optuna's, at the end of a trial
         problem = f"has failed ({first_cause(error)}); the same command goes on"
-        print_error(SearchError(f"--storage {storage or out}: {problem}"))
+        print_error(SearchError(f"{place_of(own, out)}: {problem}"))
         return 2
     except KeyboardInterrupt:
-        words = [word.replace(own.storage, storage) if own.storage else word for word in arguments]
+        shown = without_password(own.storage)
+        words = [word.replace(own.storage, shown) if own.storage else word for word in arguments]
         print(f"stopped; to go on: {command('python', here(Path(__file__).resolve()), *words)}")
         return 130
 
