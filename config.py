@@ -558,8 +558,8 @@ def _default_tasks(given: Mapping[str, Any]) -> list[str]:
     tasks, starts = tasks_in(given.get("data", "sample")), [given.get("checkpoint"), *given.get("checkpoints", ())]
     if given.get("option") in ("test", "soup") and (start := next(filter(None, starts), "")):
         with suppress(CheckpointError):  # told of when it is loaded
-            layout = read_layout(checkpoint_folder(Path(start)))
-            tasks = [task for task in tasks if layout and task in layout.tasks] or tasks
+            if layout := read_layout(checkpoint_folder(Path(start))):
+                tasks = [task for task in tasks if task in layout.tasks] or list(layout.tasks)
     return tasks
 
 

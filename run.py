@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -337,7 +338,8 @@ class Run:
         """All stages, from the checkpoint on where there is one."""
         for line in self.start_lines:
             wrapped: Any = {"subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
-            self.console.say(textwrap.fill(line, 99, **wrapped))
+            whole = re.sub("`.*?`", lambda found: found[0].replace(" ", "\0"), line)  # a command, to be pasted
+            self.console.say(textwrap.fill(whole, 99, **wrapped).replace("\0", " "))
         state, first = self.saved, self.first_stage()
         if self.processes.is_first:
             self.metrics = self.directory.open_metrics(state.get("metrics_size", 0), self.config.tensorboard)

@@ -12,7 +12,7 @@ import torch
 from config import Config
 from datasets import TokenizedRows, Tokenizer, data_folder, longest_cut, read_examples, tokenize
 from eda import AUGMENTATIONS
-from messages import command, counted
+from messages import SCRIPT, command, counted, here
 from seeding import derive_seed
 from tasks import SPLITS, TASKS, Task
 from token_cache import TokenCache, TokenFile, Warn, tokenize_file
@@ -81,7 +81,9 @@ def _leak_warning(config: Config, task: Task, hashes: Mapping[str, np.ndarray]) 
     num_leaked = int(np.isin(hashes["dev"], hashes["train"]).sum())
     if num_leaked == 0:
         return []
-    described = command("python", "datasets.py", config.data, *(f"--task_file={x}" for x in config.task_file))
+    described = command(
+        "python", here(SCRIPT.with_name("datasets.py")), config.data, *(f"--task_file={x}" for x in config.task_file)
+    )
     is_known = config.task_file or not task.folder  # else its definition is a run's, which datasets.py does not read
     names = f"; `{described}` names them" if is_known else ""
     return [

@@ -211,7 +211,7 @@ def _differences(settings: Sequence[Setting]) -> list[str | Table]:
     if (num_others := len({id(c.other) for c in comparisons})) > 2:
         text += (
             f"\nThe best of {num_others + 1} settings tends to look better than it is and p is not corrected for that: "
-            f"of {len(rows)} tests about {len(rows) * LEVEL:.0f} would call two equal settings different."
+            f"of {len(rows)} tests about {len(rows) * LEVEL:g} would call two equal settings different."
         )
     return [text, Table(columns, rows), *(["\n".join(notes)] if notes else [])]
 

@@ -2,9 +2,10 @@
 
     python sweeps/search.py --trials 30 --out runs/search -- --data DIR --epochs 3
 
-Flags of multitask_classifier.py behind `--` hold for every trial and leave the search. The first trial has the default
-flags, so that a search shows what it gained. Stopped or killed, the same command goes on; on several machines, start it
-on each with the same --storage and --study, and a trial that one of them lost is repeated after a minute.
+Flags of multitask_classifier.py behind `--` hold for every trial and leave the search; what a --config among them says
+is the default from which it begins. The first trial has the default flags, so that a search shows what it gained.
+Stopped or killed, the same command goes on; on several machines, start it on each with the same --storage and --study,
+and a trial that one of them lost is repeated after a minute.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -166,11 +167,11 @@ def last_line(log: Path) -> str:
 class Search:
     """A study, and the directory on this machine that holds the runs of its trials."""
 
-    def __init__(self, study: optuna.Study, space: Space, out: Path) -> None:
-        self.study, self.space, self.out = study, space, out
+    def __init__(self, study: optuna.Study, space: Space, out: Path, seed: int) -> None:
+        self.study, self.space, self.out, self.seed = study, space, out, seed
         self.retry = RetryHeartbeatStaleTrialCallback()
 
-    def run(self, num_trials: int, seed: int, is_alone: bool, is_new: bool) -> None:
+    def run(self, num_trials: int, is_alone: bool, is_new: bool) -> None:
         """Trials until so many have ended. is_alone: a trial of this study that is said to be running was killed.
         is_new: this worker has begun the study."""
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if is_alone else ():
@@ -183,9 +184,6 @@ class Search:
             self.study.enqueue_trial(self.space.suggest(defaults), {"defaults": True})
         show = [lambda _, trial: print(described(trial), flush=True)]
         while sum(has_ended(trial) for trial in self.study.trials) < num_trials:
-            # A sampler for each trial: one that began again with its seed would draw the first trials once more.
-            number = random.Random(f"{seed} {len(self.study.trials)}").getrandbits(32)
-            self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=number)
             try:
                 self.study.optimize(self.run_trial, 1, catch=(subprocess.CalledProcessError,), callbacks=show)
             except ValueError as error:
@@ -202,6 +200,9 @@ class Search:
 
         Raises TrialPruned if the run is stopped as hopeless, CalledProcessError or, for the defaults, SearchError.
         """
+        # A sampler for each trial: workers that begin together, or one that begins again, would draw the same trials.
+        number = random.Random(f"{self.seed} {trial.number}").getrandbits(32)
+        self.study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=number)
         flags = self.space.flags(self.space.suggest(trial))
         trial.set_user_attr("flags", flags)
         print(f"trial {trial.number}: {shlex.join(flags) or 'the defaults'}", flush=True)
@@ -325,14 +326,18 @@ def make_storage(url: str) -> RDBStorage:
     retry, engine = RetryHeartbeatStaleTrialCallback(), {"pool_pre_ping": True}
     try:
         return RDBStorage(url, engine, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
-    except (IntegrityError, OperationalError, ProgrammingError):  # another worker has been making them
+    except DBAPIError:  # another worker has been making them
         time.sleep(START_SECONDS)
         return RDBStorage(url, engine, heartbeat_stale_trial_callback=retry, **HEARTBEAT)
 
 
 def first_cause(error: BaseException) -> str:
-    """The first line of the error that all others came from."""
-    return first_cause(error.__context__) if error.__context__ else str(error).split("\n")[0]
+    """The first line of what the database's driver said, or else of the error that all others came from."""
+    chain = [error]
+    while (before := chain[-1].__context__) is not None:
+        chain.append(before)
+    of_driver = [of.orig for of in chain if isinstance(of, DBAPIError)]
+    return str((of_driver or chain)[-1]).split("\n")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -359,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / "search.lock", timeout=0):
             study, is_new = open_study(own, space, out)
-            Search(study, space, out).run(own.trials, own.seed, is_alone=not own.storage, is_new=is_new)
+            Search(study, space, out, own.seed).run(own.trials, is_alone=not own.storage, is_new=is_new)
         print("\n".join(report(study, space)))
         return 0
     except Timeout:

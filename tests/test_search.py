@@ -4,6 +4,7 @@ Trials are a script that behaves as a run does and takes milliseconds.
 """
 
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -304,6 +305,19 @@ def test_a_trial_of_another_machine_is_repeated_only_if_that_has_fallen_silent(f
     trials = fake.trials("shared.db")
     assert fake.states("shared.db") == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert trials[3].params["batch_size"] == trials[1].params["batch_size"]
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_workers_that_begin_at_the_same_instant_draw_different_trials(fake: Fake) -> None:
+    storage, space = f"sqlite:///{fake.folder}/shared.db", Space.under(fake.fixed)
+    shutil.copyfile(fake.empty_database, fake.folder / "shared.db")
+    optuna.create_study(study_name="search", storage=storage, direction="maximize")
+    studies = [optuna.load_study(study_name="search", storage=storage) for _ in range(3)]
+    begun = [(study, study.ask()) for study in studies]
+    for study, trial in begun:
+        search.Search(study, space, fake.folder, seed=0).run_trial(trial)
+    drawn = [{name: trial.params[name] for name in ("lr", "warmup", "weight_decay")} for _, trial in begun]
+    assert all(first != second for first, second in itertools.combinations(drawn, 2))
 
 
 def test_a_worker_whose_trial_was_taken_for_lost_goes_on_with_the_next(

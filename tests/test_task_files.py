@@ -293,6 +293,26 @@ def test_all_tasks_train_together_and_their_file_is_not_needed_again(
         (tmp_path / "gone.toml").rename(file)
 
 
+def test_a_run_of_own_tasks_names_their_files_where_these_are_gone_and_its_leaks_in_a_command_to_be_pasted(
+    runs: Runs, tmp_path: Path, capsys: Capture
+) -> None:
+    own = tmp_path / "own"
+    (own / "words").mkdir(parents=True)
+    for split in ("train", "dev"):
+        write_valence(own / "words" / f"{split}.csv", 40, random.Random(0))
+    (own / "my_tasks.toml").write_text(VALENCE)
+    out = runs.run(tmp_path / "run", f"--option pretrain --tasks valence --task_file {own / 'my_tasks.toml'}")
+    data = json.loads((out / "config.json").read_text())["data"]
+    assert f"`python datasets.py {data} --task_file={own / 'my_tasks.toml'}`" in capsys.readouterr().out
+    shutil.rmtree(own)
+    forget()
+    capsys.readouterr()
+    assert (
+        multitask_classifier.main(["--option", "test", "--checkpoint", str(out), "--out", str(tmp_path / "test")]) == 2
+    )
+    assert capsys.readouterr().err.startswith(f"error: {own / 'words' / 'dev.csv'}: No such file or directory")
+
+
 def test_it_is_reported_compared_and_drawn(five: Path, tmp_path: Path, capsys: Capture) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(five, copy)
