@@ -459,6 +459,18 @@ def parse(arguments: Sequence[str]) -> Config:
     return config
 
 
+def written_out(arguments: Sequence[str]) -> list[str]:
+    """The command line with the flags of its --config in the place of that. Raises FlagError, also for a run's."""
+    given = _given(arguments)
+    if not (path := given.pop("config", "")):
+        return [_with_underscores(argument) for argument in arguments]
+    values = read_settings(Path(path))
+    if "layout" in values:
+        raise FlagError(f"--config {path}: all settings of a run, expected a TOML file with some")
+    parse(arguments)  # its errors name the file
+    return [*_as_arguments(_over(_given([*_as_arguments(values)]), given))]
+
+
 def _given(arguments: Sequence[str]) -> dict[str, Any]:
     """The flags of a command line, by name."""
     parser = make_parser()
@@ -559,7 +571,7 @@ def _default_tasks(given: Mapping[str, Any]) -> list[str]:
     if given.get("option") in ("test", "soup") and (start := next(filter(None, starts), "")):
         with suppress(CheckpointError):  # told of when it is loaded
             if layout := read_layout(checkpoint_folder(Path(start))):
-                tasks = [task for task in tasks if task in layout.tasks] or list(layout.tasks)
+                tasks = [task for task in tasks if task in layout.tasks] or list(layout.tasks) or tasks
     return tasks
 
 

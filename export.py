@@ -34,6 +34,16 @@ SMALLER = {
     "model.small.onnx": (4, 2),
 }  # bits in their tables, how many --max_loss it may lose
 
+EXPLAINED = {  # in labels.json, for whoever has nothing but the folder
+    "inputs": "whole numbers of (sequences, places), 0 where nothing is said",
+    "input_ids": "tokenizer.json's of each text, without its special tokens, between special_tokens for so many texts",
+    "attention_mask": "1 at each of input_ids, special ones included",
+    "token_type_ids": "1 at those of the second text and the special tokens behind it; with two_sequences 0",
+    "two_sequences": "a row is two sequences, each with one of its texts",
+    "max_length": "input_ids of a sequence at most, which tokenizer.json does not see to: as long as there are more, "
+    "the longer text loses its last, of two as long the second",
+    "probability": "of the second class",
+}
 Texts = Callable[[Tokenizer], Mapping[str, TokenizedRows]]  # the rows of a split, by a tokenizer
 
 
@@ -125,7 +135,8 @@ def write_files(
     tokenizer = Tokenizer(folder, tokenizer.max_length, tokenizer.is_siamese)  # raises for one that is not whole
     rows = texts["dev"](tokenizer)
     labels = {task: describe(task, predictor) for task in predictor.tasks}
-    what = {"max_length": tokenizer.max_length, "special_tokens": tokenizer.special_tokens, "tasks": labels}
+    around = {"max_length": tokenizer.max_length, "special_tokens": tokenizer.special_tokens}
+    what = {"explained": EXPLAINED, **around, "tasks": labels}
     write_json(folder / "labels.json", what)
 
     write_graph(model, folder / FLOAT)

@@ -14,16 +14,9 @@ from run_record import RESULTS
 
 CARD = "model_card.md"
 ABOUT = """One encoder with a head for each of the tasks below, as graphs for onnxruntime: token ids in, the answers of
-all tasks out. labels.json says what each output is and which tokens stand around texts, tokenizer.json makes the ids,
-report.json holds what was measured. The scores in the next table are model.onnx's; those of all
-files stand below it.
-
-The inputs are whole numbers of (sequences, places): `input_ids`, the ids of a row between the special tokens of
-labels.json; `attention_mask`, 1 at each of them; `token_type_ids`, 1 at those of the second text and the special token
-behind it; 0 at all other places. Of a task with `two_sequences` in labels.json a row is two sequences, each of one of
-its texts, and `token_type_ids` is 0 throughout. tokenizer.json cuts nothing: a sequence of more tokens than
-`max_length` in labels.json, special ones included, loses them at the end of its longer text, as in the program. An
-output of the kind "probability" is that of the second class."""
+all tasks out. tokenizer.json makes the ids, labels.json says how they fill the inputs and what each output is,
+report.json holds what was measured. The scores in the next table are model.onnx's; those of all files stand
+below it."""
 
 
 def show(report: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     python sweeps/search.py --trials 30 --out runs/search -- --data DIR --epochs 3
 
-Flags of multitask_classifier.py behind `--` hold for every trial and leave the search; what a --config among them says
-is the default from which it begins. The first trial has the default flags, so that a search shows what it gained.
+Flags of multitask_classifier.py behind `--` hold for every trial and leave the search, those of a TOML file that a
+--config among them names as well. The first trial has the default flags, so that a search shows what it gained.
 Stopped or killed, the same command goes on; on several machines, start it on each with the same --storage and --study,
 and a trial that one of them lost is repeated after a minute.
 """
@@ -35,7 +35,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bert import CheckpointError
-from config import FlagError, make_parser, parse
+from config import FlagError, make_parser, parse, written_out
 from messages import SCRIPT, command, here, print_error
 from run import resolve
 from run_record import CONFIG, METRICS, RESULTS, RunError, parse_records, read_json
@@ -80,6 +80,7 @@ class Space:
     @classmethod
     def under(cls, fixed: Sequence[str]) -> "Space":
         """The parameters that the fixed flags leave open. Raises FlagError if these flags make no sense in a search."""
+        fixed = written_out(fixed)
         given = vars(make_parser().parse_args(fixed))
         for name in ("out", "resume", "option"):
             if given.get(name, "finetune") != "finetune":

@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from huggingface_hub import ModelCard
 
@@ -504,6 +506,35 @@ def test_a_vocabulary_of_the_training_texts_serves_the_graph_and_what_stands_bes
     assert len(tensors_of(out / "model.onnx")["model.encoder.word_embeddings.weight"]) == len(pieces)
     found = json.loads((out / "report.json").read_text())["model.onnx"]
     assert found["vocabulary"] == {"kept": len(pieces), "pieces": len(pieces) + 1} and found["max_loss"] == 1
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_who_fills_the_inputs_as_labels_json_explains_it_asks_what_the_program_asks(
+    is_split: bool, exported: Path
+) -> None:
+    labels, pieces = json.loads((exported / "labels.json").read_text()), exported / "tokenizer.json"
+    tokenizer, draw = tokenizers.Tokenizer.from_file(str(pieces)), random.Random(0)
+    assert {"input_ids", "attention_mask", "token_type_ids", "two_sequences", "max_length"} <= set(labels["explained"])
+
+    def sequence(texts: Sequence[str], limit: int) -> tuple[list[int], list[int]]:
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        first, *behind = labels["special_tokens"][str(len(texts))]
+        while len(first) + sum(map(len, [*ids, *behind])) > limit:
+            max(reversed(ids), key=len).pop()
+        parts = [first + ids[0] + behind[0], *([ids[1] + behind[1]] if len(texts) == 2 else [])]
+        return [i for part in parts for i in part], [kind for kind, part in enumerate(parts) for _ in part]
+
+    for _ in range(60):
+        row = tuple(" ".join(draw.choices(WORDS, k=draw.randrange(12))) for _ in range(draw.choice([1, 2])))
+        filled = [sequence([text], 9) for text in row] if is_split else [sequence(row, 9)]
+        length = max(len(ids) for ids, _ in filled)
+        wanted = [
+            [ids + [0] * (length - len(ids)) for ids, _ in filled],
+            [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in filled],
+            [kinds + [0] * (length - len(kinds)) for _, kinds in filled],
+        ]
+        given = feed(Tokenizer(exported, 9, is_split).encode([row]), [0])
+        assert [of.tolist() for of in given.values()] == wanted
 
 
 def test_the_card_of_an_export_has_the_scores_of_its_file_and_what_it_may_lose(

@@ -10,7 +10,7 @@ import torch
 
 from config import parse
 from datasets import TokenizedRows, Tokenizer, read_examples
-from helpers import THREE, write_data
+from helpers import ROOT, THREE, Patch, write_data
 from run_data import Data, load_data
 from tasks import TASKS
 
@@ -105,7 +105,7 @@ def test_of_many_rows_without_a_label_the_first_are_named(tmp_path: Path, tiny: 
     assert note.startswith(f"skipped 23 rows without a label: {path}:2, ") and note.endswith(f"{path}:21 and 3 more")
 
 
-def test_a_leak_is_named_with_a_command_that_knows_the_task(tmp_path: Path, tiny: Path) -> None:
+def test_a_leak_is_named_with_a_command_that_knows_the_task(tmp_path: Path, tiny: Path, monkeypatch: Patch) -> None:
     """Of a task whose definition came from a run there is none."""
     (tmp_path / "rows.csv").write_text("text,mood\na film,0.5\nanother,1\n")
     path = tmp_path / "own.toml"
@@ -118,5 +118,8 @@ def test_a_leak_is_named_with_a_command_that_knows_the_task(tmp_path: Path, tiny
         for flags, end in ((f"--task_file {path}", described), ("", "stand in its training file too")):
             (note,) = load(tmp_path, tiny, f"--tasks mood {flags}").notes
             assert note.startswith("warning: 2 of 2 dev rows of mood stand in its") and note.endswith(end)
+        monkeypatch.chdir(tmp_path)
+        (note,) = load(tmp_path, tiny, f"--tasks mood --task_file {path}").notes
+        assert f"`python {ROOT / 'datasets.py'} {tmp_path} " in note
     finally:
         TASKS.pop("mood", None)

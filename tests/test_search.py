@@ -26,7 +26,7 @@ import pytest
 import sqlalchemy
 from filelock import FileLock
 
-from config import Config, parse
+from config import Config, FlagError, parse
 from helpers import ROOT, Capture, Patch, forked
 from run_record import write_json
 from sweeps import search
@@ -151,6 +151,29 @@ def test_fixed_flags_and_values_that_contradict_them_leave_the_search(tiny: Path
         assert set(space_of(line, tiny).distributions) == set(SPACE) - set(gone.split()), line
     epochs = space_of("--pretrain_lr 0.1", tiny).distributions["pretrain_epochs"]
     assert isinstance(epochs, CategoricalDistribution) and epochs.choices == (3, 25), "0 contradicts --pretrain_lr"
+
+
+def test_a_file_behind_the_dashes_fixes_what_its_flags_would(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('batch_size = 8\ntreatment = "gradvac"\nno_such = 1\n')
+    with pytest.raises(FlagError, match=r"^--config .*own.toml: --no_such: unknown"):
+        space_of(f"--config {path}", tiny)
+    path.write_text('batch_size = 8\ntreatment = "gradvac"\nepochs = 2\n')
+    for beside, on_line in (("", "--gradvac"), ("--pcgrad", "--pcgrad"), ("--epochs 4", "--gradvac")):
+        epochs = beside if "epochs" in beside else "--epochs 2"
+        found, wanted = (space_of(line, tiny) for line in (
+            f"--config {path} {beside}", f"--batch_size 8 {on_line} {epochs}"
+        ))  # fmt: skip
+        assert found.settings == wanted.settings and found.distributions == wanted.distributions
+        assert str(path) not in shlex.join(found.fixed), "what is searched is told apart by what the file says"
+        assert parse(found.fixed).to_dict() == parse(wanted.fixed).to_dict()
+    assert space_of("--batch-size 8", tiny).distributions == space_of("--batch_size 8", tiny).distributions
+    path.write_text('option = "pretrain"\n')
+    with pytest.raises(FlagError, match="--option pretrain: expected no such flag"):
+        space_of(f"--config {path}", tiny)
+    (tmp_path / "config.json").write_text('{"layout": {}}')
+    with pytest.raises(FlagError, match=r"--config .*config.json: all settings of a run"):
+        space_of(f"--config {tmp_path / 'config.json'}", tiny)
 
 
 def flags_of(out: Path, number: int) -> str:
@@ -360,6 +383,15 @@ def test_a_database_that_fails_ends_the_search_with_a_line(
     assert fake.run(1) == 2
     problem = "has failed (no such table: trials); the same command goes on"
     assert capsys.readouterr().err == f"error: --storage {fake.out}: {problem}\n"
+
+
+def test_what_the_driver_of_a_database_said_is_named() -> None:
+    outer = optuna.exceptions.StorageInternalError("during the commit")
+    assert search.first_cause(outer) == "during the commit"
+    lost = sqlite3.OperationalError("the server closed the connection\nunexpectedly")
+    outer.__context__ = sqlalchemy.exc.OperationalError("SELECT 1", {}, lost)
+    outer.__context__.__context__ = KeyError(())  # a cache of SQLAlchemy's
+    assert search.first_cause(outer) == "the server closed the connection"
 
 
 def search_apart(command: tuple[str, ...], arguments: list[str]) -> int:
