@@ -208,10 +208,13 @@ def _differences(settings: Sequence[Setting]) -> list[str | Table]:
         "seeds: t test, paired where both have the same seeds, else Welch's. Over dev rows: paired bootstrap, "
         f"{NUM_RESAMPLES:,} resamples of the rows, the same for all runs."
     )
-    if (num_others := len({id(c.other) for c in comparisons})) > 2:
+    held = {id(c.best): {id(of.other) for of in comparisons if of.best is c.best} for c in comparisons}
+    numbers = [1 + len(others) for others in held.values()]
+    if max(numbers) > 3:
         text += (
-            f"\nThe best of {num_others + 1} settings tends to look better than it is and p is not corrected for that: "
-            f"of {len(rows)} tests about {len(rows) * LEVEL:g} would call two equal settings different."
+            f"\nThe best of {' and of '.join(map(str, numbers))} settings tends to look better than it is and p is not "
+            f"corrected for that: of {len(rows)} tests about {len(rows) * LEVEL:g} would call two equal settings "
+            "different."
         )
     return [text, Table(columns, rows), *(["\n".join(notes)] if notes else [])]
 
