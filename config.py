@@ -435,14 +435,7 @@ def parse(arguments: Sequence[str]) -> Config:
     given, of_run = _given(arguments), dict[str, Any]()
     on_line, path = set(given), given.get("config", "")
     if path:
-        values = read_settings(Path(path))
-        is_of_run = "layout" in values
-        try:
-            found = _given([*_as_arguments(_settings_of_run(values, path) if is_of_run else values)])
-        except FlagError as error:
-            raise FlagError(*(f"--config {path}: {line}" for line in error.args)) from None
-        if "config" in found:
-            raise FlagError(f"--config {path}: --config: expected on the command line alone, leave it out")
+        found, is_of_run = _in_file(path)
         given, of_run = (given, found) if is_of_run else (_over(found, given), {})
     own = add_tasks(given)
     default: dict[str, Any] = {"tasks": [*dict.fromkeys([*_default_tasks({**of_run, **given}), *own])]}
@@ -464,11 +457,24 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     given = _given(arguments)
     if not (path := given.pop("config", "")):
         return [_with_underscores(argument) for argument in arguments]
-    values = read_settings(Path(path))
-    if "layout" in values:
+    found, is_of_run = _in_file(path)
+    if is_of_run:
         raise FlagError(f"--config {path}: all settings of a run, expected a TOML file with some")
     parse(arguments)  # its errors name the file
-    return [*_as_arguments(_over(_given([*_as_arguments(values)]), given))]
+    return [*_as_arguments(_over(found, given))]
+
+
+def _in_file(path: str) -> tuple[dict[str, Any], bool]:
+    """The flags of a --config, by name, and whether it is a run's config.json. Raises FlagError."""
+    values = read_settings(Path(path))
+    is_of_run = "layout" in values
+    try:
+        found = _given([*_as_arguments(_settings_of_run(values, path) if is_of_run else values)])
+    except FlagError as error:
+        raise FlagError(*(f"--config {path}: {line}" for line in error.args)) from None
+    if "config" in found:
+        raise FlagError(f"--config {path}: --config: expected on the command line alone, leave it out")
+    return found, is_of_run
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Any]:

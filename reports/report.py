@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
@@ -208,8 +209,8 @@ def _differences(settings: Sequence[Setting]) -> list[str | Table]:
         "seeds: t test, paired where both have the same seeds, else Welch's. Over dev rows: paired bootstrap, "
         f"{NUM_RESAMPLES:,} resamples of the rows, the same for all runs."
     )
-    held = {id(c.best): {id(of.other) for of in comparisons if of.best is c.best} for c in comparisons}
-    numbers = [1 + len(others) for others in held.values()]
+    held = dict.fromkeys((id(c.best), id(c.other)) for c in comparisons)
+    numbers = [1 + others for others in Counter(best for best, _ in held).values()]
     if max(numbers) > 3:
         text += (
             f"\nThe best of {' and of '.join(map(str, numbers))} settings tends to look better than it is and p is not "
