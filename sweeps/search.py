@@ -71,7 +71,7 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched where some flags are fixed. settings: of a run with only these flags."""
+    """What is searched where some flags are fixed. settings: of a run with only these flags, without its directory."""
 
     fixed: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -87,6 +87,7 @@ class Space:
                 reason = "expected no such flag behind --, a search fine-tunes in directories of its own"
                 raise FlagError(f"--{name} {given[name]}: {reason}")
         settings = resolve(parse(fixed))[0].to_dict()
+        del settings["out"]  # named after the time, and each trial has its own
         in_vain = {name for name, (other, needed) in ONLY_WITH.items() if given.get(other, needed) != needed}
         narrow = {name: narrowed(name, fixed, settings[name]) for name in SPACE if name not in {*given, *in_vain}}
         return cls(tuple(fixed), settings, {name: item for name, item in narrow.items() if item is not None})

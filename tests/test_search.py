@@ -165,6 +165,7 @@ def test_a_file_behind_the_dashes_fixes_what_its_flags_would(tiny: Path, tmp_pat
             f"--config {path} {beside}", f"--batch_size 8 {on_line} {epochs}"
         ))  # fmt: skip
         assert found.settings == wanted.settings and found.distributions == wanted.distributions
+        assert "out" not in found.settings, "a directory is named after the time"
         assert str(path) not in shlex.join(found.fixed), "what is searched is told apart by what the file says"
         assert parse(found.fixed).to_dict() == parse(wanted.fixed).to_dict()
     assert space_of("--batch-size 8", tiny).distributions == space_of("--batch_size 8", tiny).distributions
