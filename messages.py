@@ -51,7 +51,7 @@ def resume_command(path: object, num_processes: int = 1, num_machines: int = 1) 
     machines = (f"--nnodes={num_machines}",) if num_machines > 1 else ()
     how = (*machines, f"--nproc_per_node={num_processes}", *(("--no-python",) if IS_INSTALLED else ()))
     program = COMMAND[-1] if IS_INSTALLED else here()
-    words = (*COMMAND[:-1],) if num_processes == num_machines == 1 else ("torchrun", *how)
+    words = (*COMMAND[:-1],) if num_processes == num_machines == 1 else ("torchrun", *how, "--")
     return command(*words, program, f"--resume={path}")
 
 

@@ -83,7 +83,11 @@ def page_tokenizer(export: Path) -> dict[str, Any]:
     """The tokenizer as page/tokenizer.js reads it. Raises ReportError for one that has no word pieces."""
     from tokenizers import Tokenizer
 
-    labels, tokenizer = read_json(export / "labels.json"), Tokenizer.from_file(str(export / "tokenizer.json"))
+    labels = read_json(export / "labels.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
+    except Exception as error:  # the library raises no class of its own
+        raise ReportError(f"{export / 'tokenizer.json'}: no tokenizer ({error})") from None
     parts = json.loads(tokenizer.to_str())
     model = parts["model"]
     if model.get("type") != "WordPiece":

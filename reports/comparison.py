@@ -189,15 +189,22 @@ def _cells(values: Sequence[Any]) -> list[str]:
 
 
 def data_names(runs: Sequence[FinishedRun]) -> list[str]:
-    """The directory of each run's data, and a number where runs read train or dev files of a name that differ."""
-    kinds: list[dict[str, str]] = []
-    numbers, folders = [], [Path(run.config["data"]).name for run in runs]
-    for sums in (run.data_checksums("train", "dev") for run in runs):
-        fits = [i for i, kind in enumerate(kinds) if all(kind.get(file, x) == x for file, x in sums.items())]
+    """The directories of each run's data, and a number where runs read train or dev files of a name that differ, or
+    have no file in common."""
+    kinds: list[tuple[str, dict[str, str]]] = []
+    numbers = []
+    for run in runs:
+        folders = " + ".join(dict.fromkeys(Path(TASKS[of].folder or run.config["data"]).name for of in run.tasks))
+        sums = run.data_checksums("train", "dev")
+        fits = [
+            i
+            for i, (name, known) in enumerate(kinds)
+            if (name == folders or known.keys() & sums) and all(known.get(file, x) == x for file, x in sums.items())
+        ]
         numbers.append(fits[0] if fits else len(kinds))
-        kinds += [] if fits else [{}]
-        kinds[numbers[-1]].update(sums)
-    return [folders[numbers.index(i)] + (f" #{i + 1}" if len(kinds) > 1 else "") for i in numbers]
+        kinds += [] if fits else [(folders, {})]
+        kinds[numbers[-1]][1].update(sums)
+    return [kinds[i][0] + (f" #{i + 1}" if len(kinds) > 1 else "") for i in numbers]
 
 
 def score_names(settings: Sequence[Setting]) -> dict[str, str]:

@@ -48,7 +48,8 @@ def export_section(report: Mapping[str, Any]) -> Section:
 def _scores(name: str, form: Mapping[str, Any], tasks: Sequence[str]) -> Iterator[str]:
     """A row of the first table."""
     yield from (name, _millions(form.get("bytes")), *(f"{score_of(form, task):.4f}" for task in tasks))
-    yield f"{max(form['largest_difference'].values()):.1e}"
+    largest, task = max((value, task) for task, value in form["largest_difference"].items())
+    yield f"{largest:.1e} ({task})" if largest else "0"
     yield str(sum(form["changed_classes"].values()))
     yield ", ".join(form.get("in_float", ())) or "-"
 

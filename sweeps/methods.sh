@@ -5,13 +5,14 @@
 #   RUNS="pal pcgrad" EPOCHS=2 STEPS=200 bash sweeps/methods.sh
 #
 # For each seed the heads are trained on the frozen encoder once, and every setting fine-tunes from them, but for mlm,
-# whose encoder is another, and siamese and mlp, whose heads are. All settings take the same number of rows: EPOCHS epochs
-# of STEPS steps (0: as many as see as many rows as the training files hold) of BATCH rows, with LR as --lr if it is set
-# (adapters alone: ADAPTER_LR). See common.sh for the other settings. torchjd's methods go by their names there; CAGrad and
-# NashMTL need its solvers.
+# whose encoder is another, siamese and mlp, whose heads are, and individual and separate: one model and three from heads
+# that were trained alone. All settings take the same number of rows: EPOCHS epochs of STEPS steps (0: as many as see as
+# many rows as the training files hold, of separate those of a task) of BATCH rows, with LR as --lr if it is set (adapters
+# alone: ADAPTER_LR). See common.sh for the other settings. torchjd's methods go by their names there; CAGrad and NashMTL
+# need its solvers.
 source "$(dirname "$0")/common.sh"
 choose pal random round_robin temperature task_weights pcgrad gradvac smart smart_wide bregman rdrop ema mlm \
-    copy_top_layers adapters low_rank eda drop_longest individual siamese mlp \
+    copy_top_layers adapters low_rank eda drop_longest individual separate siamese mlp \
     UPGrad MGDA AlignedMTL CAGrad ConFIG CRMOGM DualProj FairGrad IMTLG Krum NashMTL PCD Random \
     COSMOS DWA GeometricMean IMTLL PBI STCH UW late_adapters soup
 EPOCHS=${EPOCHS:-3} STEPS=${STEPS:-0} BATCH=${BATCH:-32}
@@ -22,7 +23,9 @@ tune() { # NAME FIRST EPOCHS FLAGS...: fine-tunes from a first run
 }
 
 run heads "" --option pretrain --model "$MODEL"
-case " $RUNS " in *" individual "*) run heads-individual "" --option individual_pretrain --model "$MODEL" ;; esac
+case " $RUNS " in
+    *" individual "* | *" separate "*) run heads-individual "" --option individual_pretrain --model "$MODEL" ;;
+esac
 settle
 
 for name in $RUNS; do
@@ -42,6 +45,8 @@ for name in $RUNS; do
         eda) tune "$name" heads "$EPOCHS" --augment eda ;;
         drop_longest) tune "$name" heads "$EPOCHS" --drop_longest 0.02 ;;
         individual) tune "$name" heads-individual "$EPOCHS" ;;
+        separate) # models of one task each
+            for task in sst para sts; do tune "$name-$task" heads-individual "$EPOCHS" --tasks "$task"; done ;;
         late_adapters) # the first half of the epochs fine-tunes the whole model, the rest only adapters that are added
             tune "$name-first" heads $(((EPOCHS + 1) / 2))
             settle

@@ -4,6 +4,7 @@ They are forked by helpers.forked and find in their environment what torchrun wo
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,14 +23,17 @@ from test_command import Runs, assert_same_run, main_with_signal, read, run, run
 from test_wiring import PAL, make_run
 from torch import Tensor
 from torch.distributed import TCPStore, is_initialized
+from torch.distributed.run import get_args_parser
 
 import engine
 import run as running
+from config import make_parser
 from distributed import ALONE, VARIABLES, LostProcess, ProcessGroup, _reaching_others
 from engine import Trainer
 from evaluation import Precision, predict_logits
 from flat_parameters import FlatParameters
-from helpers import Capture, Patch, forked
+from helpers import ROOT, Capture, Patch, forked
+from messages import resume_command
 
 __all__ = ["runs"]  # a fixture
 NUM_STEPS = 5
@@ -397,6 +401,19 @@ def test_a_run_of_several_processes_leaves_one_directory_like_any_other(whole: P
     assert [values["processes"] for values in settings] == [3, 1] and settings[0].keys() == settings[1].keys()
 
 
+def test_torchrun_hands_on_every_flag_of_the_program() -> None:
+    """As the documents call it, and as a stopped run says how to go on; --log without the two dashes is an error."""
+    of_torchrun, flags = get_args_parser(), [*make_parser()._option_string_actions]
+    documents = [(ROOT / name).read_text() for name in ("README.md", "docs/scale.md")]
+    calls = [call for text in documents for call in re.findall(r"torchrun (-.*multitask_classifier\.py)\b", text)]
+    assert len(calls) == 3
+    for call in [*calls, resume_command("run", 8).removeprefix("torchrun ").removesuffix(" --resume=run")]:
+        for flag in flags:
+            parsed = of_torchrun.parse_args([*call.split(), flag, "value"])
+            assert parsed.training_script == "multitask_classifier.py"
+            assert parsed.training_script_args == [flag, "value"]
+
+
 @pytest.mark.parametrize(("who", "point", "number"), [(2, "step", 12), (0, "rename", 9), (1, "evaluation", 8)])
 def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_on(
     who: int, point: str, number: int, runs: Runs, whole: Path, tmp_path: Path
@@ -406,7 +423,7 @@ def test_a_process_that_is_killed_ends_the_others_with_a_line_and_the_run_goes_o
     assert found == [-signal.SIGKILL if rank == who else 1 for rank in range(3)], said
     (line,) = [line for line in said if line.startswith("error:")]
     assert line.startswith("error: another process of this run has ended or cannot be reached (")
-    assert line.endswith(f"); to go on: torchrun --nproc_per_node=3 multitask_classifier.py --resume={out}")
+    assert line.endswith(f"); to go on: torchrun --nproc_per_node=3 -- multitask_classifier.py --resume={out}")
     assert run_in_three(["--resume", str(out)], log)[0] == [0, 0, 0]
     assert_same_run(out, whole)
 
@@ -417,7 +434,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     out, log = tmp_path / "run", tmp_path / "log"
     found, said = run_in_three(runs.arguments(out, FLAGS), log, 1, "step", 13, signal.SIGTERM)
     assert found == [128 + signal.SIGTERM] * 3
-    assert said[-1] == f"stopped; to go on: torchrun --nproc_per_node=3 multitask_classifier.py --resume={out}"
+    assert said[-1] == f"stopped; to go on: torchrun --nproc_per_node=3 -- multitask_classifier.py --resume={out}"
     assert sum(line.startswith("stopped") for line in said) == 1
     assert read(out / "last" / "trainer.json")["progress"]["step"] == 4  # of fine-tuning, behind nine others
     shutil.copytree(out, tmp_path / "alone")

@@ -386,8 +386,8 @@ def test_a_table_shows_each_number_in_its_column() -> None:
     form["milliseconds"] = {n: {"median": int(n) / 10, "p99": int(n) / 5} for n in ("16", "32")}
     scores, times, sizes = export_section({"program": whole, "small": form}).blocks
     assert scores.columns[1:5] == ["MB", "sst", "sts", "mean"]
-    assert scores.rows[0] == ["program", "-", "0.5000", "0.7500", "0.6250", "0.0e+00", "0", "-"]
-    assert scores.rows[1] == ["small", "2.0", "0.5000", "0.7500", "0.6250", "5.0e-01", "3", "a, b"]
+    assert scores.rows[0] == ["program", "-", "0.5000", "0.7500", "0.6250", "0", "0", "-"]
+    assert scores.rows[1] == ["small", "2.0", "0.5000", "0.7500", "0.6250", "5.0e-01 (sts)", "3", "a, b"]
     assert times.rows == [["small", "1.6", "3.2", "3.2", "6.4"]]
     assert sizes.rows == [["small", "2.0", "4.0", "0.50", "3.0", "12.0", "0.25"]]
 

@@ -34,7 +34,7 @@ def test_a_command_gives_its_words_to_bash_as_they_are(monkeypatch: pytest.Monke
     found = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
     assert found.decode("utf-8", "surrogateescape").split("\0")[:-1] == WORDS
     assert resume_command("runs/a b") == "python multitask_classifier.py '--resume=runs/a b'"
-    expected = "torchrun --nproc_per_node=8 multitask_classifier.py --resume=run"
+    expected = "torchrun --nproc_per_node=8 -- multitask_classifier.py --resume=run"
     assert resume_command("run", 8) == expected
     assert resume_command("run", 8, 2) == expected.replace("--nproc", "--nnodes=2 --nproc")
     assert resume_command("run", 1, 2) == expected.replace("--nproc_per_node=8", "--nnodes=2 --nproc_per_node=1")

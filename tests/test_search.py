@@ -331,6 +331,29 @@ def test_a_trial_of_another_machine_is_repeated_only_if_that_has_fallen_silent(f
     assert trials[3].params["batch_size"] == trials[1].params["batch_size"]
 
 
+def test_defaults_that_another_machine_has_lost_are_repeated_though_enough_trials_have_ended(
+    fake: Fake, capsys: Capture
+) -> None:
+    storage = f"sqlite:///{fake.folder}/shared.db"
+    assert fake.run(1, "--storage", storage) == 0
+    with sqlite3.connect(fake.folder / "shared.db") as database:
+        database.execute("delete from trial_values")
+        database.execute("update trials set state = 'RUNNING', datetime_complete = null")
+        database.execute("update trial_heartbeats set heartbeat = datetime('now')")
+    shutil.rmtree(fake.out)
+    missing = "another worker has the defaults; if it was killed, the same command repeats them after 60 seconds"
+    assert missing not in capsys.readouterr().out
+    assert fake.run(1, "--storage", storage) == 0 and fake.states("shared.db") == ["RUNNING", "COMPLETE"]
+    assert missing in capsys.readouterr().out
+    with sqlite3.connect(fake.folder / "shared.db") as database:
+        database.execute("update trial_heartbeats set heartbeat = datetime('now', '-70 seconds')")
+    assert fake.run(1, "--storage", storage) == 0
+    trials = fake.trials("shared.db")
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert [bool(trial.user_attrs.get("defaults")) for trial in trials] == [True, False, True]
+    assert trials[2].params == trials[0].params and missing not in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_workers_that_begin_at_the_same_instant_draw_different_trials(fake: Fake) -> None:
     storage, space = f"sqlite:///{fake.folder}/shared.db", Space.under(fake.fixed)

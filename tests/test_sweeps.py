@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from config import parse
-from helpers import ROOT
+from helpers import ROOT, THREE
 from jacobian_descent import METHODS
 from pcgrad import TREATMENTS
 
@@ -123,7 +123,8 @@ def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sw
     names = sweep.run(RUNS="typo")[1].split("expected some of: ")[1].split()
     configs = {path.parent.name: json.loads(path.read_text()) for path in sweep.out.glob("*/config.json")}
     lines = {name.removesuffix("-seed3"): config["argv"] for name, config in configs.items()}
-    assert set(lines) == {*names, "heads", "heads-individual", "late_adapters-first"}
+    separate = {f"separate-{task}": task for task in THREE}
+    assert set(lines) == {*names, *separate, "heads", "heads-individual", "late_adapters-first"} - {"separate"}
     assert lines["soup"][-5:-2] == [str(sweep.out / f"{name}-seed3") for name in ("pal", "random", "temperature")]
     runs = {name: parse(words) for name, words in lines.items()}
     treatments = {run.treatment for run in runs.values()}
@@ -133,7 +134,8 @@ def test_settings_differ_are_accepted_and_take_the_same_number_of_rows(sweep: Sw
     rows = {name: run.epochs * run.steps_per_epoch * run.rows_per_step for name, run in tuned.items()}
     assert rows == {name: 16 if name.startswith("late") else 32 for name in rows}
     first = {name: Path(run.checkpoint).name.removesuffix("-seed3") for name, run in tuned.items()}
-    others = {"individual": "heads-individual", "late_adapters": "late_adapters-first"}
+    others = dict.fromkeys(("individual", *separate), "heads-individual") | {"late_adapters": "late_adapters-first"}
+    assert all(run.tasks == ((separate[name],) if name in separate else THREE) for name, run in tuned.items())
     assert first == {name: others.get(name, "heads") for name in rows} | dict.fromkeys(("mlm", "siamese", "mlp"), "")
     assert len({str(replace(run, out="", name="")) for run in runs.values()}) == len(runs)
 
