@@ -506,12 +506,16 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
-    """A file's settings as a command line. Raises FlagError for a switch that is neither on nor off."""
-    switches = {flag.name for _, flag in flags_of(Config) if isinstance(flag.default, bool)}
-    switches |= {name for entries, way in TABLES.values() if way == "--{}" for name in entries}
+    """A file's settings as a command line. Raises FlagError for a table, and where a switch is no true or false, or
+    something else is."""
+    found = [*(flag for _, flag in flags_of(Config)), *(flag for _, _, flag in _method_flags())]
+    flags = {flag.name: isinstance(flag.default, bool) for flag in found} | {name: True for _, name in _switches()}
     for name, value in values.items():
-        if name in switches and not isinstance(value, bool):
-            raise FlagError(f"--{name}: {shown(repr(value))}, expected true or false")
+        if any(isinstance(item, dict) for item in (value if isinstance(value, list) else [value])):
+            raise FlagError(f"{shown(name)}: a table, expected flags and their values without tables")
+        if (is_switch := flags.get(name)) is not None and is_switch != isinstance(value, bool):
+            what, expected = (repr(value), "true or false") if is_switch else (str(value).lower(), "a value")
+            raise FlagError(f"--{name}: {shown(what)}, expected {expected}")
         if isinstance(value, bool):
             yield f"--{name}" if value else f"--no-{name}"
         elif isinstance(value, list):
@@ -699,8 +703,12 @@ def flags_in_vain(config: Config, given: Mapping[str, Any]) -> Iterator[tuple[st
         (len(config.tasks) > 1, "there is one task, expected two --tasks or more", of_several),
     ]
     for table, name, flag in _method_flags():
-        way = TABLES[table][1].format(name)
-        needs.append((name in config.chosen(table), f"expected only with {way}", (flag.name,)))
+        way, is_chosen = TABLES[table][1].format(name), name in config.chosen(table)
+        needs.append((is_chosen, f"expected only with {way}", (flag.name,)))
+        if is_chosen and flag.only_with:
+            other, value = flag.only_with
+            is_met = getattr(config.choice(table, name).parameters, other) == value
+            needs.append((is_met, f"expected only with --{name}_{other} {value}", (flag.name,)))
     for is_met, reason, names in needs:
         yield from ((name, reason) for name in names if not is_met and given.get(name, False) is not False)
 

@@ -54,7 +54,12 @@ class ProjectedAttention(nn.Module):
             choices=("attention", "low_rank"),
         )
         size: int = parameter(0, "width of the adapters; 0: the paper's proportion to the hidden size", ">= 0")
-        heads: int = parameter(0, "heads of an adapter's attention; 0: one for every 64 of the hidden size", ">= 0")
+        heads: int = parameter(
+            0,
+            "heads of an adapter's attention; 0: one for every 64 of the hidden size",
+            ">= 0",
+            only_with=("kind", "attention"),
+        )
         layers: int = parameter(0, "adapters in that many top layers; 0: in all", ">= 0")
 
     def __init__(self, parameters: Parameters, encoder: BertConfig) -> None:

@@ -37,7 +37,8 @@ class NoParameters:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of the command line, without the two dashes."""
+    """A flag of the command line, without the two dashes. only_with: a field beside it, and with which value of that it
+    does something."""
 
     name: str
     default: Any
@@ -45,6 +46,7 @@ class Flag:
     limits: str = ""
     choices: Collection[str] = ()
     metavar: str | None = None
+    only_with: tuple[str, Any] | None = None
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, in a line; None if nothing is."""

@@ -84,7 +84,7 @@ is_done() { [ -e "$OUT/$1/results.json" ]; }
 
 has_failed() { grep -q "^$1: " "$failures"; }
 
-fail() { echo "$1" | tee -a "$failures"; }
+fail() { has_failed "${1%%: *}" || echo "$1" | tee -a "$failures"; }
 
 # run_once HOW NAME FLAGS...: HOW is what to do where another sweep has the run: wait for it, or only try. Without flags
 # it has those of before.

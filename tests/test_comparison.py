@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,21 @@ def test_soups_of_other_seeds_are_one_setting(files: Path) -> None:
     assert [len(setting.runs) for setting in settings] == [2, 1]
     soups = [setting.flags["checkpoints"] for setting in settings]
     assert soups == ["pal-seed* random-seed*", "pal-seed* random-seed* ema-seed*"]
+
+
+def test_data_of_own_tasks_are_named_by_their_folder(monkeypatch: Patch) -> None:
+    own = replace(TASKS["sts"], name="valence", folder="/x/own")
+    monkeypatch.setitem(TASKS, "valence", own)
+
+    def run(sums: dict[str, str], *tasks: str, data: str = "sample") -> Any:
+        return SimpleNamespace(tasks=tasks, config={"data": data}, data_checksums=lambda *splits: sums)
+
+    alone, beside = run({"valence-dev": "a"}, "valence"), run({"valence-dev": "a", "sst-dev": "b"}, "valence", "sst")
+    assert data_names([alone]) == ["own"] and data_names([beside]) == ["own + sample"]
+    sst, para = run({"sst-dev": "b"}, "sst"), run({"para-dev": "c"}, "para")
+    assert data_names([sst, para]) == ["sample", "sample"] and data_names([sst, alone]) == ["sample #1", "own #2"]
+    assert data_names([sst, run({"para-dev": "c"}, "para", data="/y/other")]) == ["sample #1", "other #2"]
+    assert data_names([alone, beside, sst]) == ["own", "own", "own"], "they have files in common"
 
 
 def test_of_paths_the_last_part_is_shown_where_that_tells_them_apart(files: Path) -> None:

@@ -96,6 +96,17 @@ def test_a_parameter_goes_with_its_method_only(table: str, name: str, flag: Flag
     assert problems(f"--{flag.name} {value}") == [f"--{flag.name}: expected only with {way}"]
     config = settings(f"{way} --{flag.name} {value}")
     assert config.method_parameters == {flag.name: value} and config.chosen(table)[0] == name
+    if flag.only_with:  # a field beside it has another value
+        other, needed = flag.only_with
+        field = next(of for part, of in flags_of(parameters_type(TABLES[table][0][name]), f"{name}_") if part == other)
+        for choice in {*field.choices} - {needed}:
+            found = problems(f"{way} --{flag.name} {value} --{field.name} {choice}")
+            assert found == [f"--{flag.name}: expected only with --{field.name} {needed}"]
+
+
+def test_heads_of_adapters_go_with_those_that_have_an_attention() -> None:
+    (found,) = problems("--pal --pal_kind low_rank --pal_heads 2")
+    assert found == "--pal_heads: expected only with --pal_kind attention"
 
 
 def test_defaults() -> None:
@@ -249,7 +260,11 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
         ('schedular = "pal"', "--schedular: unknown; did you mean --scheduler?"),
         ("pcgrad = 3", "--pcgrad: 3, expected true or false"),
         ("tensorboard = 'no'", "--tensorboard: 'no', expected true or false"),
-        ("lr = true", "--lr: expected one argument"),
+        ("lr = true", "--lr: true, expected a value"),
+        ("smart = true\nsmart_eta = false", "--smart_eta: false, expected a value"),
+        ("[train]\nepochs = 3", "train: a table, expected flags and their values without tables"),
+        ("out = {a = 1}", "out: a table, expected flags and their values without tables"),
+        ("tasks = [{a = 1}]", "tasks: a table, expected flags and their values without tables"),
         ('epochs = "two"', "--epochs: invalid int value: 'two'"),
         ("epochs = 2.5", "--epochs: invalid int value: '2.5'"),
         ("epochs = -1", "--epochs -1: expected 1 or more"),

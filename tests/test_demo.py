@@ -201,7 +201,9 @@ def test_the_worker_keeps_every_file_under_a_name_that_changes_with_any(tmp_path
     assert len(names) == 2
 
 
-@pytest.mark.parametrize("kind", ["existing", "no model", "other models", "no npm", "npm refuses", "another tokenizer"])
+@pytest.mark.parametrize(
+    "kind", ["existing", "no model", "other models", "no npm", "npm refuses", "another tokenizer", "cut"]
+)
 def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
     kind: str, folder: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -218,6 +220,9 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
     elif kind == "another tokenizer":
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}}))
         words = f"{folder / 'tokenizer.json'}: BPE, expected the word pieces of a BERT"
+    elif kind == "cut":
+        (folder / "tokenizer.json").write_text("{")
+        words = f"{folder / 'tokenizer.json'}: no tokenizer (EOF while parsing an object at line 1 column 1)"
     else:
         monkeypatch.setattr("demo.build.fetch_runtime", fetch_runtime)
         words = "npm is not installed; the page takes onnxruntime from it (https://nodejs.org)"

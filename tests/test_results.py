@@ -7,12 +7,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+from scipy.stats import ttest_rel
 
 from helpers import ROOT
 from run_record import CHECKSUM, settings_checksum
 
 DOCS = ROOT / "docs"
-SCORES = (("sst", "accuracy"), ("para", "accuracy"), ("sts", "pearson"))
+SCORES = {"sst": "accuracy", "para": "accuracy", "sts": "pearson"}
 ROW = re.compile(r"\| (?!run )([\w.-]+) \| [^|]* \| ([^|]*(?: \| [^|]*){3}) \| ([^|]*) \|")
 ROWS = [row.groups() for row in map(ROW.fullmatch, (DOCS / "results.md").read_text("utf-8").splitlines()) if row]
 
@@ -21,22 +22,40 @@ def read(run: Path, name: str) -> Any:
     return json.loads((run / name).read_text("utf-8"))
 
 
+def scores(name: str) -> dict[int, list[float]]:
+    """Of each seed's run the scores of the three tasks and their mean; of a line of several runs a seed each one's."""
+    found: dict[int, dict[str, float]] = {}
+    for run in sorted((DOCS / "results").glob(f"{name}-seed?")) or sorted((DOCS / "results").glob(f"{name}-*-seed?")):
+        config, dev = read(run, "config.json"), read(run, "results.json")["dev"]
+        alone = f"-{config['tasks'][0]}" if len(config["tasks"]) == 1 else ""
+        assert config["name"] == name + alone and f"{name}{alone}-seed{config['seed']}" == run.name
+        assert config[CHECKSUM] == settings_checksum(config)
+        own = {task: dev[task][SCORES[task]] for task in config["tasks"]}
+        assert dev["mean"] == pytest.approx(mean(own.values()))
+        of_seed = found.setdefault(config["seed"], {})
+        assert not own.keys() & of_seed.keys()
+        of_seed |= own
+    return {seed: [*(of[task] for task in SCORES), mean(of.values())] for seed, of in found.items()}
+
+
 def test_every_run_has_its_line() -> None:
     runs = {folder.name.rpartition("-seed")[0] for folder in (DOCS / "results").iterdir()}
-    assert sorted(name for name, *_ in ROWS) == sorted(runs)
+    lines = [name for name, *_ in ROWS]
+    assert sorted({*lines} - {"separate"} | {f"separate-{task}" for task in SCORES}) == sorted(runs)
+    assert len(lines) == len({*lines})
 
 
-@pytest.mark.parametrize(("name", "cells", "_"), ROWS, ids=[name for name, *_ in ROWS])
-def test_a_line_is_the_mean_and_deviation_of_its_runs(name: str, cells: str, _: str) -> None:
-    runs = sorted((DOCS / "results").glob(f"{name}-seed?"))
-    scores = []
-    for run in runs:
-        config, dev = read(run, "config.json"), read(run, "results.json")["dev"]
-        assert config["name"] == name and f"{name}-seed{config['seed']}" == run.name
-        assert config[CHECKSUM] == settings_checksum(config)
-        scores.append([*(dev[task][metric] for task, metric in SCORES), dev["mean"]])
-    for cell, column in zip(cells.split(" | "), zip(*scores, strict=True), strict=True):
+@pytest.mark.parametrize(("name", "cells", "to_pal"), ROWS, ids=[name for name, *_ in ROWS])
+def test_a_line_is_the_mean_and_deviation_of_its_runs(name: str, cells: str, to_pal: str) -> None:
+    own, pal = scores(name), scores("pal")
+    for cell, column in zip(cells.split(" | "), zip(*own.values(), strict=True), strict=True):
         shown, _, deviation = cell.partition(" ±")
         assert float(shown) == pytest.approx(mean(column), abs=0.00051)
-        if len(runs) > 1:
+        if len(own) > 1:
             assert float(deviation) == pytest.approx(stdev(column), abs=0.00051)
+    if to_pal:
+        difference, p = re.fullmatch(r"([-+]?\.\d{3}) \((\.\d{3})\)", to_pal).groups()
+        assert own.keys() == pal.keys() and len(own) > 1
+        pairs = [(own[seed][-1], pal[seed][-1]) for seed in own]
+        assert float(difference) == pytest.approx(mean(a - b for a, b in pairs), abs=0.00051)
+        assert float(p) == pytest.approx(ttest_rel(*zip(*pairs, strict=True)).pvalue, abs=0.00051)

@@ -84,9 +84,11 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_is_named_while_the_othe
 
 def test_what_needs_a_failed_run_is_not_started_and_named(sweep: Sweep) -> None:
     (sweep.out / "heads-seed3").mkdir(parents=True)
-    status, shown = sweep.run(RUNS="pcgrad late_adapters")
+    status, shown = sweep.run(RUNS="pcgrad late_adapters pcgrad")
     assert status == 1
-    reasons = dict(line.strip().split(": ", 1) for line in shown.split("failed:\n")[1].splitlines())
+    lines = [line.strip() for line in shown.split("failed:\n")[1].splitlines()]
+    assert len(lines) == 4, "each once"
+    reasons = dict(line.split(": ", 1) for line in lines)
     assert reasons.pop("heads-seed3").startswith("exit status 1, FileExistsError")
     assert reasons == {
         "pcgrad-seed3": "not started, it needs heads-seed3",

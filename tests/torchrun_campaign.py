@@ -5,6 +5,7 @@ Minutes, and therefore not part of the tests. The others must end within a minut
 must be to the bit what an undisturbed one is.
 """
 
+import argparse
 import json
 import os
 import random
@@ -77,7 +78,12 @@ def kill_at(run: Path, agent: subprocess.Popen[bytes], moment: str, num_steps: i
 
 
 def main() -> None:
-    folder, num_kills, seed = Path(sys.argv[1]), int([*sys.argv, "10"][2]), int([*sys.argv, "", "0"][3] or 0)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a new one, for the runs")
+    parser.add_argument("kills", type=int, nargs="?", default=10)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    args = parser.parse_args()
+    folder, num_kills, seed = args.folder, args.kills, args.seed
     folder.mkdir()
     (folder / "model").mkdir()
     model, data = write_checkpoint(folder / "model"), write_data(folder / "data")
