@@ -508,14 +508,15 @@ def read_settings(path: Path) -> dict[str, Any]:
 def _as_arguments(values: Mapping[str, Any]) -> Iterator[str]:
     """A file's settings as a command line. Raises FlagError for a table, and where a switch is no true or false, or
     something else is."""
-    found = [*(flag for _, flag in flags_of(Config)), *(flag for _, _, flag in _method_flags())]
-    flags = {flag.name: isinstance(flag.default, bool) for flag in found} | {name: True for _, name in _switches()}
+    actions = make_parser()._option_string_actions
     for name, value in values.items():
         if any(isinstance(item, dict) for item in (value if isinstance(value, list) else [value])):
             raise FlagError(f"{shown(name)}: a table, expected flags and their values without tables")
-        if (is_switch := flags.get(name)) is not None and is_switch != isinstance(value, bool):
-            what, expected = (repr(value), "true or false") if is_switch else (str(value).lower(), "a value")
-            raise FlagError(f"--{name}: {shown(what)}, expected {expected}")
+        if (action := actions.get(_with_underscores(f"--{name}"))) is not None:
+            if action.nargs == 0 and not isinstance(value, bool):
+                raise FlagError(f"--{name}: {shown(repr(value))}, expected true or false")
+            if action.nargs not in (0, "?") and isinstance(value, bool):
+                raise FlagError(f"--{name}: {str(value).lower()}, expected a value")
         if isinstance(value, bool):
             yield f"--{name}" if value else f"--no-{name}"
         elif isinstance(value, list):

@@ -36,7 +36,8 @@ SMALLER = {
 
 EXPLAINED = {  # in labels.json, for whoever has nothing but the folder
     "inputs": "whole numbers of (sequences, places), 0 where nothing is said",
-    "rows": "the scores are of one at a time, not padded: eight bits answer a little differently with more beside it",
+    "rows": "one at a time and not padded, a file in eight bits answers as it was tried: padding and other rows beside "
+    "it move its answers a little",
     "input_ids": "tokenizer.json's of each text, without its special tokens, between special_tokens for so many texts",
     "attention_mask": "1 at each of input_ids, special ones included",
     "token_type_ids": "1 at those of the second text and the special tokens behind it; with two_sequences 0",

@@ -56,7 +56,7 @@ class ProjectedAttention(nn.Module):
         size: int = parameter(0, "width of the adapters; 0: the paper's proportion to the hidden size", ">= 0")
         heads: int = parameter(
             0,
-            "heads of an adapter's attention; 0: one for every 64 of the hidden size",
+            "heads of an adapter's attention, where it has one; 0: one for every 64 of the hidden size",
             ">= 0",
             only_with=("kind", "attention"),
         )

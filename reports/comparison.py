@@ -189,22 +189,29 @@ def _cells(values: Sequence[Any]) -> list[str]:
 
 
 def data_names(runs: Sequence[FinishedRun]) -> list[str]:
-    """The directories of each run's data, and a number where runs read train or dev files of a name that differ, or
-    have no file in common."""
-    kinds: list[tuple[str, dict[str, str]]] = []
-    numbers = []
-    for run in runs:
-        folders = " + ".join(dict.fromkeys(Path(TASKS[of].folder or run.config["data"]).name for of in run.tasks))
-        sums = run.data_checksums("train", "dev")
-        fits = [
-            i
-            for i, (name, known) in enumerate(kinds)
-            if (name == folders or known.keys() & sums) and all(known.get(file, x) == x for file, x in sums.items())
-        ]
-        numbers.append(fits[0] if fits else len(kinds))
-        kinds += [] if fits else [(folders, {})]
-        kinds[numbers[-1]][1].update(sums)
-    return [kinds[i][0] + (f" #{i + 1}" if len(kinds) > 1 else "") for i in numbers]
+    """Of each run the directories of the data of all that belong to it, and a number where there are several such.
+
+    Runs belong together that read the same files, or others of one directory; not where they read train or dev files
+    of one name that differ.
+    """
+    kinds: list[tuple[list[int], dict[str, str], dict[str, str]]] = []  # runs, and by file its directory and checksum
+    for i, run in enumerate(runs):
+        folder_of = {task: Path(TASKS[task].folder or run.config["data"]).name for task in run.tasks}
+        folders = {TASKS[task].file_key(split): of for task, of in folder_of.items() for split in ("train", "dev")}
+        own, sums = [i], run.data_checksums("train", "dev")
+        for kind in [*kinds]:
+            others, places, known = kind
+            is_near = {*places.values()} & {*folders.values()} or known.keys() & sums.keys()
+            if is_near and all(known.get(file, x) == x for file, x in sums.items()):
+                own, folders, sums = others + own, folders | places, known | sums
+                kinds.remove(kind)
+        kinds.append((own, folders, sums))
+    kinds.sort(key=lambda kind: min(kind[0]))
+    names: dict[int, str] = {}
+    for number, (own, folders, _) in enumerate(kinds, 1):
+        name = " + ".join(dict.fromkeys(folders.values()))
+        names |= dict.fromkeys(own, f"{name} #{number}" if len(kinds) > 1 else name)
+    return [names[i] for i in range(len(runs))]
 
 
 def score_names(settings: Sequence[Setting]) -> dict[str, str]:

@@ -84,7 +84,7 @@ is_done() { [ -e "$OUT/$1/results.json" ]; }
 
 has_failed() { grep -q "^$1: " "$failures"; }
 
-fail() { has_failed "${1%%: *}" || echo "$1" | tee -a "$failures"; }
+fail() { echo "$1" | tee -a "$failures"; }
 
 # run_once HOW NAME FLAGS...: HOW is what to do where another sweep has the run: wait for it, or only try. Without flags
 # it has those of before.
@@ -145,7 +145,7 @@ finish() {
     fi
     if [ -s "$failures" ]; then
         echo "failed:"
-        sed 's/^/  /' "$failures"
+        awk '!seen[$0]++ { print "  " $0 }' "$failures" # what several need is named by each
         exit 1
     fi
     if [ -n "$elsewhere" ]; then echo "$elsewhere is still running in another sweep, which compares them all"

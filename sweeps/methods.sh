@@ -7,7 +7,7 @@
 # For each seed the heads are trained on the frozen encoder once, and every setting fine-tunes from them, but for mlm,
 # whose encoder is another, siamese and mlp, whose heads are, and individual and separate: one model and three from heads
 # that were trained alone. All settings take the same number of rows: EPOCHS epochs of STEPS steps (0: as many as see as
-# many rows as the training files hold, of separate those of a task) of BATCH rows, with LR as --lr if it is set (adapters
+# many rows as the training files hold, each model of separate those of its task) of BATCH rows, with LR as --lr if it is set (adapters
 # alone: ADAPTER_LR). See common.sh for the other settings. torchjd's methods go by their names there; CAGrad and NashMTL
 # need its solvers.
 source "$(dirname "$0")/common.sh"

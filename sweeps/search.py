@@ -174,8 +174,8 @@ class Search:
         self.retry = RetryHeartbeatStaleTrialCallback()
 
     def run(self, num_trials: int, is_alone: bool, is_new: bool) -> None:
-        """Trials until so many have ended, the defaults among them. is_alone: a trial of this study that is said to be
-        running was killed. is_new: this worker has begun the study."""
+        """Trials until so many have ended. is_alone: a trial of this study that is said to be running was killed.
+        is_new: this worker has begun the study."""
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)) if is_alone else ():
             self.study.tell(trial.number, state=TrialState.FAIL)
             self.retry(self.study, trial)
@@ -185,20 +185,13 @@ class Search:
             defaults = FixedTrial({name: self.space.settings[name] for name in self.space.distributions})
             self.study.enqueue_trial(self.space.suggest(defaults), {"defaults": True})
         show = [lambda _, trial: print(described(trial), flush=True)]
-        while self.has_more(num_trials):
+        while sum(has_ended(trial) for trial in self.study.trials) < num_trials:
             try:
                 self.study.optimize(self.run_trial, 1, catch=(subprocess.CalledProcessError,), callbacks=show)
             except ValueError as error:
                 if str(error) != TAKEN_OVER:
                     raise
                 print("its worker had been silent: the trial was taken for lost and is repeated", flush=True)
-
-    def has_more(self, num_trials: int) -> bool:
-        """Whether fewer trials have ended, or the defaults wait for a worker, be it because another has lost them."""
-        optuna.storages.fail_stale_trials(self.study)
-        trials = self.study.trials
-        has_waiting = any(is_default(trial) and trial.state == TrialState.WAITING for trial in trials)
-        return has_waiting or sum(map(has_ended, trials)) < num_trials
 
     def has_defaults(self) -> bool:
         """Whether a trial of the default flags is there, or will be."""
@@ -279,8 +272,7 @@ def report(study: optuna.Study, space: Space) -> list[str]:
     """A table of the trials, and the command of the best."""
     lines = ["", f"{'trial':>5}  {'state':<9}{'mean':>7}  flags", *map(described, study.trials)]
     if any(is_default(trial) and trial.state == TrialState.RUNNING for trial in study.trials):
-        lost_after = f"if it was killed, the same command repeats them after {HEARTBEAT['grace_period']} seconds"
-        lines += ["", f"another worker has the defaults; {lost_after}"]
+        lines += ["", "another worker has the defaults; if it was killed, a larger --trials repeats them"]
     if not study.get_trials(states=(TrialState.COMPLETE,)):
         return [*lines, "", "no trial has finished"]
     best = study.best_trial

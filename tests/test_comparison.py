@@ -1,5 +1,6 @@
 """Runs grouped by setting, and tests of differences against scipy, formulas, and plain resampling."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,14 @@ def test_data_of_own_tasks_are_named_by_their_folder(monkeypatch: Patch) -> None
     sst, para = run({"sst-dev": "b"}, "sst"), run({"para-dev": "c"}, "para")
     assert data_names([sst, para]) == ["sample", "sample"] and data_names([sst, alone]) == ["sample #1", "own #2"]
     assert data_names([sst, run({"para-dev": "c"}, "para", data="/y/other")]) == ["sample #1", "other #2"]
-    assert data_names([alone, beside, sst]) == ["own", "own", "own"], "they have files in common"
+    both = run({"sst-dev": "b", "para-dev": "c"}, "sst", "para", data="/y/other")
+    for some in itertools.permutations([beside, para, both, alone]):
+        (name,) = {*data_names(some)}  # what joins two may come last
+        assert {"own"} < {*name.split(" + ")} < {"own", "sample", "other", ""}
+    other = run({"sst-dev": "d"}, "sst")
+    for some in itertools.permutations([sst, other, both]):
+        numbers = dict(zip(map(id, some), (of[-1] for of in data_names(some)), strict=True))
+        assert numbers[id(sst)] == numbers[id(both)] != numbers[id(other)]
 
 
 def test_of_paths_the_last_part_is_shown_where_that_tells_them_apart(files: Path) -> None:

@@ -254,6 +254,10 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
     assert found == f"{file}: --rdrop_alpha: expected only with --rdrop"
 
 
+def test_mixed_precision_may_be_switched_on_by_its_name_alone(tmp_path: Path) -> None:
+    assert settings(written(tmp_path / "run.toml", "amp = true")).amp == settings("--amp").amp == "bf16"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -262,6 +266,7 @@ def test_a_settings_file_is_a_command_line_that_flags_win_over(tmp_path: Path) -
         ("tensorboard = 'no'", "--tensorboard: 'no', expected true or false"),
         ("lr = true", "--lr: true, expected a value"),
         ("smart = true\nsmart_eta = false", "--smart_eta: false, expected a value"),
+        ("batch-size = true", "--batch-size: true, expected a value"),
         ("[train]\nepochs = 3", "train: a table, expected flags and their values without tables"),
         ("out = {a = 1}", "out: a table, expected flags and their values without tables"),
         ("tasks = [{a = 1}]", "tasks: a table, expected flags and their values without tables"),

@@ -331,7 +331,7 @@ def test_a_trial_of_another_machine_is_repeated_only_if_that_has_fallen_silent(f
     assert trials[3].params["batch_size"] == trials[1].params["batch_size"]
 
 
-def test_defaults_that_another_machine_has_lost_are_repeated_though_enough_trials_have_ended(
+def test_defaults_that_another_machine_has_are_missing_and_a_larger_search_repeats_lost_ones(
     fake: Fake, capsys: Capture
 ) -> None:
     storage = f"sqlite:///{fake.folder}/shared.db"
@@ -341,13 +341,13 @@ def test_defaults_that_another_machine_has_lost_are_repeated_though_enough_trial
         database.execute("update trials set state = 'RUNNING', datetime_complete = null")
         database.execute("update trial_heartbeats set heartbeat = datetime('now')")
     shutil.rmtree(fake.out)
-    missing = "another worker has the defaults; if it was killed, the same command repeats them after 60 seconds"
+    missing = "another worker has the defaults; if it was killed, a larger --trials repeats them\n"
     assert missing not in capsys.readouterr().out
     assert fake.run(1, "--storage", storage) == 0 and fake.states("shared.db") == ["RUNNING", "COMPLETE"]
     assert missing in capsys.readouterr().out
     with sqlite3.connect(fake.folder / "shared.db") as database:
         database.execute("update trial_heartbeats set heartbeat = datetime('now', '-70 seconds')")
-    assert fake.run(1, "--storage", storage) == 0
+    assert fake.run(2, "--storage", storage) == 0
     trials = fake.trials("shared.db")
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert [bool(trial.user_attrs.get("defaults")) for trial in trials] == [True, False, True]
