@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from scipy.stats import ttest_rel
 
+from config import make_parser
 from helpers import ROOT
 from run_record import CHECKSUM, settings_checksum
 
 DOCS = ROOT / "docs"
 SCORES = {"sst": "accuracy", "para": "accuracy", "sts": "pearson"}
-ROW = re.compile(r"\| (?!run )([\w.-]+) \| [^|]* \| ([^|]*(?: \| [^|]*){3}) \| ([^|]*) \|")
+ROW = re.compile(r"\| (?!run )([\w.-]+) \| ([^|]*) \| ([^|]*(?: \| [^|]*){3}) \| ([^|]*) \|")
 ROWS = [row.groups() for row in map(ROW.fullmatch, (DOCS / "results.md").read_text("utf-8").splitlines()) if row]
 
 
@@ -22,12 +23,19 @@ def read(run: Path, name: str) -> Any:
     return json.loads((run / name).read_text("utf-8"))
 
 
+def runs_of(name: str) -> list[Path]:
+    """A line's runs; of `separate` one a task."""
+    pattern = f"{name}-*-seed?" if name == "separate" else f"{name}-seed?"
+    return sorted((DOCS / "results").glob(pattern))
+
+
 def scores(name: str) -> dict[int, list[float]]:
-    """Of each seed's run the scores of the three tasks and their mean; of a line of several runs a seed each one's."""
+    """Of each seed the scores of the three tasks, of one model or of several, and their mean."""
     found: dict[int, dict[str, float]] = {}
-    for run in sorted((DOCS / "results").glob(f"{name}-seed?")) or sorted((DOCS / "results").glob(f"{name}-*-seed?")):
+    for run in runs_of(name):
         config, dev = read(run, "config.json"), read(run, "results.json")["dev"]
-        alone = f"-{config['tasks'][0]}" if len(config["tasks"]) == 1 else ""
+        alone = f"-{config['tasks'][0]}" if name == "separate" else ""
+        assert config["tasks"] == (config["tasks"][:1] if alone else [*SCORES])
         assert config["name"] == name + alone and f"{name}{alone}-seed{config['seed']}" == run.name
         assert config[CHECKSUM] == settings_checksum(config)
         own = {task: dev[task][SCORES[task]] for task in config["tasks"]}
@@ -44,8 +52,16 @@ def test_every_run_has_its_line() -> None:
     assert sorted(run for name, *_ in ROWS for run in of_three.get(name, [name])) == sorted(runs)
 
 
-@pytest.mark.parametrize(("name", "cells", "to_pal"), ROWS, ids=[name for name, *_ in ROWS])
-def test_a_line_is_the_mean_and_deviation_of_its_runs(name: str, cells: str, to_pal: str) -> None:
+@pytest.mark.parametrize(("name", "setting"), [row[:2] for row in ROWS], ids=[name for name, *_ in ROWS])
+def test_the_flags_of_a_line_are_those_of_its_runs(name: str, setting: str) -> None:
+    words = [word for flags in re.findall(r"`(--[^`]*)`", setting) for word in flags.split()]
+    said = vars(make_parser().parse_args(words))
+    for config in (read(run, "config.json") for run in runs_of(name)):
+        assert {flag: config[flag] for flag in said} == said
+
+
+@pytest.mark.parametrize(("name", "_", "cells", "to_pal"), ROWS, ids=[name for name, *_ in ROWS])
+def test_a_line_is_the_mean_and_deviation_of_its_runs(name: str, _: str, cells: str, to_pal: str) -> None:
     own, pal = scores(name), scores("pal")
     for cell, column in zip(cells.split(" | "), zip(*own.values(), strict=True), strict=True):
         shown, _, deviation = cell.partition(" ±")
