@@ -35,7 +35,7 @@ from flat_parameters import FlatParameters, WeightAverage, clip_factor, gradient
 from messages import counted, shown
 from model import TaskModel, Trained
 from ops import DropoutMasks, Reading, Replayed, TaskBounds, adamw_step, has_fused_operations, to_device
-from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares
+from pcgrad import Treatment, combine, cosines, equal_lengths, gramians_of, removed_shares, without_vanishing
 from schedulers import Draws, Plan, Scheduler
 from seeding import derive_seed
 from smart import Regularizer
@@ -585,7 +585,7 @@ class Trainer:
                 return None
             raise self._error(rows, losses.tolist(), float(gramians.sum()), step)
         draw_weights = torch.tensor(list(weights.values()), dtype=torch.float64)  # (T,)
-        factors = torch.ones_like(draw_weights)
+        gramians, factors = without_vanishing(gramians), torch.ones_like(draw_weights)
         if self.methods.scales_equally:
             factors = equal_lengths(gramians, draw_weights)  # (T,)
             gramians = gramians * factors[:, None] * factors  # (S, T, T)

@@ -22,6 +22,8 @@ import ops
 from jacobian_descent import torchjd_treatment
 from parameters import NoParameters, parameter
 
+VANISHING = 1e-15  # of a length; two such ratios multiplied are within float32
+
 
 class Treatment(Protocol):
     """Maps Gram matrices of task gradients to coefficients: once a step, of finite numbers only, all on the host.
@@ -180,6 +182,17 @@ def gramians_of(gradients: Tensor, segments: Sequence[Sequence[slice]], dtype: t
     none = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=gradients.device)
     parts_of = [[none, *(ops.gramian(gradients[:, part], dtype) for part in parts)] for parts in segments]
     return torch.stack([torch.stack(parts).sum(0) for parts in parts_of])
+
+
+def without_vanishing(gramians: Tensor) -> Tensor:
+    """The inner products (S, T, T), zero where a task's gradient of a segment is VANISHING beside the longest there.
+
+    Of a task that is solved it may be 1e-40: no float32 holds the factor that brings it to the others' length, or that
+    takes their part along it away.
+    """
+    lengths = gramians.diagonal(dim1=-2, dim2=-1).sqrt()  # (S, T)
+    stays = lengths > VANISHING * lengths.amax(-1, keepdim=True)
+    return torch.where(stays[:, :, None] & stays[:, None, :], gramians, 0.0)
 
 
 def equal_lengths(gramians: Tensor, weights: Tensor) -> Tensor:

@@ -6,10 +6,10 @@
 #
 # For each seed the heads are trained on the frozen encoder once, and every setting fine-tunes from them, but for mlm,
 # whose encoder is another, siamese and mlp, whose heads are, and individual and separate: one model and three from heads
-# that were trained alone. All settings take the same number of rows: EPOCHS epochs of STEPS steps (0: as many as see as
-# many rows as the training files hold, each model of separate those of its task) of BATCH rows, with LR as --lr if it is set (adapters
-# alone: ADAPTER_LR). See common.sh for the other settings. torchjd's methods go by their names there; CAGrad and NashMTL
-# need its solvers.
+# that were trained alone. All settings take EPOCHS epochs of STEPS steps (0: as many as see as many rows as there are, eda's
+# with those it makes, drop_longest's without those it drops, and of each model of separate those of its task) of BATCH
+# rows, with LR as --lr if it is set (late_adapters' second half: ADAPTER_LR). See common.sh for the other settings.
+# torchjd's methods go by their names there; CAGrad and NashMTL need its solvers.
 source "$(dirname "$0")/common.sh"
 choose pal random round_robin temperature task_weights pcgrad gradvac smart smart_wide bregman rdrop ema mlm \
     copy_top_layers adapters low_rank eda drop_longest individual separate siamese mlp \

@@ -7,7 +7,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -515,6 +515,29 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(part: str, tr
     with pytest.raises(TrainingError, match=r"finetune step 2: the gradient of .*para.* is nan"):
         setup.step(1)
     assert not moved(parameters, setup.parameters()) and not moved(state, setup.state())
+
+
+@pytest.mark.parametrize("treatment", ["pcgrad", "gradvac"])
+@pytest.mark.parametrize("size", [1e-38, 1e-20])
+def test_a_task_that_is_solved_leaves_the_step_to_the_others(treatment: str, size: float) -> None:
+    """No float32 holds what would bring its gradient to their length."""
+
+    def after(of_para: float) -> dict[str, Tensor]:
+        setup = make(treatment=treatment)
+        own = setup.trainer.methods
+
+        def losses(task: str, logits: Tensor, labels: Tensor) -> Tensor:
+            return own.losses(task, logits, labels) * (of_para if task == "para" else 1.0)
+
+        setup.trainer.methods = replace(own, losses=losses, scales_equally=True)
+        before = setup.parameters()
+        for step in range(2):
+            setup.step(step)
+        assert len(moved(before, setup.parameters())) > 10
+        return setup.parameters()
+
+    found, expected = after(size), after(0.0)
+    assert all(torch.allclose(found[name], expected[name], rtol=0, atol=1e-7) for name in expected)
 
 
 class Memory:

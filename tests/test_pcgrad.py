@@ -24,6 +24,7 @@ from pcgrad import (
     pcgrad_coefficients,
     random_orders,
     removed_shares,
+    without_vanishing,
 )
 
 KINDS = ("random", "conflicting", "nearly parallel", "nearly opposite", "opposite", "zero", "large", "mixed sizes")
@@ -257,6 +258,35 @@ def test_equal_lengths_bring_the_gradients_to_the_mean_of_theirs_and_leave_weigh
     weights = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)  # lengths without weights: 5, 1, 0, their mean 2
     factors = equal_lengths(gramians_of(rows, [[slice(0, 2)], [slice(2, 3)]]), weights)
     assert factors.tolist() == pytest.approx([0.4, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac"])
+@pytest.mark.parametrize("length", [1e-38, 1e-25, 1e-16])
+def test_a_vanishing_gradient_counts_as_zero_and_takes_nothing_from_the_others(name: str, length: float) -> None:
+    """It points against them, so that each of them would lose its part along it."""
+    rows = gradients_of("random", 3)
+    rows[1] = -(rows[0] + rows[2]) / (rows[0] + rows[2]).norm() * length
+    found = []
+    for middle in (rows[1], torch.zeros(P)):
+        gradients, segments = torch.stack([rows[0], middle, rows[2]]), [[slice(0, P)]]
+        gramians = without_vanishing(gramians_of(gradients, segments, torch.float64))
+        factors = equal_lengths(gramians, torch.ones(3, dtype=torch.float64))
+        gramians = gramians * factors[:, None] * factors
+        treatment = TREATMENTS[name](parameters_type(TREATMENTS[name])(), 3, 1)
+        coefficients = treatment.coefficients(gramians, [0, 1, 2], random.Random(1), torch.zeros(3), 1)
+        combine(gradients, coefficients.sum(1) * factors, segments)
+        found.append(gradients[0])
+    assert bool(found[1].isfinite().all()) and found[1].norm() > 0
+    assert torch.allclose(*found, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_vanishes_by_segment_and_an_ordinary_one_does_not() -> None:
+    rows = torch.tensor([[3.0, 1e-9], [1e-14, 2e-9], [2e-16, 1e-25]])
+    whole = gramians_of(rows, [[slice(0, 1)], [slice(1, 2)]], torch.float64)
+    found = without_vanishing(whole)
+    assert torch.equal(found[0, :2, :2], whole[0, :2, :2]) and torch.equal(found[1, :2, :2], whole[1, :2, :2])
+    assert bool((found[:, 2] == 0).all()) and bool((found[:, :, 2] == 0).all())
+    assert bool((without_vanishing(torch.zeros(1, 2, 2)) == 0).all())
 
 
 def test_combining_weighs_the_gradients_by_segment_in_the_first_of_them() -> None:
